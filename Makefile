@@ -1,0 +1,127 @@
+# Every target sets up what it needs, in .venv. All that must be there: make, a C++ compiler, and Python 3.10 or
+# newer with its venv module and C headers.
+#
+#   make demo         run the example on a photograph
+#   make test         build, and run the tests          (make test ARGS="-k stride")
+#   make test-slow    the long tests
+#   make bench        a short benchmark against torch
+#   make lint         check style                       make format   repair it
+#   make wheel        a wheel for the torch in use, in dist/
+#   make clean        remove what was built (rm -rf .venv removes the rest)
+#
+#   TORCH=2.12.0                another torch: reinstalls and rebuilds
+#   PYTHON=python3.12           the Python that makes .venv (used once)
+#   CXX=clang++                 another compiler: rebuilds
+#   MYCONV_ISA_BUILD=portable   no x86 SIMD kernels: rebuilds
+
+PYTHON ?= python3
+TORCH ?= 2.13.0
+ARGS ?=
+
+VENV := .venv
+PY := $(VENV)/bin/python
+PIP := $(PY) -m pip --disable-pip-version-check -qq
+INSTALL := $(PIP) install -c requirements.txt
+STAMPS := $(VENV)/.stamps
+
+# What the build depends on, besides the sources, is in the stamp's name.
+space := $(subst ,, )
+compiler := $(if $(filter environment command,$(origin CXX)),$(subst $(space),-,$(notdir $(CXX))),c++)
+TORCH_STAMP := $(STAMPS)/torch-$(TORCH)
+BUILD_STAMP := $(STAMPS)/build-torch-$(TORCH)-$(or $(MYCONV_ISA_BUILD),all)-$(compiler)
+BUILD := $(BUILD_STAMP) $(STAMPS)/editable
+SOURCES := setup.py $(wildcard csrc/*.* csrc/*/*.*)
+EXTENSION := $(wildcard myconv/_C.*.so)
+CXX_FILES := $(wildcard csrc/*.h csrc/*.cpp csrc/*/*.h csrc/*/*.cpp csrc/*/*.inc)
+
+.DEFAULT_GOAL := test
+.PHONY: demo test test-slow bench lint format wheel clean build FORCE
+.DELETE_ON_ERROR:
+FORCE:
+
+demo: $(BUILD) $(STAMPS)/examples
+	$(PY) examples/detect_faces.py $(ARGS)
+
+test: $(BUILD) $(STAMPS)/test
+	$(PY) -m pytest $(ARGS)
+
+test-slow: $(BUILD) $(STAMPS)/test
+	$(PY) -m pytest -m slow $(ARGS)
+
+bench: $(BUILD) $(STAMPS)/bench
+	$(PY) benchmarks/run.py --quick $(ARGS)
+
+lint: $(STAMPS)/lint
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/clang-format --dry-run -Werror $(CXX_FILES)
+
+format: $(STAMPS)/lint
+	$(VENV)/bin/ruff check --fix .
+	$(VENV)/bin/ruff format .
+	$(VENV)/bin/clang-format -i $(CXX_FILES)
+
+# build/lib.* is setuptools' staging folder: what it holds of earlier builds would end up in the wheel.
+wheel: $(TORCH_STAMP) $(STAMPS)/tools
+	rm -rf build/lib.* build/bdist.*
+	$(PIP) wheel --no-build-isolation --no-deps -w dist .
+	@ls dist
+
+build: $(BUILD)
+
+clean:
+	rm -rf build dist myconv.egg-info myconv/_C.*.so myconv/_build.py $(STAMPS)/build-*
+	rm -rf .pytest_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -not -path "./$(VENV)/*" -prune -exec rm -rf {} +
+
+# --- what the targets stand on -------------------------------------------------------------------------------------
+
+$(PY):
+	@$(PYTHON) -c "import sys; sys.exit(sys.version_info < (3, 10))" || \
+	    { echo "make: $(PYTHON) must be Python 3.10 or newer; name another one with PYTHON=..."; exit 1; }
+	@$(PYTHON) -c "import venv, ensurepip" || \
+	    { echo "make: $(PYTHON) lacks the venv module. On Debian or Ubuntu: apt install python3-venv python3-dev"; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+
+$(STAMPS)/venv: | $(PY)
+	@mkdir -p $(@D)
+	@touch $@
+
+# Plain, and first: a package that depends on torch could otherwise bring a different one.
+$(TORCH_STAMP): $(STAMPS)/venv
+	$(PIP) install torch==$(TORCH)
+	@rm -f $(STAMPS)/torch-* $(STAMPS)/build-*
+	@touch $@
+
+$(STAMPS)/tools: $(STAMPS)/venv requirements.txt | $(TORCH_STAMP)
+	$(INSTALL) setuptools ninja numpy
+	@touch $@
+
+$(STAMPS)/test: $(STAMPS)/venv requirements.txt | $(TORCH_STAMP)
+	$(INSTALL) pytest hypothesis numpy
+	@touch $@
+
+# facenet-pytorch holds weights that the example reads; its own requirements are for a torch of years ago.
+$(STAMPS)/examples: $(STAMPS)/venv requirements.txt Makefile | $(TORCH_STAMP)
+	$(INSTALL) numpy pillow matplotlib rich scikit-image
+	$(INSTALL) --no-deps facenet-pytorch
+	@touch $@
+
+$(STAMPS)/bench: $(STAMPS)/venv requirements.txt | $(TORCH_STAMP)
+	$(INSTALL) numpy matplotlib rich
+	@touch $@
+
+$(STAMPS)/lint: $(STAMPS)/venv requirements.txt
+	$(INSTALL) ruff clang-format
+	@touch $@
+
+# A missing extension, or a build record newer than the stamp (a build by hand), also asks for a build.
+$(BUILD_STAMP): $(SOURCES) $(TORCH_STAMP) $(STAMPS)/tools $(wildcard myconv/_build.py) $(if $(EXTENSION),,FORCE)
+	$(PY) setup.py --quiet build_ext --inplace
+	@rm -f $(STAMPS)/build-*
+	@touch $@
+
+# Once: makes `import myconv` work from any folder. It reuses the objects of the build.
+$(STAMPS)/editable: $(STAMPS)/venv pyproject.toml myconv/_version.py | $(BUILD_STAMP)
+	$(PIP) install --no-build-isolation --no-deps -e .
+	@touch $@

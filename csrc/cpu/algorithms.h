@@ -1,0 +1,33 @@
+// The algorithms of the CPU: what their files offer to the tables in conv_cpu.cpp.
+#pragma once
+
+#include "algorithm.h"
+
+namespace myconv::cpu {
+
+// reference.cpp
+void reference_forward(const ConvShape&, const ConvPointers&, void* workspace, int threads);
+void reference_backward_input(const ConvShape&, const ConvPointers&, void* workspace, int threads);
+void reference_backward_weight(const ConvShape&, const ConvPointers&, void* workspace, int threads);
+
+// implicit_gemm.cpp
+const char* implicit_gemm_forward_decline(const ConvShape&);
+int64_t implicit_gemm_forward_workspace(const ConvShape&, int threads);
+void implicit_gemm_forward(const ConvShape&, const ConvPointers&, void* workspace, int threads);
+const char* implicit_gemm_backward_input_decline(const ConvShape&);
+int64_t implicit_gemm_backward_input_workspace(const ConvShape&, int threads);
+void implicit_gemm_backward_input(const ConvShape&, const ConvPointers&, void* workspace, int threads);
+
+// implicit_gemm_backward_weight.cpp
+const char* implicit_gemm_backward_weight_decline(const ConvShape&);
+int64_t implicit_gemm_backward_weight_workspace(const ConvShape&, int threads);
+void implicit_gemm_backward_weight(const ConvShape&, const ConvPointers&, void* workspace, int threads);
+
+// depthwise.cpp
+const char* depthwise_decline(const ConvShape&);
+int64_t depthwise_workspace(const ConvShape&, int threads);
+void depthwise_forward(const ConvShape&, const ConvPointers&, void* workspace, int threads);
+void depthwise_backward_input(const ConvShape&, const ConvPointers&, void* workspace, int threads);
+void depthwise_backward_weight(const ConvShape&, const ConvPointers&, void* workspace, int threads);
+
+}  // namespace myconv::cpu

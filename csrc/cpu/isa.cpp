@@ -1,0 +1,77 @@
+#include "cpu/isa.h"
+
+#include <c10/util/Exception.h>
+
+#include <cstdlib>
+
+namespace myconv::cpu {
+namespace {
+
+struct Isa {
+  const Microkernels* kernels;
+  bool (*runs_here)();
+};
+
+// Worst first. __builtin_cpu_supports asks the processor and the operating system.
+const Isa kIsas[] = {
+    {&portable::kMicrokernels, [] { return true; }},
+#ifdef MYCONV_X86
+    {&avx2::kMicrokernels, [] { return bool(__builtin_cpu_supports("avx2")) && __builtin_cpu_supports("fma"); }},
+    {&avx512::kMicrokernels,
+     [] {
+       return bool(__builtin_cpu_supports("avx512f")) && __builtin_cpu_supports("avx512bw") &&
+              __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+     }},
+#endif
+};
+
+// The best runnable one that is not above the one called `cap` ("" caps nothing).
+const Microkernels& best(const std::string& cap) {
+  const Microkernels* found = nullptr;
+  bool known = cap.empty();
+  for (const Isa& isa : kIsas) {
+    if (isa.runs_here()) found = isa.kernels;
+    if (cap == isa.kernels->isa) {
+      known = true;
+      break;
+    }
+  }
+#ifndef MYCONV_X86
+  known = known || cap == "avx2" || cap == "avx512";  // caps that this build is under anyway
+#endif
+  TORCH_CHECK_VALUE(known, "MYCONV_ISA: '", cap, "' is not an instruction set of this build; use portable, avx2 or avx512");
+  return *found;
+}
+
+const Microkernels& process_default() {
+  static const Microkernels& chosen = [&]() -> const Microkernels& {
+    const char* cap = std::getenv("MYCONV_ISA");
+    return best(cap ? cap : "");
+  }();
+  return chosen;
+}
+
+thread_local const Microkernels* capped = nullptr;
+thread_local std::string cap;
+
+}  // namespace
+
+const Microkernels& microkernels() { return capped ? *capped : process_default(); }
+
+std::vector<std::string> runnable_isas() {
+  std::vector<std::string> names;
+  for (const Isa& isa : kIsas)
+    if (isa.runs_here()) names.emplace_back(isa.kernels->isa);
+  return names;
+}
+
+std::string isa_in_force() { return microkernels().isa; }
+
+void cap_isa(const std::string& name) {
+  capped = name.empty() ? nullptr : &best(name);
+  cap = name;
+}
+
+std::string isa_cap() { return cap; }
+
+}  // namespace myconv::cpu

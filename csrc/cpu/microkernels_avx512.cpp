@@ -1,0 +1,24 @@
+// The microkernels compiled for avx512. The target is set here and not by a compiler flag: nothing outside may inherit it.
+#include "cpu/microkernels.h"
+
+#ifdef MYCONV_X86
+#include <immintrin.h>
+#ifdef __clang__
+#pragma clang attribute push(__attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma"))), apply_to = function)
+#else
+#pragma GCC push_options
+#pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma")
+#endif
+#include "cpu/vec_avx512.h"
+
+namespace myconv::cpu::avx512 {
+#include "cpu/microkernels.inc"
+
+extern const Microkernels kMicrokernels = {"avx512", kernels<F32>(), kernels<F64>()};
+}  // namespace myconv::cpu::avx512
+#ifdef __clang__
+#pragma clang attribute pop
+#else
+#pragma GCC pop_options
+#endif
+#endif

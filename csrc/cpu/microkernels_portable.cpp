@@ -1,0 +1,9 @@
+// The microkernels for any machine.
+#include "cpu/microkernels.h"
+#include "cpu/vec_portable.h"
+
+namespace myconv::cpu::portable {
+#include "cpu/microkernels.inc"
+
+extern const Microkernels kMicrokernels = {"portable", kernels<F32>(), kernels<F64>()};
+}  // namespace myconv::cpu::portable

@@ -1,0 +1,46 @@
+// AVX2 + FMA: 256-bit vectors.
+#pragma once
+
+#include <immintrin.h>
+
+#include <cstdint>
+
+namespace myconv::cpu::avx2 {
+
+struct F32 {
+  using T = float;
+  using V = __m256;
+  using Mask = __m256i;
+  static constexpr int kLanes = 8;
+  static Mask mask(int64_t lanes) {
+    return _mm256_cmpgt_epi32(_mm256_set1_epi32(static_cast<int>(lanes)), _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7));
+  }
+  static V zero() { return _mm256_setzero_ps(); }
+  static V broadcast(float value) { return _mm256_set1_ps(value); }
+  static V load(const float* p) { return _mm256_loadu_ps(p); }
+  static V load(const float* p, Mask m) { return _mm256_maskload_ps(p, m); }
+  static void store(float* p, V v) { _mm256_storeu_ps(p, v); }
+  static void store(float* p, V v, Mask m) { _mm256_maskstore_ps(p, m, v); }
+  static V add(V a, V b) { return _mm256_add_ps(a, b); }
+  static V fma(V a, V b, V c) { return _mm256_fmadd_ps(a, b, c); }
+};
+
+struct F64 {
+  using T = double;
+  using V = __m256d;
+  using Mask = __m256i;
+  static constexpr int kLanes = 4;
+  static Mask mask(int64_t lanes) { return _mm256_cmpgt_epi64(_mm256_set1_epi64x(lanes), _mm256_setr_epi64x(0, 1, 2, 3)); }
+  static V zero() { return _mm256_setzero_pd(); }
+  static V broadcast(double value) { return _mm256_set1_pd(value); }
+  static V load(const double* p) { return _mm256_loadu_pd(p); }
+  static V load(const double* p, Mask m) { return _mm256_maskload_pd(p, m); }
+  static void store(double* p, V v) { _mm256_storeu_pd(p, v); }
+  static void store(double* p, V v, Mask m) { _mm256_maskstore_pd(p, m, v); }
+  static V add(V a, V b) { return _mm256_add_pd(a, b); }
+  static V fma(V a, V b, V c) { return _mm256_fmadd_pd(a, b, c); }
+};
+
+inline constexpr int kRows = 6, kVectors = 2;  // 12 accumulators + 2 of B + 1 of A: 15 of 16 registers
+
+}  // namespace myconv::cpu::avx2

@@ -1,0 +1,222 @@
+// The only file that knows Python: the module myconv._C with the fast entries conv1d .. conv_transpose3d and introspection.
+//
+// A fast entry reads the arguments of a plain call (exact tensors, ints and tuples of ints, no torch-function mode), checks
+// it and calls the operator through the dispatcher, with no Python frame and no argument parser in between. Any other call
+// goes, with its arguments untouched, to the Python function of the same name in myconv/functional.py.
+#include <ATen/PythonTorchFunctionTLS.h>
+#include <pybind11/stl.h>
+#include <torch/csrc/Exceptions.h>
+#include <torch/csrc/autograd/python_variable.h>
+#include <torch/csrc/utils/pybind.h>
+
+#include <array>
+#include <string>
+#include <vector>
+
+#include "checks.h"
+#include "cpu/isa.h"
+#include "cpu/tables.h"
+#include "operators.h"
+
+namespace py = pybind11;
+
+namespace myconv {
+namespace {
+
+// The arguments of all functions; the two orders say which position is which.
+enum Slot { kInput, kWeight, kBias, kStride, kPadding, kDilation, kGroups, kOutputPadding, kSlots };
+
+constexpr std::array<Slot, 8> kConvOrder = {kInput, kWeight, kBias, kStride, kPadding, kDilation, kGroups, kSlots};
+constexpr std::array<Slot, 8> kTransposeOrder = {kInput, kWeight, kBias, kStride, kPadding, kOutputPadding, kGroups, kDilation};
+constexpr std::array<const char*, kSlots> kNames = {"input",   "weight",   "bias",   "stride",
+                                                    "padding", "dilation", "groups", "output_padding"};
+constexpr const char* kFunctions[2][3] = {{"conv1d", "conv2d", "conv3d"},
+                                          {"conv_transpose1d", "conv_transpose2d", "conv_transpose3d"}};
+
+PyObject* general[2][3];  // the functions of functional.py, set by it
+
+using Ints = c10::SmallVector<int64_t, 3>;
+
+// One int for all axes or a tuple with one int each. False: not a plain value.
+bool read_ints(PyObject* value, int rank, int64_t standard, Ints& ints) {
+  const auto read = [&](PyObject* item) {
+    if (!PyLong_CheckExact(item)) return false;
+    int overflow = 0;
+    ints.push_back(PyLong_AsLongLongAndOverflow(item, &overflow));
+    return overflow == 0;
+  };
+  if (!value) {
+    ints.assign(rank, standard);
+    return true;
+  }
+  if (PyTuple_CheckExact(value)) {
+    const Py_ssize_t n = PyTuple_GET_SIZE(value);
+    if (n != 1 && n != rank) return false;
+    for (Py_ssize_t i = 0; i < n; ++i)
+      if (!read(PyTuple_GET_ITEM(value, i))) return false;
+  } else if (!read(value)) {
+    return false;
+  }
+  if (ints.size() == 1) ints.resize(rank, ints[0]);
+  return true;
+}
+
+bool is_plain_tensor(PyObject* object) {
+  return object && THPVariable_CheckTypeExact(Py_TYPE(object)) &&
+         !THPVariable_Unpack(object).unsafeGetTensorImpl()->has_symbolic_sizes_strides();
+}
+
+Tensor convolve(const Call& call, const Tensor& input, const Tensor& weight, const OptionalTensor& bias) {
+  const Sizes size = check_call(call);
+  check_storage(input, weight, bias);
+  const bool batched = input.dim() == call.rank + 2;
+  const Tensor x = batched ? input : input.unsqueeze(0);
+  const auto sym = [](c10::IntArrayRef ints) { return c10::fromIntArrayRefKnownNonNegative(ints); };
+  const auto op = call.transposed ? conv_backward_input : conv_forward;
+  Tensor y = op(x, weight, bias, sym(size), sym(call.stride), sym(call.padding), sym(call.dilation), call.groups, 0);
+  // Torch gives a convolution over no channels no channels.
+  if (!call.transposed && x.size(1) == 0) y = y.narrow(1, 0, 0);
+  return batched ? y : y.squeeze(0);
+}
+
+template <int rank, bool transposed>
+PyObject* entry(PyObject*, PyObject* const* args, Py_ssize_t count, PyObject* keywords) {
+  HANDLE_TH_ERRORS
+  constexpr const auto& order = transposed ? kTransposeOrder : kConvOrder;
+  constexpr Py_ssize_t positions = transposed ? 8 : 7;
+  std::array<PyObject*, kSlots> slots{};
+  bool plain = count <= positions && !at::impl::torch_function_mode_enabled();
+  for (Py_ssize_t i = 0; plain && i < count; ++i) slots[order[i]] = args[i];
+  const Py_ssize_t named = keywords ? PyTuple_GET_SIZE(keywords) : 0;
+  for (Py_ssize_t i = 0; plain && i < named; ++i) {
+    PyObject* keyword = PyTuple_GET_ITEM(keywords, i);
+    int slot = 0;
+    while (slot < kSlots && PyUnicode_CompareWithASCIIString(keyword, kNames[slot]) != 0) ++slot;
+    plain = slot < kSlots && !slots[slot] && (transposed || slot != kOutputPadding);
+    if (plain) slots[slot] = args[count + i];
+  }
+  if (slots[kBias] == Py_None) slots[kBias] = nullptr;
+
+  Ints stride, padding, dilation, output_padding, groups;
+  plain = plain && is_plain_tensor(slots[kInput]) && is_plain_tensor(slots[kWeight]) &&
+          (!slots[kBias] || is_plain_tensor(slots[kBias])) && read_ints(slots[kStride], rank, 1, stride) &&
+          read_ints(slots[kPadding], rank, 0, padding) && read_ints(slots[kDilation], rank, 1, dilation) &&
+          read_ints(slots[kOutputPadding], rank, 0, output_padding) &&
+          (!slots[kGroups] || PyLong_CheckExact(slots[kGroups])) && read_ints(slots[kGroups], 1, 1, groups);
+  if (!plain) return PyObject_Vectorcall(general[transposed][rank - 1], args, count, keywords);
+
+  const Tensor& input = THPVariable_Unpack(slots[kInput]);
+  const Tensor& weight = THPVariable_Unpack(slots[kWeight]);
+  const OptionalTensor bias = slots[kBias] ? OptionalTensor(THPVariable_Unpack(slots[kBias])) : std::nullopt;
+  Tensor y;
+  {
+    const py::gil_scoped_release no_gil;
+    const Call call{kFunctions[transposed][rank - 1], rank,   transposed, input.sizes(),  weight.sizes(),
+                    bias ? std::make_optional(bias->sizes()) : std::nullopt,
+                    stride, padding, output_padding, dilation, groups[0]};
+    y = convolve(call, input, weight, bias);
+  }
+  return THPVariable_Wrap(std::move(y));
+  END_HANDLE_TH_ERRORS
+}
+
+PyCFunction as_c_function(_PyCFunctionFastWithKeywords f) { return reinterpret_cast<PyCFunction>(reinterpret_cast<void*>(f)); }
+
+// The text before "--" is what inspect.signature reads.
+#define MYCONV_CONV_DOC(name)                                                                     \
+  name "($module, input, weight, bias=None, stride=1, padding=0, dilation=1, groups=1, *, padding_mode='zeros')\n--\n\n"
+#define MYCONV_TRANSPOSE_DOC(name)                                                                \
+  name "($module, input, weight, bias=None, stride=1, padding=0, output_padding=0, groups=1, dilation=1)\n--\n\n"
+
+PyMethodDef kEntries[] = {
+    {"conv1d", as_c_function(entry<1, false>), METH_FASTCALL | METH_KEYWORDS, MYCONV_CONV_DOC("conv1d")},
+    {"conv2d", as_c_function(entry<2, false>), METH_FASTCALL | METH_KEYWORDS, MYCONV_CONV_DOC("conv2d")},
+    {"conv3d", as_c_function(entry<3, false>), METH_FASTCALL | METH_KEYWORDS, MYCONV_CONV_DOC("conv3d")},
+    {"conv_transpose1d", as_c_function(entry<1, true>), METH_FASTCALL | METH_KEYWORDS, MYCONV_TRANSPOSE_DOC("conv_transpose1d")},
+    {"conv_transpose2d", as_c_function(entry<2, true>), METH_FASTCALL | METH_KEYWORDS, MYCONV_TRANSPOSE_DOC("conv_transpose2d")},
+    {"conv_transpose3d", as_c_function(entry<3, true>), METH_FASTCALL | METH_KEYWORDS, MYCONV_TRANSPOSE_DOC("conv_transpose3d")},
+    {nullptr, nullptr, 0, nullptr},
+};
+
+Direction direction_named(const std::string& name) {
+  if (name == "forward") return Direction::kForward;
+  if (name == "backward_input") return Direction::kBackwardInput;
+  if (name == "backward_weight") return Direction::kBackwardWeight;
+  throw py::value_error("direction must be 'forward', 'backward_input' or 'backward_weight', got '" + name + "'");
+}
+
+using IntList = std::vector<int64_t>;
+using OptionalList = std::optional<IntList>;
+
+std::optional<c10::IntArrayRef> as_ref(const OptionalList& list) {
+  return list ? std::make_optional(c10::IntArrayRef(*list)) : std::nullopt;
+}
+
+IntList check_call_lists(const std::string& name, int rank, bool transposed, const IntList& input, const IntList& weight,
+                         const OptionalList& bias, const IntList& stride, const IntList& padding, const IntList& output_padding,
+                         const IntList& dilation, int64_t groups) {
+  const Sizes size = check_call({name.c_str(), rank, transposed, input, weight, as_ref(bias), stride, padding, output_padding,
+                                 dilation, groups});
+  return IntList(size.begin(), size.end());
+}
+
+// Every row of a direction's table and why it declines the given convolution (None: it accepts).
+std::vector<std::pair<std::string, std::optional<std::string>>> selection(
+    const std::string& direction, const IntList& input_size, const IntList& weight_size, const IntList& output_size,
+    const IntList& stride, const IntList& padding, const IntList& dilation, int64_t groups, int64_t padding_mode,
+    at::ScalarType dtype, bool channels_last) {
+  IntList output{input_size.at(0), weight_size.at(0)}, weight_strides(weight_size.size(), 1);
+  output.insert(output.end(), output_size.begin(), output_size.end());
+  for (int64_t d = static_cast<int64_t>(weight_size.size()) - 2; d >= 0; --d)
+    weight_strides[d] = weight_strides[d + 1] * weight_size[d + 1];
+  const Direction d = direction_named(direction);
+  const ConvShape shape = make_conv_shape({"selection", d, input_size, weight_size, output, std::nullopt, stride, padding,
+                                           dilation, groups, padding_mode},
+                                          weight_strides, dtype, channels_last);
+  std::vector<std::pair<std::string, std::optional<std::string>>> rows;
+  const AlgorithmTable& table = cpu::table(d);
+  for (int i = 0; i < table.size; ++i) {
+    const char* reason = table.rows[i].decline(shape);
+    rows.emplace_back(table.rows[i].name, reason ? std::make_optional<std::string>(reason) : std::nullopt);
+  }
+  return rows;
+}
+
+}  // namespace
+}  // namespace myconv
+
+PYBIND11_MODULE(_C, m) {
+  using namespace myconv;
+  m.doc() = "The compiled part of myconv: operators, fast entries and introspection.";
+  if (PyModule_AddFunctions(m.ptr(), kEntries) != 0) throw py::error_already_set();
+  m.def("set_general", [](const std::string& name, py::object function) {
+    for (int t = 0; t < 2; ++t)
+      for (int r = 0; r < 3; ++r)
+        if (name == kFunctions[t][r]) {
+          Py_XDECREF(general[t][r]);
+          general[t][r] = function.release().ptr();
+          return;
+        }
+    throw py::value_error("no entry is called " + name);
+  });
+  m.def("check_call", &check_call_lists);
+  m.def("check_storage", &check_storage);
+  m.def("isas", &cpu::runnable_isas);
+  m.def("isa", &cpu::isa_in_force);
+  m.def("cap_isa", &cpu::cap_isa);
+  m.def("isa_cap", &cpu::isa_cap);
+  m.def("algorithms", [](const std::string& direction) {
+    const AlgorithmTable& table = cpu::table(direction_named(direction));
+    std::vector<std::string> names;
+    for (int i = 0; i < table.size; ++i) names.emplace_back(table.rows[i].name);
+    return names;
+  });
+  m.def("force_algorithm", [](const std::string& direction, const std::optional<std::string>& name) {
+    force_algorithm(direction_named(direction), name ? name->c_str() : nullptr);
+  });
+  m.def("forced_algorithm", [](const std::string& direction) -> std::optional<std::string> {
+    const char* name = forced_algorithm(direction_named(direction));
+    return name ? std::make_optional<std::string>(name) : std::nullopt;
+  });
+  m.def("selection", &selection);
+}

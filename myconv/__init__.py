@@ -1,0 +1,49 @@
+"""torch.nn's convolution family, rebuilt: a drop-in for ``nn.Conv1d`` .. ``nn.ConvTranspose3d``.
+
+>>> import torch, myconv
+>>> model = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3), torch.nn.ReLU())
+>>> report = myconv.replace(model)
+"""
+
+import torch
+
+from ._version import __version__
+
+
+def _check_build() -> None:
+    """A library compiled against one torch can crash in another: compare before anything is loaded."""
+    try:
+        from . import _build
+    except ImportError:
+        raise ImportError(
+            "myconv is not built here. In its source tree run: python setup.py develop "
+            "(or pip install --no-build-isolation -e .)"
+        ) from None
+    built, imported = (v.split("+")[0] for v in (_build.TORCH_VERSION, torch.__version__))
+    if built != imported:
+        raise ImportError(
+            f"myconv was built against torch {_build.TORCH_VERSION} but torch {torch.__version__} is imported. "
+            "Rebuild it in this environment: pip install --no-build-isolation --force-reinstall --no-deps <source tree>"
+        )
+
+
+_check_build()
+
+from . import flags, functional  # noqa: E402
+from . import _register as _register  # noqa: E402, PLC0414
+from .convert import replace, restore  # noqa: E402
+from .modules import Conv1d, Conv2d, Conv3d, ConvTranspose1d, ConvTranspose2d, ConvTranspose3d  # noqa: E402
+
+__all__ = [
+    "Conv1d",
+    "Conv2d",
+    "Conv3d",
+    "ConvTranspose1d",
+    "ConvTranspose2d",
+    "ConvTranspose3d",
+    "__version__",
+    "flags",
+    "functional",
+    "replace",
+    "restore",
+]

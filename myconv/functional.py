@@ -1,0 +1,179 @@
+"""Convolutions with the signatures of :mod:`torch.nn.functional`.
+
+``conv1d`` .. ``conv_transpose3d`` are C functions. A plain call never enters Python; any other one (a padding string, a tensor
+subclass, a mode, a list or a NumPy int as parameter) goes to the function of the same name below with a leading underscore,
+which is also what Dynamo traces. Both end in one of two operators::
+
+    conv_forward(input, weight, bias, output_size, stride, padding, dilation, groups, padding_mode)
+    conv_backward_input(input, weight, bias, output_size, ...)        # a transposed convolution
+
+The operators are told the spatial size of their result, so ``padding`` is only the low side: ``'same'`` with an even kernel and
+``output_padding`` need no padding copy.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Sequence
+
+import torch
+from torch import SymInt, Tensor
+from torch.overrides import handle_torch_function, has_torch_function
+
+from . import _C
+
+__all__ = ["conv1d", "conv2d", "conv3d", "conv_transpose1d", "conv_transpose2d", "conv_transpose3d"]
+
+conv1d, conv2d, conv3d = _C.conv1d, _C.conv2d, _C.conv3d
+conv_transpose1d, conv_transpose2d, conv_transpose3d = _C.conv_transpose1d, _C.conv_transpose2d, _C.conv_transpose3d
+
+PADDING_MODES = {"zeros": 0, "reflect": 1, "replicate": 2, "circular": 3}  # the values of csrc/conv_shape.h
+
+
+def _integer(function: str, argument: str, value) -> int:
+    if isinstance(value, (int, SymInt)) and not isinstance(value, bool):
+        return value
+    try:
+        return operator.index(value)
+    except TypeError:
+        kind = type(value).__name__
+        raise TypeError(f"{function}(): argument '{argument}' must be int or tuple of ints, not {kind}") from None
+
+
+def _axes(function: str, argument: str, value, rank: int) -> list[int]:
+    """The value of one parameter as a list: of one entry for each axis where the caller's length allows it."""
+    if isinstance(value, (tuple, list)):
+        entries = [operator.index(v) if isinstance(v, bool) else _integer(function, argument, v) for v in value]
+    elif isinstance(value, bool):
+        raise TypeError(f"{function}(): argument '{argument}' must be int or tuple of ints, not bool")
+    else:
+        entries = [_integer(function, argument, value)]
+    for entry in entries:
+        if isinstance(entry, int) and not -(2**63) < entry < 2**63:
+            error = TypeError if isinstance(value, (tuple, list)) else ValueError
+            raise error(f"{function}(): argument '{argument}': Overflow when unpacking long long, got {entry}")
+    return entries * rank if len(entries) == 1 else entries
+
+
+def _tensor(function: str, argument: str, value) -> None:
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{function}(): argument '{argument}' must be Tensor, not {type(value).__name__}")
+
+
+def _concrete(*sizes: Sequence[int]) -> bool:
+    return all(type(entry) is int for size in sizes for entry in size)
+
+
+def _same_padding(name, rank, input, weight, stride, dilation) -> tuple[list[int], list[int]]:
+    """Low sides and sizes of padding='same': the size stays, and an odd total has its larger half on the high side."""
+    if input.dim() not in (rank + 1, rank + 2) or weight.dim() != rank + 2:
+        return [0] * rank, []  # the check that follows refuses the call
+    for argument, values in (("stride", stride), ("dilation", dilation)):
+        if len(values) != rank:
+            raise RuntimeError(f"{argument} cannot broadcast to {rank} dimensions: got {argument}={tuple(values)}")
+    if any(s != 1 for s in stride):
+        raise RuntimeError(f"padding='same' is not supported for strided convolutions, got stride={tuple(stride)}")
+    low = [d * (k - 1) // 2 for d, k in zip(dilation, weight.shape[2:])]
+    return low, list(input.shape[-rank:])
+
+
+def _convolve(name, rank, transposed, input, weight, bias, stride, padding, output_padding, dilation, groups, padding_mode):
+    _tensor(name, "input", input)
+    _tensor(name, "weight", weight)
+    if bias is not None:
+        _tensor(name, "bias", bias)
+    if padding_mode not in PADDING_MODES:
+        modes = ", ".join(map(repr, PADDING_MODES))
+        raise ValueError(f"padding_mode must be one of {modes}, but got padding_mode={padding_mode!r}")
+    if isinstance(groups, bool) or isinstance(groups, (tuple, list)):
+        raise TypeError(f"{name}(): argument 'groups' must be int, not {type(groups).__name__}")
+    groups = _axes(name, "groups", groups, 1)[0]
+    stride = _axes(name, "stride", stride, rank)
+    dilation = _axes(name, "dilation", dilation, rank)
+    output_padding = _axes(name, "output_padding", output_padding, rank)
+    size = None
+    if isinstance(padding, str) and not transposed:
+        if input.dim() not in (rank + 1, rank + 2):
+            size = []
+        elif padding not in ("same", "valid"):
+            raise RuntimeError(f"Invalid padding string: '{padding}', should be one of 'same', 'valid'")
+        if padding == "same":
+            padding, size = _same_padding(name, rank, input, weight, stride, dilation)
+            check_padding = [-(-d * (k - 1) // 2) for d, k in zip(dilation, weight.shape[2:])] or padding
+        else:
+            padding = check_padding = [0] * rank
+    else:
+        padding = check_padding = _axes(name, "padding", padding, rank)
+
+    shapes = [tuple(input.shape), tuple(weight.shape), None if bias is None else tuple(bias.shape)]
+    parameters = [stride, check_padding, output_padding, dilation]
+    if not torch.compiler.is_compiling() and _concrete(*(s or () for s in shapes), *parameters, [groups]):
+        checked = _C.check_call(name, rank, transposed, *shapes, *parameters, groups)
+        size = size or checked
+    if not torch.compiler.is_compiling():
+        _C.check_storage(input, weight, bias)
+    if not size:
+        size = _result_size(rank, transposed, input, weight, stride, padding, output_padding, dilation)
+
+    batched = input.dim() == rank + 2
+    x = input if batched else input.unsqueeze(0)
+    op = torch.ops.myconv.conv_backward_input if transposed else torch.ops.myconv.conv_forward
+    y = op(x, weight, bias, size, stride, padding, dilation, groups, PADDING_MODES[padding_mode])
+    if not transposed and x.shape[1] == 0:
+        y = y.narrow(1, 0, 0)  # torch gives a convolution over no channels no channels
+    return y if batched else y.squeeze(0)
+
+
+def _result_size(rank, transposed, input, weight, stride, padding, output_padding, dilation) -> list[int]:
+    """The formula of csrc/checks.cpp for sizes that only Python can follow: symbolic ones."""
+    size = []
+    for i in range(rank):
+        extent, reach = input.shape[i - rank], dilation[i] * (weight.shape[i + 2] - 1)
+        if transposed:
+            size.append((extent - 1) * stride[i] - 2 * padding[i] + reach + output_padding[i] + 1)
+        else:
+            size.append((extent + 2 * padding[i] - reach - 1) // stride[i] + 1)
+    return size
+
+
+def _conv_function(rank: int, entry):
+    name = entry.__name__
+
+    def conv(input, weight, bias=None, stride=1, padding=0, dilation=1, groups=1, *, padding_mode="zeros"):
+        tensors = (input, weight, bias)
+        if has_torch_function(tensors):
+            return handle_torch_function(
+                entry, tensors, input, weight, bias, stride, padding, dilation, groups, padding_mode=padding_mode
+            )
+        return _convolve(name, rank, False, input, weight, bias, stride, padding, 0, dilation, groups, padding_mode)
+
+    return conv
+
+
+def _conv_transpose_function(rank: int, entry):
+    name = entry.__name__
+
+    def conv_transpose(input, weight, bias=None, stride=1, padding=0, output_padding=0, groups=1, dilation=1):
+        tensors = (input, weight, bias)
+        if has_torch_function(tensors):
+            return handle_torch_function(
+                entry, tensors, input, weight, bias, stride, padding, output_padding, groups, dilation
+            )
+        return _convolve(name, rank, True, input, weight, bias, stride, padding, output_padding, dilation, groups, "zeros")
+
+    return conv_transpose
+
+
+def _register(entry, function) -> None:
+    function.__name__ = function.__qualname__ = entry.__name__
+    _C.set_general(entry.__name__, function)
+    torch.compiler.substitute_in_graph(entry, skip_signature_check=True)(function)
+
+
+for _rank, _conv, _conv_transpose in (
+    (1, conv1d, conv_transpose1d),
+    (2, conv2d, conv_transpose2d),
+    (3, conv3d, conv_transpose3d),
+):
+    _register(_conv, _conv_function(_rank, _conv))
+    _register(_conv_transpose, _conv_transpose_function(_rank, _conv_transpose))

@@ -1,0 +1,128 @@
+"""No kernel reads or writes a byte outside its tensors: each operand lies against a page that may not be touched.
+
+All of it runs in one child process, since a stray access ends the process; the child says what it is about to do, so
+the last line names the culprit. Outputs cannot be placed, so where glibc has its checking allocator the child runs
+under it, and a write past the end of an output or a workspace ends the process too.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import mmap
+import os
+import pathlib
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from cases import BY_NAME, DIRECTIONS, make_tensors
+from conftest import SEED, bias_for, convolution_roles, forced, kernels, run_operator
+
+PAGE = mmap.PAGESIZE
+NAMES = (
+    "in_channels_1 in_channels_13 in_channels_17 out_channels_5 out_channels_15 out_channels_33 width_1 width_7 width_15 "
+    "width_17 width_33 length_7 length_33 depth_tail all_tails stride_2 stride_3_2 stride_beyond_kernel_padded "
+    "dilation_3_stride_2 groups_5_of_17 groups_narrowing depthwise depthwise_times_2 depthwise_times_3 depthwise_5x5 "
+    "depthwise_1d 1x1 1x1_stride_2 1x1_padded 7x7 31x31_depthwise 64x1 4x4_stride_2 same_even padding_beyond_kernel "
+    "reflect_per_dimension replicate_3d circular_1d resnet_stem resnet_3x3 convnext_depthwise transposed_stride_2 "
+    "transposed_1d_stride_3 transposed_3d"
+).split()
+DTYPES = (torch.float32, torch.float64, torch.bfloat16)
+PROT_NONE = 0
+# glibc's allocator with a canary after each block; MALLOC_CHECK_=3 aborts where it is overwritten.
+CHECKING_ALLOCATOR = "libc_malloc_debug.so.0"
+
+_libc = ctypes.CDLL(None, use_errno=True)
+_mappings: list[mmap.mmap] = []
+
+
+def guarded(tensor: torch.Tensor, end: bool) -> torch.Tensor:
+    """A copy, strides included, that ends right before an untouchable page, or else begins right after one."""
+    if tensor.numel() == 0:
+        return tensor
+    span = 1 + sum((n - 1) * s for n, s in zip(tensor.shape, tensor.stride(), strict=True))
+    size = span * tensor.element_size()
+    pages = -(-size // PAGE)
+    mapping = mmap.mmap(-1, (pages + 2) * PAGE)
+    offset = PAGE + (pages * PAGE - size if end else 0)
+    flat = torch.frombuffer(mapping, dtype=tensor.dtype, count=span, offset=offset)
+    copy = flat.as_strided(tensor.shape, tensor.stride()).copy_(tensor)
+    first = ctypes.addressof(ctypes.c_char.from_buffer(mapping))
+    for page in (first, first + (pages + 1) * PAGE):
+        if _libc.mprotect(ctypes.c_void_p(page), ctypes.c_size_t(PAGE), PROT_NONE):
+            raise OSError(ctypes.get_errno(), "mprotect")
+    _mappings.append(mapping)  # the tensor does not own it
+    return copy
+
+
+def check(name: str, progress) -> None:
+    """Every direction, layout, dtype, row and ISA of a case, with all operands guarded: same bits as without."""
+    case = BY_NAME[name]
+    for dtype in DTYPES:
+        for layout in ("contiguous", "channels_last", "sliced"):
+            x, w, b, y = convolution_roles(case, make_tensors(case, dtype, layout, SEED, integers=True))
+            for direction in DIRECTIONS:
+                bias = bias_for(case, direction, b)
+                available = kernels(direction, case.problem, (x, w, y), layout)
+                for end in (True, False):
+                    operands = [None if t is None else guarded(t, end) for t in (x, w, bias, y)]
+                    for row, isa in available:
+                        where = "end" if end else "start"
+                        progress(
+                            f"{name} {direction} row={row} isa={isa} layout={layout} {dtype} guard at the {where}"
+                        )
+                        with forced(direction, row, isa):
+                            actual = run_operator(direction, *operands, case.problem)
+                            expected = run_operator(direction, x, w, bias, y, case.problem)
+                        if not torch.equal(actual, expected):
+                            raise AssertionError("the result differs from that of the same values elsewhere")
+    _mappings.clear()
+
+
+def run_child(arguments: list[str]) -> tuple[int, list[str]]:
+    environment = dict(
+        os.environ, PYTHONPATH=os.pathsep.join(filter(None, sys.path)), MYCONV_TEST_SEED=str(SEED)
+    )
+    for folder in ("/lib/x86_64-linux-gnu", "/usr/lib64", "/lib64", "/lib/aarch64-linux-gnu"):
+        library = pathlib.Path(folder, CHECKING_ALLOCATOR)
+        if library.exists():
+            environment |= {"LD_PRELOAD": str(library), "MALLOC_CHECK_": "3"}
+            break
+    command = [sys.executable, "-X", "faulthandler", __file__, *arguments]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    return done.returncode, [*done.stdout.splitlines(), *done.stderr.splitlines()]
+
+
+def test_every_access_stays_inside():
+    status, lines = run_child(NAMES)
+    reached = [line for line in lines if line.startswith("case ")]
+    last = reached[-1] if reached else "nothing"
+    others = "\n".join(line for line in lines if not line.startswith("case "))
+    assert status == 0, f"exit status {status} (negative: a signal) at: {last}\n{others[-3000:]}"
+    assert len({line.split()[1] for line in reached}) == len(NAMES)
+
+
+@pytest.mark.parametrize("side", ["end", "start"])
+def test_the_guard_guards(side):
+    """A read one element outside must end the child, or the test above proves nothing."""
+    status, lines = run_child([f"stray-{side}"])
+    assert status < 0, f"exit status {status}\n" + "\n".join(lines)
+    assert "case the tensor itself was read" in lines
+
+
+def stray(side: str) -> None:
+    tensor = guarded(torch.arange(1000.0), end=side == "end")
+    assert tensor.sum() == 499500
+    print("case the tensor itself was read", flush=True)
+    address = tensor.data_ptr() + (tensor.nbytes if side == "end" else -tensor.element_size())
+    print(ctypes.c_float.from_address(address).value)
+
+
+if __name__ == "__main__":
+    if sys.argv[1].startswith("stray-"):
+        stray(sys.argv[1].removeprefix("stray-"))
+    else:
+        for name in sys.argv[1:]:
+            check(name, lambda text: print("case", text, flush=True))

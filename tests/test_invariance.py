@@ -1,0 +1,122 @@
+"""The same sample gives the same bits at any batch size, in any position, with any number of threads, in any run."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from cases import BY_NAME, CHANNELS_LAST, DIRECTIONS, Case, make_tensors
+from conftest import bias_for, convolution_roles, forced, kernels, noting, our_conv, run_operator, threads
+
+BATCH = 8
+# Shapes that tempt an implementation to look at the batch: few pixels, many channels, tails, and enough work to share.
+INVARIANCE = [
+    BY_NAME[name].with_batch(BATCH)
+    for name in (
+        "in_channels_17 out_channels_33 all_tails width_1 stride_2 stride_3_2 dilation_2 groups_4_of_16 depthwise "
+        "depthwise_stride_2 1x1 1x1_of_1x1 1x1_stride_2 7x7 kernel_is_input reflect_2d circular_depthwise resnet_stem "
+        "resnet_3x3 vgg_3x3 wav2vec_feature video_3x3x3 unet_up transposed_stride_2 transposed_1d_stride_3"
+    ).split()
+]
+LAYOUTS = ["contiguous", "channels_last"]
+# Smallest and oddest, the ends, and an unaligned start.
+PARTS = [slice(0, 1), slice(7, 8), slice(3, 4), slice(0, 2), slice(1, 4), slice(5, 8)]
+
+
+def every_kernel(case: Case, direction: str, layout: str, seed: int):
+    """(run, operands) of each row and ISA; run(x, y) takes parts of the batch."""
+    x, w, b, y = convolution_roles(case, make_tensors(case, torch.float32, layout, seed))
+    b = bias_for(case, direction, b)
+    for row, isa in kernels(direction, case.problem, (x, w, y), layout):
+
+        def run(x: torch.Tensor, y: torch.Tensor, row=row, isa=isa) -> torch.Tensor:
+            with forced(direction, row, isa), noting(batch=x.shape[0]):
+                return run_operator(direction, x, w, b, y, case.problem)
+
+        yield run, x, y
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("direction", ["forward", "backward_input"])
+@pytest.mark.parametrize("case", INVARIANCE)
+def test_any_batch(case, direction, layout, seed):
+    for run, x, y in every_kernel(case, direction, layout, seed):
+        whole = run(x, y)
+        for part in PARTS:
+            with noting(samples=part):
+                assert torch.equal(run(x[part], y[part]), whole[part])
+        order = torch.randperm(BATCH, generator=torch.Generator().manual_seed(seed))
+        with noting(samples=order.tolist()):
+            assert torch.equal(run(like(x, x[order]), like(y, y[order])), whole[order])
+
+
+def like(tensor: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
+    """`other` in the memory format of `tensor`."""
+    return torch.empty_like(tensor).copy_(other)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("direction", ["forward", "backward_input"])
+@pytest.mark.parametrize("case", INVARIANCE)
+def test_a_sample_made_a_batch(case, direction, layout, seed):
+    """x[i].unsqueeze(0), with its odd stride in dimension 0, a clone of it, and an expanded batch of one sample."""
+    for run, x, y in every_kernel(case, direction, layout, seed):
+        whole = run(x, y)
+        for i in (0, BATCH - 1):
+            single = run(x[i].unsqueeze(0), y[i].unsqueeze(0))
+            assert torch.equal(single, whole[i : i + 1])
+            assert torch.equal(run(x[i : i + 1].clone(), y[i : i + 1].clone()), single)
+        repeated = run(like(x, x[:1].expand_as(x)), like(y, y[:1].expand_as(y)))
+        assert torch.equal(repeated, whole[:1].expand_as(whole))
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("direction", DIRECTIONS)
+@pytest.mark.parametrize("case", INVARIANCE)
+def test_any_thread_count_and_any_run(case, direction, layout, seed):
+    for run, x, y in every_kernel(case, direction, layout, seed):
+        results = []
+        for count in (1, 2, 3, 1, 2):
+            with threads(count), noting(threads=count):
+                results.append(run(x, y))
+        for result in results[1:]:
+            assert torch.equal(result, results[0])
+
+
+@pytest.mark.parametrize("offset", [1, 3, 4, 15])
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("direction", DIRECTIONS)
+@pytest.mark.parametrize("case", INVARIANCE[::3])
+def test_any_alignment(case, direction, layout, offset, seed):
+    """Nothing is chosen or peeled by the address of the data."""
+
+    def shifted(tensor: torch.Tensor) -> torch.Tensor:
+        buffer = torch.empty(tensor.numel() + 16, dtype=tensor.dtype)
+        return buffer.as_strided(tensor.shape, tensor.stride(), offset).copy_(tensor)
+
+    for run, x, y in every_kernel(case, direction, layout, seed):
+        assert torch.equal(run(shifted(x), shifted(y)), run(x, y))
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("case", INVARIANCE)
+def test_whole_calls(case, layout, seed):
+    """The functional calls with the kernels that they choose themselves: batch, threads and unbatched input."""
+    x, w, b, gy = make_tensors(case, torch.float32, layout, seed)
+
+    def output_and_input_gradient(x: torch.Tensor, gy: torch.Tensor) -> list[torch.Tensor]:
+        leaf = x.detach().requires_grad_()
+        y = our_conv(case, leaf, w, b)
+        return [y.detach(), *torch.autograd.grad(y, leaf, gy)]
+
+    with threads(2):
+        whole = output_and_input_gradient(x, gy)
+    for count in (1, 2):
+        with threads(count), noting(threads=count):
+            for part in PARTS[:4]:
+                for a, e in zip(output_and_input_gradient(x[part], gy[part]), whole, strict=True):
+                    assert torch.equal(a, e[part])
+            if (
+                layout == "contiguous" or case.rank + 2 not in CHANNELS_LAST
+            ):  # one sample has no channels_last
+                assert torch.equal(our_conv(case, x[2], w, b), whole[0][2])

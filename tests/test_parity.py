@@ -1,0 +1,401 @@
+"""Values, strides and dtypes of the forward and of all gradients against torch in float64."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+import myconv
+from cases import (
+    BY_NAME,
+    CASES,
+    CHANNELS_LAST,
+    CORE,
+    DIRECTIONS,
+    PIECE_PAIRS,
+    Case,
+    Problem,
+    Tensors,
+    lay_out,
+    layout_is_ambiguous,
+    make_tensors,
+    reference_operator,
+    split,
+    torch_conv,
+    torch_operator,
+)
+from conftest import (
+    ROUNDS_INTEGERS,
+    assert_accurate,
+    bias_for,
+    convolution_roles,
+    forced,
+    kernels,
+    noting,
+    our_conv,
+    run_operator,
+)
+
+NAMES = ("output", "input gradient", "weight gradient", "bias gradient")
+EXACT = {torch.float32: torch.float64, torch.float64: torch.float64, torch.bfloat16: torch.float64}
+EXACT |= {torch.float16: torch.float64, torch.complex64: torch.complex128, torch.complex128: torch.complex128}
+
+
+def with_gradients(conv, case: Case, tensors: Tensors) -> list[torch.Tensor]:
+    """The output and the gradients of all arguments. The leaves keep their layout."""
+    leaves = [t.detach().requires_grad_() for t in tensors[:3] if t is not None]
+    y = conv(case, *leaves, *[None] * (3 - len(leaves)))
+    return [y.detach(), *torch.autograd.grad(y, leaves, tensors.gy)]
+
+
+def exact_results(case: Case, tensors: Tensors) -> list[torch.Tensor]:
+    """with_gradients through torch in float64 (complex128), in pieces where the tensors are of that dtype."""
+    dtype = tensors.x.dtype
+    x, w, b, gy = (None if t is None else t.to(EXACT[dtype]).contiguous() for t in tensors)
+    if dtype != EXACT[dtype]:
+        return with_gradients(torch_conv, case, Tensors(x, w, b, gy))
+    xs, ws, gys = split(x), split(w), split(gy)
+    y = gx = gw = 0
+    for i, j in PIECE_PAIRS:
+        partial_y, partial_gx, _ = with_gradients(torch_conv, case, Tensors(xs[i], ws[j], None, gys[i]))
+        y, gx = y + partial_y, gx + partial_gx
+        gw = gw + with_gradients(torch_conv, case, Tensors(xs[j], ws[j], None, gys[i]))[2]
+    if b is None:
+        return [y, gx, gw]
+    gb = sum(piece.sum([0, *range(2, gy.dim())]) for piece in reversed(gys))
+    return [y + b.reshape(-1, *[1] * case.rank), gx, gw, gb]
+
+
+def check_parity(case: Case, tensors: Tensors) -> None:
+    dtype = tensors.x.dtype
+    ours = with_gradients(our_conv, case, tensors)
+    assert [t.dtype for t in ours] == [dtype] * len(ours)
+    exact = exact_results(case, tensors)
+    # torch's own error counts in the table only where a result is held to a relative error.
+    half = dtype in (torch.float16, torch.bfloat16)
+    torchs = [None] * len(ours) if half else with_gradients(torch_conv, case, tensors)
+    for name, a, e, t in zip(NAMES, ours, exact, torchs, strict=False):
+        assert_accurate(a, e, t, name)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last", "sliced"])
+@pytest.mark.parametrize("case", CASES)
+def test_forward_and_gradients(case, layout, dtype, seed):
+    check_parity(case, make_tensors(case, dtype, layout, seed))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.complex64, torch.complex128])
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+@pytest.mark.parametrize("case", CORE)
+def test_other_dtypes(case, layout, dtype, seed):
+    check_parity(case, make_tensors(case, dtype, layout, seed))
+
+
+@pytest.mark.parametrize("layout", ["expanded", "transposed"])
+@pytest.mark.parametrize("case", CORE)
+def test_other_layouts(case, layout, seed):
+    check_parity(case, make_tensors(case, torch.float32, layout, seed))
+
+
+@pytest.mark.parametrize("layouts", [("channels_last", "contiguous"), ("contiguous", "channels_last")])
+@pytest.mark.parametrize("case", CORE)
+def test_mixed_layouts(case, layouts, seed):
+    """Input, weight and gradient each in a layout of its own."""
+    x, w, b, gy = make_tensors(case, torch.float32, "contiguous", seed)
+    check_parity(case, Tensors(lay_out(x, layouts[0]), lay_out(w, layouts[1]), b, lay_out(gy, layouts[1])))
+
+
+@pytest.mark.parametrize("case", [case for case in CORE if case.input[0]])
+def test_unbatched(case, seed):
+    x, w, b, gy = make_tensors(case, torch.float32, "contiguous", seed)
+    ours = with_gradients(our_conv, case, Tensors(x[0], w, b, gy[0]))
+    batched = with_gradients(our_conv, case, Tensors(x[:1], w, b, gy[:1]))
+    batched[:2] = [t.squeeze(0) for t in batched[:2]]
+    for name, a, e in zip(NAMES, ours, batched, strict=False):
+        assert torch.equal(a, e), name
+
+
+# ----------------------------------------------------------------------------------------- integer dtypes
+
+INTEGER_DTYPES = [torch.int8, torch.uint8, torch.int16, torch.int32, torch.int64]
+
+
+@pytest.mark.parametrize("dtype", INTEGER_DTYPES)
+@pytest.mark.parametrize("case", CORE)
+def test_integer_dtypes(case, dtype, seed):
+    """Sums of full-range values wrap around: the reference is torch in int64, cut to the dtype."""
+    tensors = make_tensors(case, torch.int64, "contiguous", seed)
+    scale = torch.iinfo(dtype).max // 5
+    x, w, b = (None if t is None else (t * scale).to(dtype) for t in tensors[:3])
+    expected = torch_conv(case, x.long(), w.long(), None)  # torch casts an integer bias of some paths
+    if b is not None:
+        expected = expected + b.long().reshape(-1, *[1] * case.rank)
+    actual = our_conv(case, x, w, b)
+    assert actual.dtype == dtype
+    assert torch.equal(actual, expected.to(dtype))
+
+
+# ---------------------------------------------------------------------- every row of every table, to the bit
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("direction", DIRECTIONS)
+@pytest.mark.parametrize("case", CASES)
+def test_exact_on_integers(case, direction, dtype, seed):
+    """With small integers every sum is exact in any order, so each row on each ISA must give the same bits.
+
+    A result that does not fit the dtype is rounded once.
+    """
+    check_rows(case, direction, dtype, seed, integers=True)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("direction", DIRECTIONS)
+@pytest.mark.parametrize("case", CORE)
+def test_every_row_is_accurate(case, direction, dtype, seed):
+    check_rows(case, direction, dtype, seed, integers=False)
+
+
+def check_rows(case: Case, direction: str, dtype: torch.dtype, seed: int, integers: bool) -> None:
+    for layout in ("contiguous", "channels_last")[: 2 if case.rank > 1 else 1]:
+        x, w, b, y = convolution_roles(case, make_tensors(case, dtype, layout, seed, integers))
+        b = bias_for(case, direction, b)
+        expected = reference_operator(direction, x, w, b, y, case.problem)
+        torchs = None if integers else torch_operator(direction, x, w, b, y, case.problem)
+        available = kernels(direction, case.problem, (x, w, y), layout)
+        assert {isa for _, isa in available} == set(myconv._C.isas()), "an ISA is left without any row"
+        for row, isa in available:
+            with forced(direction, row, isa), noting(layout=layout):
+                actual = run_operator(direction, x, w, b, y, case.problem)
+                if integers and row not in ROUNDS_INTEGERS:
+                    assert actual.dtype == dtype
+                    assert torch.equal(actual, expected.to(dtype)), describe_difference(actual, expected)
+                else:
+                    assert_accurate(actual, expected, torchs)
+
+
+def describe_difference(actual: torch.Tensor, expected: torch.Tensor) -> str:
+    wrong = (actual.double() != expected.to(actual.dtype).double()).nonzero()
+    if not len(wrong):
+        return f"shape {tuple(actual.shape)}, expected {tuple(expected.shape)}"
+    at = tuple(wrong[0].tolist())
+    return f"{len(wrong)} of {actual.numel()} elements differ, first {at}: {actual[at]} for {expected[at]}"
+
+
+# ------------------------------------------------------------------------------------------ told sizes
+
+
+@pytest.mark.parametrize("change", [-2, -1, 1, 3])
+@pytest.mark.parametrize("direction", DIRECTIONS)
+@pytest.mark.parametrize(
+    "name",
+    [
+        "length_16",
+        "out_channels_6",
+        "stride_2",
+        "stride_3_2",
+        "dilation_2",
+        "depthwise",
+        "1x1_stride_2",
+        "7x7",
+        "groups_2",
+        "stride_2_3d",
+        "depthwise_stride_2",
+    ],
+)
+def test_told_sizes(name, direction, change, seed):
+    """Any output size is legal in zeros mode: beyond the input is zero, what is short is not computed."""
+    case = BY_NAME[name]
+    problem = case.problem
+    output_size = tuple(n + change for n in problem.output_size)
+    problem = problem._replace(output_size=output_size)
+    x, w, b, _ = make_tensors(case, torch.float32, "contiguous", seed, integers=True)
+    y = make_tensors(case, torch.float32, "contiguous", seed + 1, integers=True).gy
+    repeats = [math.ceil(n / m) for n, m in zip(output_size, y.shape[2:], strict=True)]
+    y = y.repeat(1, 1, *repeats)[(..., *[slice(n) for n in output_size])].contiguous()
+    b = bias_for(case, direction, b)
+    expected = reference_operator(direction, x, w, b, y, problem)
+    for row, isa in kernels(direction, problem, (x, w, y), "contiguous"):
+        with forced(direction, row, isa):
+            actual = run_operator(direction, x, w, b, y, problem)
+            if row in ROUNDS_INTEGERS:
+                assert_accurate(actual, expected)
+            else:
+                assert torch.equal(actual.double(), expected), describe_difference(actual, expected)
+
+
+@pytest.mark.parametrize("low", [(0, 3), (4, 1), (7, 7)])
+@pytest.mark.parametrize("direction", DIRECTIONS)
+def test_low_padding_alone(low, direction, seed):
+    """The high side is whatever the size implies: causal and other one-sided padding, or a cropped far end."""
+    problem = Problem((2, 5, 7, 8), (6, 5, 3, 4), (6, 6), (1, 1), low, (1, 1), 1, 0)
+    generator = torch.Generator().manual_seed(seed)
+    shapes = (problem.input_size, problem.weight_size, (2, 6, *problem.output_size))
+    x, w, y = (torch.randint(-3, 4, shape, generator=generator).float() for shape in shapes)
+    expected = reference_operator(direction, x, w, None, y, problem)
+    for row, isa in kernels(direction, problem, (x, w, y), "contiguous"):
+        with forced(direction, row, isa):
+            actual = run_operator(direction, x, w, None, y, problem)
+            if row in ROUNDS_INTEGERS:
+                assert_accurate(actual, expected)
+            else:
+                assert torch.equal(actual.double(), expected), describe_difference(actual, expected)
+
+
+@pytest.mark.parametrize("direction", ["forward", "backward_input"])
+@pytest.mark.parametrize("name", ["reflect_2d", "replicate_3d", "circular_1d"])
+def test_padding_modes_take_a_smaller_output(name, direction, seed):
+    case = BY_NAME[name]
+    problem = case.problem._replace(output_size=tuple(n - 1 for n in case.problem.output_size))
+    x, w, b, y = make_tensors(case, torch.float32, "contiguous", seed, integers=True)
+    y = y[(..., *[slice(n) for n in problem.output_size])]
+    b = bias_for(case, direction, b)
+    actual = run_operator(direction, x, w, b, y, problem)
+    assert torch.equal(actual.double(), reference_operator(direction, x, w, b, y, problem))
+
+
+@pytest.mark.parametrize("mode", [1, 2, 3])
+@pytest.mark.parametrize("rank", [1, 2, 3])
+def test_transposed_padding_modes(rank, mode, seed):
+    """conv_backward_input with a bias and a padding mode: a transposed convolution that torch lacks."""
+    problem = Problem(
+        (2, 4, *(5, 6, 4)[:rank]),
+        (3, 4, *[3] * rank),
+        (5, 6, 4)[:rank],
+        (1,) * rank,
+        (1,) * rank,
+        (1,) * rank,
+        1,
+        mode,
+    )
+    generator = torch.Generator().manual_seed(seed)
+    shapes = (problem.input_size, problem.weight_size, (2, 3, *problem.output_size), (4,))
+    x, w, y, b = (torch.randint(-3, 4, shape, generator=generator).float() for shape in shapes)
+    actual = run_operator("backward_input", x, w, b, y, problem)
+    assert torch.equal(actual.double(), reference_operator("backward_input", x, w, b, y, problem))
+
+
+# ----------------------------------------------------------------------------------- the fused backward
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+@pytest.mark.parametrize(
+    "name", ["stride_2", "groups_2", "depthwise", "circular_1d", "batch_0", "video_3x3x3"]
+)
+def test_fused_backward(name, layout, seed):
+    """conv_backward gives what the single operators give, for each of the eight masks."""
+    case = BY_NAME[name]
+    tensors = make_tensors(case, torch.float32, layout, seed)
+    x, w, _, gy = tensors
+    single = [run_operator(d, x, w, None, gy, case.problem) for d in DIRECTIONS[1:]]
+    bias_gradient = gy.double().sum([0, *range(2, gy.dim())])
+    for bits in range(8):
+        mask = [bool(bits & bit) for bit in (1, 2, 4)]
+        with noting(mask=mask):
+            got = torch.ops.myconv.conv_backward(gy, x, w, *case.problem.parameters, mask)
+            assert [g is not None for g in got] == mask
+            for actual, expected in zip(got, single, strict=False):
+                assert actual is None or torch.equal(actual, expected)
+            if mask[2]:
+                assert_accurate(got[2], bias_gradient, gy.sum([0, *range(2, gy.dim())]), "bias gradient")
+            if mask[1]:
+                assert same_strides(got[1], w), "the weight gradient has strides of its own"
+
+
+# ---------------------------------------------------------------------------------------- output strides
+
+
+def same_strides(a: torch.Tensor, b: torch.Tensor) -> bool:
+    """Equal strides in the dimensions that have more than one element."""
+    return all(n <= 1 or s == t for n, s, t in zip(a.shape, a.stride(), b.stride(), strict=True))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize(
+    "layouts",
+    [
+        ("contiguous", "contiguous"),
+        ("channels_last", "contiguous"),
+        ("contiguous", "channels_last"),
+        ("channels_last", "channels_last"),
+        ("sliced", "contiguous"),
+        ("transposed", "contiguous"),
+        ("expanded", "contiguous"),
+    ],
+    ids="-".join,
+)
+@pytest.mark.parametrize("case", CORE)
+def test_output_strides(case, layouts, dtype, seed):
+    """channels_last if the input or the weight is, else contiguous, as torch's.
+
+    Three exceptions: torch drops channels_last in some padding modes and, in 3d, some dtypes, here it is kept;
+    torch's 1d output takes over a weight's permuted strides, here it is contiguous; and where size-1 dimensions
+    leave the layout open, either will do.
+    """
+    tensors = make_tensors(case, dtype, "contiguous", seed)
+    x, w = lay_out(tensors.x, layouts[0]), lay_out(tensors.w, layouts[1])
+    y = our_conv(case, x, w, tensors.b)
+    assert y.dtype == dtype
+    dense = [y.is_contiguous(), case.rank > 1 and y.is_contiguous(memory_format=CHANNELS_LAST[case.rank + 2])]
+    assert any(dense), f"strides {y.stride()} of shape {tuple(y.shape)} are not dense"
+    if any(map(layout_is_ambiguous, (x, w, y))):
+        return
+    channels_last = case.rank > 1 and "channels_last" in layouts
+    assert dense == [not channels_last, channels_last], f"strides {y.stride()} of shape {tuple(y.shape)}"
+    if case.rank == 2 and case.padding_mode == "zeros":
+        assert same_strides(y, torch_conv(case, x, w, tensors.b)), "torch has other strides"
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+@pytest.mark.parametrize("case", CORE)
+def test_operator_strides(case, layout, seed):
+    """conv_forward and conv_backward_input follow the layout of their activation, else of the weight."""
+    x, w, _, y = convolution_roles(case, make_tensors(case, torch.float32, layout, seed))
+    for direction, like in (("forward", y), ("backward_input", x)):
+        result = run_operator(direction, x, w, None, y, case.problem)
+        if case.rank > 1 and not any(map(layout_is_ambiguous, (x, w, y))):
+            assert same_strides(result, like), direction
+        else:
+            assert result.is_contiguous() or result.is_contiguous(
+                memory_format=CHANNELS_LAST.get(x.dim(), torch.contiguous_format)
+            )
+
+
+def test_arguments_are_left_alone(seed):
+    """No operator writes to what it was given."""
+    for case in CORE:
+        for layout in ("contiguous", "channels_last", "sliced"):
+            tensors = make_tensors(case, torch.float32, layout, seed)
+            before = [None if t is None else t.clone() for t in tensors]
+            with noting(case=case.name, layout=layout):
+                with_gradients(our_conv, case, tensors)
+                assert all(a is None or torch.equal(a, b) for a, b in zip(tensors, before, strict=True))
+
+
+# ------------------------------------------------------------------------------ values that are not finite
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+@pytest.mark.parametrize(
+    "name", ["out_channels_17", "stride_2", "depthwise", "1x1", "groups_2", "video_3x3x3"]
+)
+def test_not_finite_stays_local(name, layout, value, seed):
+    """One such input element reaches the outputs whose window holds it and no other, the same in every row."""
+    case = BY_NAME[name]
+    x, w, b, y = make_tensors(case, torch.float32, layout, seed, integers=True)
+    w = torch.where(
+        w == 0, torch.ones_like(w), w
+    )  # 0 x inf is NaN, which paths may or may not meet in padding
+    x = x.clone()
+    x[(0, 0, *[n // 2 for n in x.shape[2:]])] = value
+    expected = reference_operator("forward", x, w, b, y, case.problem).float()
+    for row, isa in kernels("forward", case.problem, (x, w, y), layout):
+        with forced("forward", row, isa):
+            actual = run_operator("forward", x, w, b, y, case.problem)
+            assert torch.equal(actual.isfinite(), expected.isfinite()), "it reached other outputs"
+            if row not in ROUNDS_INTEGERS:
+                assert torch.equal(actual.nan_to_num(7e7, 8e8, -8e8), expected.nan_to_num(7e7, 8e8, -8e8))
