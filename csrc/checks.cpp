@@ -121,18 +121,18 @@ Sizes check_call(const Call& call) {
               "D (batched) input to ", call.name, ", but got input of size: ", call.input);
   TORCH_CHECK(call.weight.size() >= 3, "weight should have at least three dimensions, but got weight of size ", call.weight);
   TORCH_CHECK(call.groups > 0, "non-positive groups is not supported, got groups=", call.groups);
+  Sizes batched(call.input.begin(), call.input.end());
+  if (batched.size() < dims) batched.insert(batched.begin(), 1);
+  TORCH_CHECK(call.weight.size() == dims, "Expected ", call.weight.size(), "-dimensional input for ", call.weight.size(),
+              "-dimensional weight ", call.weight, ", but got ", dims, "-dimensional input of size ", batched, " instead");
   const Sizes stride = expanded(call, call.stride, "stride");
   const Sizes padding = expanded(call, call.padding, "padding");
   const Sizes dilation = expanded(call, call.dilation, "dilation");
   Sizes output_padding;
   if (call.transposed) output_padding = expanded(call, call.output_padding, "output_padding");
+  check_signs<int64_t>(stride, padding, dilation);
   for (const int64_t p : output_padding)
     TORCH_CHECK(p >= 0, "negative output_padding is not supported, got output_padding=", call.output_padding);
-  check_signs<int64_t>(stride, padding, dilation);
-  Sizes batched(call.input.begin(), call.input.end());
-  if (batched.size() < dims) batched.insert(batched.begin(), 1);
-  TORCH_CHECK(call.weight.size() == dims, "Expected ", call.weight.size(), "-dimensional input for ", call.weight.size(),
-              "-dimensional weight ", call.weight, ", but got ", dims, "-dimensional input of size ", batched, " instead");
   Call full = call;
   full.input = batched;
   check_channels<int64_t>(call.transposed, batched, call.weight, call.bias, call.groups);
@@ -151,10 +151,10 @@ Sizes check_call(const Call& call) {
 
 void check_storage(const at::Tensor& x, const at::Tensor& w, const std::optional<at::Tensor>& bias) {
   const auto check_one = [&](const at::Tensor& t, const char* name) {
-    TORCH_CHECK(t.layout() == at::kStrided && !t.is_nested(), name, " must be a dense strided tensor, but has layout ",
-                t.is_nested() ? "nested" : c10::str(t.layout()), "; convert it with ",
-                t.is_nested() ? "torch.nested.to_padded_tensor" : "to_dense()");
-    TORCH_CHECK(!t.is_quantized(), name, " is quantized (", t.toString(), "); convert it with dequantize()");
+    TORCH_CHECK_NOT_IMPLEMENTED(!t.is_nested(), name, " is a nested tensor; convert it with torch.nested.to_padded_tensor");
+    TORCH_CHECK(t.layout() == at::kStrided, name, " must be a dense strided tensor, but has layout ", t.layout(),
+                "; convert it with to_dense()");
+    TORCH_CHECK_NOT_IMPLEMENTED(!t.is_quantized(), name, " is quantized (", t.toString(), "); convert it with dequantize()");
     TORCH_CHECK(t.is_cpu() || t.is_cuda() || t.is_meta(), name, " is on ", t.device(),
                 "; myconv runs on cpu, cuda and meta tensors: move it with .to('cpu')");
     TORCH_CHECK(t.device() == x.device(), "Expected all tensors to be on the same device, but found at least two devices, ",
@@ -205,8 +205,8 @@ void check_operator(const OperatorCall<Int>& call) {
   if (call.direction == Direction::kBackwardWeight) {
     TORCH_CHECK(call.input[0] == call.output[0], call.name, ": grad_output of size ", call.output, " and input of size ",
                 call.input, " have different batch sizes");
-    TORCH_CHECK(call.input[1] % call.groups == 0, call.name, ": groups=", call.groups, " must divide the channels of input of size ",
-                call.input);
+    TORCH_CHECK(call.input[1] == call.weight[1] * call.groups, call.name, ": groups=", call.groups, " and weight of size ", call.weight,
+                " do not fit the channels of input of size ", call.input);
   }
   TORCH_CHECK(call.padding_mode >= 0 && call.padding_mode <= 3, call.name,
               ": padding_mode must be 0 (zeros), 1 (reflect), 2 (replicate) or 3 (circular), got ", call.padding_mode);

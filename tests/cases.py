@@ -293,8 +293,8 @@ CORE = [
     for name in (
         "in_channels_1 in_channels_17 out_channels_13 width_31 length_7 depth_tail all_tails stride_2 "
         "stride_3_2 stride_beyond_kernel_padded dilation_2 dilation_3_stride_2 groups_2 groups_5_of_17 "
-        "depthwise depthwise_times_3 depthwise_1d 1x1 1x1_stride_2 7x7 64x1 same_even padding_beyond_kernel reflect_per_dimension "
-        "replicate_3d circular_1d batch_0 resnet_3x3 transposed_1d_stride_3 transposed_stride_2 "
+        "depthwise depthwise_times_3 depthwise_1d 1x1 1x1_stride_2 7x7 64x1 same_even "
+        "padding_beyond_kernel reflect_per_dimension replicate_3d circular_1d batch_0 resnet_3x3 transposed_1d_stride_3 transposed_stride_2 "
         "transposed_output_padding_by_dilation transposed_groups transposed_3d"
     ).split()
 ]
@@ -351,7 +351,7 @@ def make_tensors(
     seed: int = 0,
     integers: bool = False,
 ) -> Tensors:
-    """Random tensors of a case, equal in every layout. `integers` draws from -3..3, so that sums are exact."""
+    """Random tensors of a case, equal in every layout. `integers` draws from -3..3: sums are exact."""
     generator = torch.Generator().manual_seed(seed * 2**32 + zlib.crc32(case.name.encode()))
     shapes = (case.input, case.weight_shape, (case.out_channels,), case.output_shape)
     x, w, b, gy = (random_tensor(shape, dtype, generator, integers) for shape in shapes)

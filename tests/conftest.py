@@ -28,8 +28,8 @@ SEED = int(os.environ.get("MYCONV_TEST_SEED", "0"))
 @dataclass(frozen=True)
 class Tolerance:
     """relative_l2: allowed ||error|| / ||exact||, or twice torch's own error where that is more.
-    ulps: (share of elements, distance from the rounded exact value in units of the last place), each must hold;
-    below `floor` times the largest exact value, cancellation leaves the last place without meaning.
+    ulps: (share of elements, distance from the rounded exact value in units of the last place), each must
+    hold; below `floor` times the largest exact value, cancellation leaves the last place without meaning.
     """
 
     relative_l2: float | None = None
@@ -99,7 +99,7 @@ def our_conv(case: Case, x: torch.Tensor, w: torch.Tensor, b: torch.Tensor | Non
 
 
 def convolution_roles(case: Case, tensors: Tensors) -> tuple[torch.Tensor, ...]:
-    """(x, w, b, y) of the convolution: a transposed case runs it backward, its input is the convolution's y."""
+    """(x, w, b, y) of the convolution: a transposed case runs it backward, from y to x."""
     x, w, b, gy = tensors
     return (gy, w, b, x) if case.transposed else (x, w, b, gy)
 
@@ -175,8 +175,8 @@ def threads(count: int) -> Iterator[None]:
 
 
 def set_junk_fill(on: bool) -> bool:
-    """Has torch's CPU allocator fill all it hands out, outputs and workspaces alike, with a pattern that is NaN
-    in float32, so that an element nobody wrote shows. Returns whether this build of torch has the switch.
+    """Has torch's CPU allocator fill all it hands out, outputs and workspaces alike, with a pattern that is
+    NaN in float32, so that an element nobody wrote shows. Returns whether this torch has the switch.
     """
     folder = pathlib.Path(torch.__file__).parent / "lib"
     flag = "FLAGS_caffe2_cpu_allocator_do_junk_fill"

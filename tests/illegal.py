@@ -371,6 +371,33 @@ PARAMETERS = [
     Row("stride-2**64-second", "conv2d(x2, w2, stride=(1, 2**64))", TypeError, ("stride", "verflow")),
 ]
 
+# Every argument given, lists in full: how a module calls, and the shortest way through myconv.
+IN_FULL = [
+    Row("stride-0", "conv2d(x2, w2, None, (0, 1), (0, 0), (1, 1), 1)", RuntimeError, STRIDE),
+    Row("padding-negative", "conv2d(x2, w2, None, (1, 1), (-1, 0), (1, 1), 1)", RuntimeError, PADDING),
+    Row("padding-2**62", "conv2d(x2, w2, None, (1, 1), (2**62, 0), (1, 1), 1)", RuntimeError, ("padding", "at most 4611686018427387903")),
+    Row("dilation-0", "conv2d(x2, w2, None, (1, 1), (0, 0), (0, 1), 1)", RuntimeError, DILATION),
+    Row("dilation-large", "conv2d(x2, w2, None, (1, 1), (0, 0), (4, 1), 1)", RuntimeError, "(8 x 8). Kernel size: (9 x 3)"),
+    Row("groups-0", "conv2d(x2, w2, None, (1, 1), (0, 0), (1, 1), 0)", RuntimeError, GROUPS),
+    Row("groups-2", "conv2d(x2, w2, None, (1, 1), (0, 0), (1, 1), 2)", RuntimeError, channels(8, 4)),
+    Row("groups-2**63", "conv2d(x2, w2, None, (1, 1), (0, 0), (1, 1), 2**63)", ValueError, "verflow"),
+    Row("stride-2**63", "conv2d(x2, w2, None, (1, 2**63), (0, 0), (1, 1), 1)", TypeError, ("stride", "verflow")),
+    Row("stride-3-numbers", "conv2d(x2, w2, None, (1, 1, 1), (0, 0), (1, 1), 1)", RuntimeError, numbers("stride", "2", "[1, 1, 1]")),
+    Row("input-2d", "conv2d(t(8, 8), w2, None, (1, 1), (0, 0), (1, 1), 1)", RuntimeError, input_of("conv2d", "[8, 8]")),
+    Row("weight-3d", "conv2d(x2, w1, None, (1, 1), (0, 0), (1, 1), 1)", RuntimeError, (), ("weight", "[6, 4, 3]")),
+    Row("bias-short", "conv2d(x2, w2, t(5), (1, 1), (0, 0), (1, 1), 1)", RuntimeError, bias_of("[5]")),
+    Row("bias-f64", "conv2d(x2, w2, t(6).double(), (1, 1), (0, 0), (1, 1), 1)", RuntimeError, ("bias", NAMED["f32"], NAMED["f64"])),
+    Row("weight-f64", "conv2d(x2, w2.double(), None, (1, 1), (0, 0), (1, 1), 1)", RuntimeError, ("weight", NAMED["f32"], NAMED["f64"])),
+    Row("stride-0", "conv_transpose2d(x2, v2, None, (0, 1), (0, 0), (0, 0), 1, (1, 1))", RuntimeError, STRIDE),
+    Row("padding-negative", "conv_transpose2d(x2, v2, None, (1, 1), (-1, 0), (0, 0), 1, (1, 1))", RuntimeError, PADDING),
+    Row("output-padding", "conv_transpose2d(x2, v2, None, (2, 1), (0, 0), (1, 1), 1, (1, 1))", RuntimeError, OUTPUT_PADDING),
+    Row("output-padding-negative", "conv_transpose2d(x2, v2, None, (2, 2), (0, 0), (1, -1), 1, (1, 1))", RuntimeError, "negative output_padding is not supported"),
+    Row("groups-0", "conv_transpose2d(x2, v2, None, (1, 1), (0, 0), (0, 0), 0, (1, 1))", RuntimeError, GROUPS),
+    Row("dilation-0", "conv_transpose2d(x2, v2, None, (1, 1), (0, 0), (0, 0), 1, (1, 0))", RuntimeError, (), DILATION),
+    Row("output-negative", "conv_transpose2d(x2, v2, None, (1, 1), (6, 0), (0, 0), 1, (1, 1))", RuntimeError, (), ("-2 x 10", "too small")),
+    Row("bias-short", "conv_transpose2d(x2, v2, t(4), (1, 1), (0, 0), (0, 0), 1, (1, 1))", RuntimeError, bias_of("[4]")),
+]
+
 # ---- padding strings
 
 STRINGS = [
@@ -694,6 +721,7 @@ _GROUPS = {
     "channels": CHANNELS,
     "sizes": SIZES,
     "parameters": PARAMETERS,
+    "in-full": IN_FULL,
     "strings": STRINGS,
     "types": TYPES,
     "signature": SIGNATURE,
@@ -842,7 +870,7 @@ _CHANGES = {  # of every operator that has the arguments
     "kernel-size-overflow": ({"kernel_size": [2**40, 2**40]}, ()),
     "output-mask-1": ({"output_mask": [True]}, ()),
     "output-mask-4": ({"output_mask": [True] * 4}, ()),
-    "unknown": ({"bogus": 1}, "bogus"),
+    "unknown": ({"bogus": 1}, "argument"),
     "stride-missing": ({"stride": MISSING}, "stride"),
 }
 # What only some operators can notice: the same sizes are legal elsewhere.

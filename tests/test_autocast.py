@@ -92,7 +92,7 @@ def test_the_weight_is_cast_once_a_region(case, seed):
 
 
 def test_shared_weight_gradient_passes_one_cast(seed):
-    """The cached cast is one node of the graph: its gradient adds up in bfloat16 before it is cast back, as torch's."""
+    """The cached cast is one node of the graph: its gradient adds up before it is cast back, as torch's."""
     case = BY_NAME["stride_2"]
     x, w, b = leaves_of(case, seed=seed)
 
@@ -178,7 +178,7 @@ def test_other_dtypes_pass_untouched(dtype, conv, seed):
 
 @BOTH
 def test_mixed_arguments(conv, seed):
-    """Floating dtypes below float64 are brought to one; float64 beside float32 is an error as without autocast."""
+    """Floating dtypes below float64 are brought to one; float64 beside float32 is an error as ever."""
     case = BY_NAME["stride_2"]
     x, w, b, _ = make_tensors(case, seed=seed)
     with torch.autocast("cpu", torch.bfloat16):

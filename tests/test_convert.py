@@ -7,11 +7,11 @@ import re
 
 import pytest
 import torch
-from conftest import SEED
 from torch import nn
 from torch.nn.utils import parametrizations, parametrize, prune
 
 import myconv
+from conftest import SEED
 
 OURS = {getattr(nn, name): getattr(myconv, name) for name in myconv.modules.__all__}
 

@@ -89,7 +89,7 @@ def torch_any_order(case: Case, x: torch.Tensor, w: torch.Tensor, b: torch.Tenso
 
 
 def nested(conv, case: Case, leaves: list[torch.Tensor], order: int) -> list[list[torch.Tensor]]:
-    """All gradients of order 1 to `order`: each round sums the squares of the last one's and differentiates again."""
+    """Gradients of order 1 to `order`: each round differentiates the sum of the squares of the last."""
     scalar = conv(case, *leaves, *[None] * (3 - len(leaves))).pow(2).sum()
     rounds = []
     for _ in range(order):
@@ -226,7 +226,7 @@ def test_input_without_gradient_frees_the_weight(case, seed):
 
 @pytest.mark.parametrize("case", KINDS)
 def test_saved_tensors(case, seed):
-    """What autograd saves, as saved-tensor hooks see it (activation checkpointing and offloading build on these)."""
+    """What autograd saves, as saved-tensor hooks see it: checkpointing and offloading build on these."""
 
     def saved(needs: tuple[bool, ...], conv) -> int:
         x, w, b, gy = make_tensors(case, seed=seed)

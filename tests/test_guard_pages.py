@@ -1,8 +1,8 @@
-"""No kernel reads or writes a byte outside its tensors: each operand lies against a page that may not be touched.
+"""No kernel reads or writes a byte outside its tensors: each lies against a page that may not be touched.
 
-All of it runs in one child process, since a stray access ends the process; the child says what it is about to do, so
-the last line names the culprit. Outputs cannot be placed, so where glibc has its checking allocator the child runs
-under it, and a write past the end of an output or a workspace ends the process too.
+All of it runs in one child process, since a stray access ends the process; the child says what it is about to
+do, so the last line names the culprit. Outputs cannot be placed, so where glibc has its checking allocator
+the child runs under it, and a write past the end of an output or a workspace ends the process too.
 """
 
 from __future__ import annotations
@@ -22,11 +22,12 @@ from conftest import SEED, bias_for, convolution_roles, forced, kernels, run_ope
 
 PAGE = mmap.PAGESIZE
 NAMES = (
-    "in_channels_1 in_channels_13 in_channels_17 out_channels_5 out_channels_15 out_channels_33 width_1 width_7 width_15 "
-    "width_17 width_33 length_7 length_33 depth_tail all_tails stride_2 stride_3_2 stride_beyond_kernel_padded "
-    "dilation_3_stride_2 groups_5_of_17 groups_narrowing depthwise depthwise_times_2 depthwise_times_3 depthwise_5x5 "
-    "depthwise_1d 1x1 1x1_stride_2 1x1_padded 7x7 31x31_depthwise 64x1 4x4_stride_2 same_even padding_beyond_kernel "
-    "reflect_per_dimension replicate_3d circular_1d resnet_stem resnet_3x3 convnext_depthwise transposed_stride_2 "
+    "in_channels_1 in_channels_13 in_channels_17 out_channels_5 out_channels_15 out_channels_33 width_1 "
+    "width_7 width_15 width_17 width_33 length_7 length_33 depth_tail all_tails stride_2 stride_3_2 "
+    "stride_beyond_kernel_padded dilation_3_stride_2 groups_5_of_17 groups_narrowing depthwise "
+    "depthwise_times_2 depthwise_times_3 depthwise_5x5 depthwise_1d 1x1 1x1_stride_2 1x1_padded 7x7 "
+    "31x31_depthwise 64x1 4x4_stride_2 same_even padding_beyond_kernel reflect_per_dimension "
+    "replicate_3d circular_1d resnet_stem resnet_3x3 convnext_depthwise transposed_stride_2 "
     "transposed_1d_stride_3 transposed_3d"
 ).split()
 DTYPES = (torch.float32, torch.float64, torch.bfloat16)
@@ -39,7 +40,7 @@ _mappings: list[mmap.mmap] = []
 
 
 def guarded(tensor: torch.Tensor, end: bool) -> torch.Tensor:
-    """A copy, strides included, that ends right before an untouchable page, or else begins right after one."""
+    """A copy, strides included, that ends right before an untouchable page or begins right after one."""
     if tensor.numel() == 0:
         return tensor
     span = 1 + sum((n - 1) * s for n, s in zip(tensor.shape, tensor.stride(), strict=True))
@@ -58,7 +59,7 @@ def guarded(tensor: torch.Tensor, end: bool) -> torch.Tensor:
 
 
 def check(name: str, progress) -> None:
-    """Every direction, layout, dtype, row and ISA of a case, with all operands guarded: same bits as without."""
+    """Every direction, layout, dtype, row and ISA of a case, all operands guarded: same bits as without."""
     case = BY_NAME[name]
     for dtype in DTYPES:
         for layout in ("contiguous", "channels_last", "sliced"):
@@ -68,11 +69,9 @@ def check(name: str, progress) -> None:
                 available = kernels(direction, case.problem, (x, w, y), layout)
                 for end in (True, False):
                     operands = [None if t is None else guarded(t, end) for t in (x, w, bias, y)]
+                    where = f"{layout} {dtype} guard at the {'end' if end else 'start'}"
                     for row, isa in available:
-                        where = "end" if end else "start"
-                        progress(
-                            f"{name} {direction} row={row} isa={isa} layout={layout} {dtype} guard at the {where}"
-                        )
+                        progress(f"{name} {direction} row={row} isa={isa} {where}")
                         with forced(direction, row, isa):
                             actual = run_operator(direction, *operands, case.problem)
                             expected = run_operator(direction, x, w, bias, y, case.problem)

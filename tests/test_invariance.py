@@ -1,4 +1,4 @@
-"""The same sample gives the same bits at any batch size, in any position, with any number of threads, in any run."""
+"""The same sample gives the same bits at any batch size and position, with any thread count, in any run."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from cases import BY_NAME, CHANNELS_LAST, DIRECTIONS, Case, make_tensors
 from conftest import bias_for, convolution_roles, forced, kernels, noting, our_conv, run_operator, threads
 
 BATCH = 8
-# Shapes that tempt an implementation to look at the batch: few pixels, many channels, tails, and enough work to share.
+# Shapes that tempt to look at the batch: few pixels, many channels, tails, and enough work to share.
 INVARIANCE = [
     BY_NAME[name].with_batch(BATCH)
     for name in (
-        "in_channels_17 out_channels_33 all_tails width_1 stride_2 stride_3_2 dilation_2 groups_4_of_16 depthwise "
-        "depthwise_stride_2 1x1 1x1_of_1x1 1x1_stride_2 7x7 kernel_is_input reflect_2d circular_depthwise resnet_stem "
-        "resnet_3x3 vgg_3x3 wav2vec_feature video_3x3x3 unet_up transposed_stride_2 transposed_1d_stride_3"
+        "in_channels_17 out_channels_33 all_tails width_1 stride_2 stride_3_2 dilation_2 groups_4_of_16 "
+        "depthwise depthwise_stride_2 1x1 1x1_of_1x1 1x1_stride_2 7x7 kernel_is_input reflect_2d "
+        "circular_depthwise resnet_stem resnet_3x3 vgg_3x3 wav2vec_feature video_3x3x3 unet_up transposed_stride_2 transposed_1d_stride_3"
     ).split()
 ]
 LAYOUTS = ["contiguous", "channels_last"]
@@ -59,7 +59,7 @@ def like(tensor: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
 @pytest.mark.parametrize("direction", ["forward", "backward_input"])
 @pytest.mark.parametrize("case", INVARIANCE)
 def test_a_sample_made_a_batch(case, direction, layout, seed):
-    """x[i].unsqueeze(0), with its odd stride in dimension 0, a clone of it, and an expanded batch of one sample."""
+    """x[i].unsqueeze(0), with its odd stride in dimension 0, a clone of it, and one sample repeated."""
     for run, x, y in every_kernel(case, direction, layout, seed):
         whole = run(x, y)
         for i in (0, BATCH - 1):
@@ -101,7 +101,7 @@ def test_any_alignment(case, direction, layout, offset, seed):
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("case", INVARIANCE)
 def test_whole_calls(case, layout, seed):
-    """The functional calls with the kernels that they choose themselves: batch, threads and unbatched input."""
+    """The functional calls with the kernels that they choose: batch, threads and unbatched input."""
     x, w, b, gy = make_tensors(case, torch.float32, layout, seed)
 
     def output_and_input_gradient(x: torch.Tensor, gy: torch.Tensor) -> list[torch.Tensor]:

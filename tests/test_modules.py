@@ -7,12 +7,14 @@ import pickle
 
 import pytest
 import torch
-from conftest import SEED
 from torch import nn
 from torch.nn.utils import parametrizations, prune
 
 import myconv
+from conftest import SEED
 from myconv import functional
+
+pytestmark = pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel")  # torch's side
 
 CONVS = ["Conv1d", "Conv2d", "Conv3d"]
 TRANSPOSED = ["ConvTranspose1d", "ConvTranspose2d", "ConvTranspose3d"]

@@ -230,7 +230,7 @@ def test_told_sizes(name, direction, change, seed):
 @pytest.mark.parametrize("low", [(0, 3), (4, 1), (7, 7)])
 @pytest.mark.parametrize("direction", DIRECTIONS)
 def test_low_padding_alone(low, direction, seed):
-    """The high side is whatever the size implies: causal and other one-sided padding, or a cropped far end."""
+    """The high side is whatever the size implies: causal, one-sided, or a cropped far end."""
     problem = Problem((2, 5, 7, 8), (6, 5, 3, 4), (6, 6), (1, 1), low, (1, 1), 1, 0)
     generator = torch.Generator().manual_seed(seed)
     shapes = (problem.input_size, problem.weight_size, (2, 6, *problem.output_size))
@@ -331,9 +331,9 @@ def same_strides(a: torch.Tensor, b: torch.Tensor) -> bool:
 def test_output_strides(case, layouts, dtype, seed):
     """channels_last if the input or the weight is, else contiguous, as torch's.
 
-    Three exceptions: torch drops channels_last in some padding modes and, in 3d, some dtypes, here it is kept;
-    torch's 1d output takes over a weight's permuted strides, here it is contiguous; and where size-1 dimensions
-    leave the layout open, either will do.
+    Three exceptions: torch drops channels_last in some padding modes and, in 3d, some dtypes, here it is
+    kept; torch's 1d output takes over a weight's permuted strides, here it is contiguous; and where size-1
+    dimensions leave the layout open, either will do.
     """
     tensors = make_tensors(case, dtype, "contiguous", seed)
     x, w = lay_out(tensors.x, layouts[0]), lay_out(tensors.w, layouts[1])
@@ -384,7 +384,7 @@ def test_arguments_are_left_alone(seed):
     "name", ["out_channels_17", "stride_2", "depthwise", "1x1", "groups_2", "video_3x3x3"]
 )
 def test_not_finite_stays_local(name, layout, value, seed):
-    """One such input element reaches the outputs whose window holds it and no other, the same in every row."""
+    """One such element reaches the outputs whose window holds it and no other, the same in every row."""
     case = BY_NAME[name]
     x, w, b, y = make_tensors(case, torch.float32, layout, seed, integers=True)
     w = torch.where(

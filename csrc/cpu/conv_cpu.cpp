@@ -20,9 +20,12 @@ const char* accept_all(const ConvShape&) { return nullptr; }
 int64_t no_workspace(const ConvShape&, int) { return 0; }
 
 const Algorithm kForward[] = {
+    {"implicit_gemm", implicit_gemm_forward_decline, implicit_gemm_forward_workspace, implicit_gemm_forward},
     {"reference", accept_all, no_workspace, reference_forward},
 };
 const Algorithm kBackwardInput[] = {
+    {"implicit_gemm", implicit_gemm_backward_input_decline, implicit_gemm_backward_input_workspace,
+     implicit_gemm_backward_input},
     {"reference", accept_all, no_workspace, reference_backward_input},
 };
 const Algorithm kBackwardWeight[] = {

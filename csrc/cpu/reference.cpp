@@ -11,7 +11,6 @@
 //
 // Sums: float32 and float64 in double, 16-bit types in float32, integers wrap modulo 2**64 and are cut to their width.
 // Selected when nothing faster accepts; parallel over outputs, so that the order of a sum never depends on threads.
-#include <ATen/Parallel.h>
 #include <c10/util/BFloat16.h>
 #include <c10/util/Half.h>
 
@@ -21,6 +20,7 @@
 #include <vector>
 
 #include "cpu/algorithms.h"
+#include "cpu/parallel.h"
 
 namespace myconv::cpu {
 namespace {
@@ -82,7 +82,7 @@ void gather(const ConvShape& s, const T* from, const T* weight, const T* bias, T
   for (int d = 0; d < 3; ++d) terms[d] = kForward ? forward_terms(s, d) : backward_input_terms(s, d);
 
   const int64_t rows = s.batch * to_channels * to_extent[0] * to_extent[1];
-  at::parallel_for(0, rows, 1, [&](int64_t begin, int64_t end) {
+  parallel_tasks(rows, 30.0 * s.macs() / rows, [&](int64_t begin, int64_t end) {
     for (int64_t row = begin; row < end; ++row) {
       const int64_t h = row % to_extent[1], d = row / to_extent[1] % to_extent[0];
       const int64_t channel = row / (to_extent[1] * to_extent[0]) % to_channels;
@@ -118,7 +118,8 @@ void backward_weight(const ConvShape& s, const T* gy, const T* x, T* gw) {
   Terms terms;
   for (int d = 0; d < 3; ++d) terms[d] = forward_terms(s, d);
   const int64_t taps = s.taps();
-  at::parallel_for(0, s.out_channels() * s.in_per_group * taps, 1, [&](int64_t begin, int64_t end) {
+  const int64_t elements = s.out_channels() * s.in_per_group * taps;
+  parallel_tasks(elements, 30.0 * s.macs() / elements, [&](int64_t begin, int64_t end) {
     for (int64_t element = begin; element < end; ++element) {
       const int64_t tw = element % s.kernel[2], th = element / s.kernel[2] % s.kernel[1];
       const int64_t td = element / (s.kernel[2] * s.kernel[1]) % s.kernel[0];

@@ -1,0 +1,107 @@
+// What forward and backward_input have in common: each result pixel gathers over taps.
+//
+//   forward           y[o]  = sum over t of  x[o * stride + t * dilation - pad] . w[t]
+//   backward_input    gx[i] = sum over t of  gy[(i + pad - t * dilation) / stride] . w[t]     where the division is exact
+//
+// The exactness depends on i mod stride only. So the result pixels fall into stride_d x stride_h x stride_w phases, and in
+// each phase every axis is a plain stride-1 gather with a subset of the taps:
+//
+//   phase f:  i = f + stride * j    reads  gy[j + offset_t]    for the taps t with offset_t = (f + pad - t * dilation) / stride whole
+//
+// Nothing is scattered and no inserted zero is multiplied. forward has one phase with all taps.
+#pragma once
+
+#include <algorithm>
+#include <vector>
+
+#include "conv_shape.h"
+
+namespace myconv::cpu {
+
+// One axis of one phase: result position to_start + j * to_step, j < count, reads position j * from_step + offset[t].
+struct GatherAxis {
+  int64_t count, to_start, to_step, from_step, from_extent;
+  std::vector<int64_t> tap, offset;
+  PaddingMode mode;
+
+  int64_t taps() const { return static_cast<int64_t>(tap.size()); }
+  // The position read, or -1 for a zero.
+  int64_t source(int64_t j, int64_t t) const { return padded_index(source_index(j, from_step, 0, 0, -offset[t]), from_extent, mode); }
+  // Whether position j of the result lies at position j of what is read: nothing moves along this axis.
+  bool is_identity() const {
+    return taps() == 1 && offset[0] == 0 && from_step == 1 && to_step == 1 && count == from_extent;
+  }
+};
+
+struct GatherPhase {
+  GatherAxis axis[3];
+  int64_t pixels() const { return axis[0].count * axis[1].count * axis[2].count; }
+  int64_t taps() const { return axis[0].taps() * axis[1].taps() * axis[2].taps(); }
+};
+
+// The gather seen from one side: "from" is what is read (x or gy), "to" what is written (y or gx).
+struct Gather {
+  int64_t batch, groups, from_per_group, to_per_group;
+  int64_t from_extent[3], to_extent[3];
+  ActivationStrides from_stride, to_stride;
+  int64_t weight_to_stride, weight_from_stride, weight_axis_stride[3];
+  int64_t weight_group_stride;  // from a group's first weight to the next one's
+  std::vector<GatherPhase> phases;
+
+  int64_t from_pixels() const { return from_extent[0] * from_extent[1] * from_extent[2]; }
+  int64_t to_pixels() const { return to_extent[0] * to_extent[1] * to_extent[2]; }
+  int64_t weight_tap_offset(const GatherPhase& phase, int64_t t) const {
+    const GatherAxis* a = phase.axis;
+    const int64_t w = t % a[2].taps(), h = t / a[2].taps() % a[1].taps(), d = t / (a[2].taps() * a[1].taps());
+    return a[0].tap[d] * weight_axis_stride[0] + a[1].tap[h] * weight_axis_stride[1] + a[2].tap[w] * weight_axis_stride[2];
+  }
+};
+
+inline GatherAxis forward_axis(const ConvShape& s, int d) {
+  GatherAxis axis{s.out[d], 0, 1, s.stride[d], s.in[d], {}, {}, s.padding_mode};
+  for (int64_t t = 0; t < s.kernel[d]; ++t) {
+    axis.tap.push_back(t);
+    axis.offset.push_back(source_index(0, s.stride[d], t, s.dilation[d], s.pad[d]));
+  }
+  return axis;
+}
+
+inline GatherAxis backward_input_axis(const ConvShape& s, int d, int64_t phase) {
+  GatherAxis axis{(s.in[d] - phase - 1) / s.stride[d] + 1, phase, s.stride[d], 1, s.out[d], {}, {}, PaddingMode::kZeros};
+  for (int64_t t = 0; t < s.kernel[d]; ++t) {
+    const __int128 numerator = static_cast<__int128>(phase) + s.pad[d] - static_cast<__int128>(t) * s.dilation[d];
+    if (numerator % s.stride[d] != 0) continue;
+    axis.tap.push_back(t);
+    axis.offset.push_back(static_cast<int64_t>(numerator / s.stride[d]));
+  }
+  return axis;
+}
+
+inline Gather make_gather(const ConvShape& s, Direction direction) {
+  const bool forward = direction == Direction::kForward;
+  Gather g;
+  g.batch = s.batch;
+  g.groups = s.groups;
+  g.from_per_group = forward ? s.in_per_group : s.out_per_group;
+  g.to_per_group = forward ? s.out_per_group : s.in_per_group;
+  std::copy_n(forward ? s.in : s.out, 3, g.from_extent);
+  std::copy_n(forward ? s.out : s.in, 3, g.to_extent);
+  g.from_stride = activation_strides(s.layout, g.groups * g.from_per_group, g.from_extent);
+  g.to_stride = activation_strides(s.layout, g.groups * g.to_per_group, g.to_extent);
+  g.weight_to_stride = s.weight_stride[forward ? 0 : 1];
+  g.weight_from_stride = s.weight_stride[forward ? 1 : 0];
+  g.weight_group_stride = s.out_per_group * s.weight_stride[0];
+  std::copy_n(s.weight_stride + 2, 3, g.weight_axis_stride);
+  int64_t phases[3];
+  for (int d = 0; d < 3; ++d) phases[d] = forward ? 1 : std::min(s.stride[d], s.in[d]);
+  for (int64_t d = 0; d < phases[0]; ++d)
+    for (int64_t h = 0; h < phases[1]; ++h)
+      for (int64_t w = 0; w < phases[2]; ++w)
+        if (forward)
+          g.phases.push_back({{forward_axis(s, 0), forward_axis(s, 1), forward_axis(s, 2)}});
+        else
+          g.phases.push_back({{backward_input_axis(s, 0, d), backward_input_axis(s, 1, h), backward_input_axis(s, 2, w)}});
+  return g;
+}
+
+}  // namespace myconv::cpu

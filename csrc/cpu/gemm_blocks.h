@@ -1,0 +1,79 @@
+// How GEMM operands are cut, shared by the implicit-GEMM algorithms. All of it depends on the shape alone.
+#pragma once
+
+#include <algorithm>
+#include <vector>
+
+#include "cpu/microkernels.h"
+
+namespace myconv::cpu {
+
+// A float32 sum starts a fresh accumulator after this many terms; the partial sums are added in order. It bounds the error
+// of long reductions, and a block of B (512 x 48 floats, 96 KiB) stays in L2.
+inline constexpr int64_t kSumLength = 512;
+
+// Packed operands are made in passes of about this size, so that the workspace does not grow with the weight.
+inline constexpr int64_t kPackedBytes = int64_t{32} << 20;
+
+inline constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+inline constexpr int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
+
+// Columns in panels of equal width, a whole number of vectors: 49 columns are 32 + 17, not 48 + 1.
+struct Panels {
+  int64_t columns, width, count;
+  Panels(int64_t columns, int64_t lanes, int64_t vectors)
+      : columns(columns),
+        width(round_up(ceil_div(columns, ceil_div(columns, lanes * vectors)), lanes)),
+        count(ceil_div(columns, width)) {}
+  int64_t begin(int64_t panel) const { return panel * width; }
+  int64_t size(int64_t panel) const { return std::min(width, columns - panel * width); }
+};
+
+// A piece of a reduction over channels x taps with at most kSumLength terms.
+struct Block {
+  int64_t channel, channels, tap, taps;
+  int64_t start;  // terms before this block
+  int64_t terms() const { return channels * taps; }
+};
+
+// Whole taps (or whole channels) together as long as they fit. The major index is the outer one in memory:
+// channels inside taps for NHWC, taps inside channels for NCHW. An empty reduction is one empty block.
+inline std::vector<Block> reduction_blocks(int64_t channels, int64_t taps, bool taps_inside) {
+  const int64_t inner = taps_inside ? taps : channels, outer = taps_inside ? channels : taps;
+  std::vector<Block> blocks;
+  if (inner == 0 || outer == 0) return {{0, 0, 0, 0, 0}};
+  const auto add = [&](int64_t o, int64_t outers, int64_t i, int64_t inners) {
+    const int64_t start = o * inner + i;
+    if (taps_inside)
+      blocks.push_back({o, outers, i, inners, start});
+    else
+      blocks.push_back({i, inners, o, outers, start});
+  };
+  if (inner > kSumLength) {
+    const int64_t step = ceil_div(inner, ceil_div(inner, kSumLength));
+    for (int64_t o = 0; o < outer; ++o)
+      for (int64_t i = 0; i < inner; i += step) add(o, 1, i, std::min(step, inner - i));
+  } else {
+    const int64_t fit = std::min(outer, kSumLength / inner), step = ceil_div(outer, ceil_div(outer, fit));
+    for (int64_t o = 0; o < outer; o += step) add(o, std::min(step, outer - o), 0, inner);
+  }
+  return blocks;
+}
+
+// to[r * width + c] = from[r * row_stride + c * column_stride]; the columns up to width are left alone.
+template <typename T>
+void pack_matrix(const T* from, int64_t row_stride, int64_t column_stride, int64_t rows, int64_t columns, T* to, int64_t width) {
+  if (column_stride == 1) {
+    for (int64_t r = 0; r < rows; ++r) std::copy_n(from + r * row_stride, columns, to + r * width);
+    return;
+  }
+  constexpr int64_t kTile = 16;  // one cache line of float on either side
+  for (int64_t c0 = 0; c0 < columns; c0 += kTile)
+    for (int64_t r0 = 0; r0 < rows; r0 += kTile) {
+      const int64_t r1 = std::min(rows, r0 + kTile), c1 = std::min(columns, c0 + kTile);
+      for (int64_t c = c0; c < c1; ++c)
+        for (int64_t r = r0; r < r1; ++r) to[r * width + c] = from[r * row_stride + c * column_stride];
+    }
+}
+
+}  // namespace myconv::cpu

@@ -1,0 +1,376 @@
+// Implicit GEMM for forward and backward_input: dense and grouped convolutions of any kernel, stride, dilation.
+//
+// Both directions are gathers (gather.h), and a gather is a matrix product per phase and group whose one operand is never built:
+//
+//   layout   rows (register tile)       columns (vectors)          depth                reads per tile
+//   NHWC     result pixels              result channels            taps x channels      a pointer per pixel and tap
+//   NCHW     result channels            result pixels              channels x taps      a packed panel of pixels
+//
+// NHWC: weights are packed once a call into panels [block][tap][channel][width]; activations are read where they lie through a
+//       pointer for each (tap, pixel); a pixel in the padding points to a row of zeros.
+// NCHW: a panel [channel][tap][width] of at most kSumLength x 48 values is packed in L2 and used for all result channels; weights are
+//       read where they lie if they lie as OIHW, else packed to rows [result channel][channel][tap]. Pixels that nothing
+//       moves (1x1, stride 1) and that few channels share are read in place.
+//
+// Sums: blocks of at most kSumLength terms, each from a fresh accumulator, added in order; bias with the first. The order does not
+// depend on the tile, so results do not depend on batch or threads.
+// Declines: types other than float32 and float64, empty sums, kernels above kMaxTaps, backward_input with a padding mode.
+#include <cstring>
+
+#include "cpu/algorithms.h"
+#include "cpu/gather.h"
+#include "cpu/gemm_blocks.h"
+#include "cpu/isa.h"
+#include "cpu/parallel.h"
+
+namespace myconv::cpu {
+namespace {
+
+constexpr int64_t kMaxTaps = 16384;           // bounds the pointer list of one tile: 1 MiB
+constexpr int64_t kMaxPhases = 65536;         // of backward_input: each costs a little set-up
+constexpr int64_t kPointerBytes = 64 << 10;   // pointer list of the tiles that one task works on
+constexpr int64_t kMaxTilesPerTask = 16;
+constexpr int64_t kScatterRows = 512;         // result rows of one task that are kept until they are scattered
+constexpr int64_t kInPlaceRowTiles = 2;       // up to so many uses a pixel panel is not worth packing
+
+const char* decline(const ConvShape& s) {
+  if (s.dtype != Dtype::kFloat32 && s.dtype != Dtype::kFloat64) return "only float32 and float64";
+  if (s.in_per_group == 0 || s.out_per_group == 0 || s.in_pixels() == 0 || s.out_pixels() == 0) return "nothing to sum over";
+  if (s.taps() > kMaxTaps) return "more than 16384 taps";
+  return nullptr;
+}
+
+// Weights of the pass that is being worked on, then one zero row (NHWC) or scratch of each thread (NCHW).
+int64_t workspace_bytes(const ConvShape& s, int threads) {
+  const int64_t size = dtype_size(s.dtype), channels = std::max(s.in_per_group, s.out_per_group);
+  const int64_t widest = 64 / size * kMaxVectors;
+  const int64_t one_unit = round_up(channels, widest) * 0 + s.taps() * channels * widest * size * s.groups;
+  const int64_t all = s.taps() * (s.in_per_group + widest) * (s.out_per_group + widest) * s.groups * size;
+  const int64_t packed = std::min(all, kPackedBytes + one_unit);
+  if (s.channels_last()) return packed + s.groups * channels * size;
+  return packed + threads * (kSumLength + kScatterRows) * widest * size;
+}
+
+// --- NHWC: rows are pixels --------------------------------------------------------------------------------------------
+
+// Walks the result pixels of a phase in the order n, d, h, w.
+struct PixelCursor {
+  const GatherPhase& phase;
+  int64_t n, d, h, w;
+  PixelCursor(const GatherPhase& phase, int64_t pixel) : phase(phase) {
+    const GatherAxis* a = phase.axis;
+    w = pixel % a[2].count, pixel /= a[2].count;
+    h = pixel % a[1].count, pixel /= a[1].count;
+    d = pixel % a[0].count, n = pixel / a[0].count;
+  }
+  void next() {
+    const GatherAxis* a = phase.axis;
+    if (++w < a[2].count) return;
+    w = 0;
+    if (++h < a[1].count) return;
+    h = 0;
+    if (++d < a[0].count) return;
+    d = 0;
+    ++n;
+  }
+};
+
+// sources[t * stride] = where tap t of this pixel is read.
+template <typename T>
+void pixel_sources(const Gather& g, const PixelCursor& at, const T* from, const T* zeros, const T** sources, int64_t stride) {
+  const GatherAxis* a = at.phase.axis;
+  const T* image = from + at.n * g.from_stride.batch;
+  for (int64_t td = 0; td < a[0].taps(); ++td) {
+    const int64_t d = a[0].source(at.d, td);
+    for (int64_t th = 0; th < a[1].taps(); ++th) {
+      const int64_t h = a[1].source(at.h, th);
+      const T* line = image + d * g.from_stride.axis[0] + h * g.from_stride.axis[1];
+      for (int64_t tw = 0; tw < a[2].taps(); ++tw, sources += stride) {
+        const int64_t w = a[2].source(at.w, tw);
+        *sources = d < 0 || h < 0 || w < 0 ? zeros : line + w * g.from_stride.axis[2];
+      }
+    }
+  }
+}
+
+template <typename T>
+T* result_pixel(const Gather& g, const PixelCursor& at, T* to) {
+  const GatherAxis* a = at.phase.axis;
+  return to + at.n * g.to_stride.batch + (a[0].to_start + at.d * a[0].to_step) * g.to_stride.axis[0] +
+         (a[1].to_start + at.h * a[1].to_step) * g.to_stride.axis[1] + (a[2].to_start + at.w * a[2].to_step) * g.to_stride.axis[2];
+}
+
+template <typename T>
+void rows_are_pixels(const Gather& g, const GatherPhase& phase, const Kernels<T>& kernels, const T* from, const T* weight,
+                     const T* bias, T* to, T* workspace, int threads) {
+  const int64_t taps = phase.taps(), depth = taps * g.from_per_group;
+  const std::vector<Block> blocks = reduction_blocks(g.from_per_group, taps, /*taps_inside=*/false);
+  const Panels panels(g.to_per_group, kernels.lanes, kernels.vectors);
+  T* zeros = workspace;
+  std::fill_n(zeros, g.groups * g.from_per_group, T(0));
+  T* packed = zeros + g.groups * g.from_per_group;
+
+  const int64_t pixels = g.batch * phase.pixels(), tiles = ceil_div(pixels, kernels.rows);
+  const int64_t fit = std::max<int64_t>(1, kPointerBytes / (std::max<int64_t>(taps, 1) * kernels.rows * sizeof(T*)));
+  const int64_t per_task = std::clamp<int64_t>(tiles / (4 * threads), 1, std::min(fit, kMaxTilesPerTask));
+  const int64_t chunks = ceil_div(tiles, per_task);
+
+  // A unit is one panel of one group.
+  const int64_t units = g.groups * panels.count, unit_size = depth * panels.width;
+  const int64_t units_per_pass = std::max<int64_t>(1, kPackedBytes / std::max<int64_t>(unit_size * sizeof(T), 1));
+  for (int64_t first = 0; first < units; first += units_per_pass) {
+    const int64_t last = std::min(units, first + units_per_pass);
+    const int64_t block_count = static_cast<int64_t>(blocks.size());
+    parallel_tasks((last - first) * block_count, 8.0 * unit_size / block_count, [&](int64_t begin, int64_t end) {
+      for (int64_t i = begin; i < end; ++i) {
+        const int64_t unit = first + i / block_count, group = unit / panels.count, panel = unit % panels.count;
+        const Block& block = blocks[i % block_count];
+        T* target = packed + (unit - first) * unit_size + block.start * panels.width;
+        const T* source = weight + group * g.weight_group_stride + panels.begin(panel) * g.weight_to_stride;
+        for (int64_t t = 0; t < block.taps; ++t)
+          pack_matrix(source + g.weight_tap_offset(phase, block.tap + t) + block.channel * g.weight_from_stride,
+                      g.weight_from_stride, g.weight_to_stride, block.channels, panels.size(panel),
+                      target + t * block.channels * panels.width, panels.width);
+      }
+    });
+
+    const int64_t splits = std::clamp<int64_t>(ceil_div(2 * threads, chunks), 1, last - first);
+    const double macs = static_cast<double>(pixels) * depth * (last - first) * panels.width / (chunks * splits);
+    parallel_tasks(chunks * splits, macs, [&](int64_t begin, int64_t end) {
+      std::vector<const T*> sources(per_task * kernels.rows * taps);
+      std::vector<T*> results(per_task * kernels.rows);
+      int64_t prepared = -1;
+      for (int64_t i = begin; i < end; ++i) {
+        const int64_t chunk = i / splits, split = i % splits;
+        const int64_t tile0 = chunk * per_task, tile1 = std::min(tiles, tile0 + per_task);
+        const auto rows_of = [&](int64_t tile) { return std::min<int64_t>(kernels.rows, pixels - tile * kernels.rows); };
+        if (prepared != chunk) {
+          PixelCursor at(phase, tile0 * kernels.rows);
+          for (int64_t tile = tile0; tile < tile1; ++tile)
+            for (int64_t r = 0, rows = rows_of(tile); r < rows; ++r, at.next()) {
+              const int64_t slot = (tile - tile0) * kernels.rows;
+              pixel_sources(g, at, from, zeros, sources.data() + slot * taps + r, rows);
+              results[slot + r] = result_pixel(g, at, to);
+            }
+          prepared = chunk;
+        }
+        const int64_t unit0 = first + (last - first) * split / splits, unit1 = first + (last - first) * (split + 1) / splits;
+        for (const Block& block : blocks)
+          for (int64_t unit = unit0; unit < unit1; ++unit) {
+            const int64_t group = unit / panels.count, panel = unit % panels.count;
+            const int64_t column = group * g.to_per_group + panels.begin(panel);
+            for (int64_t tile = tile0; tile < tile1; ++tile) {
+              const int64_t rows = rows_of(tile), slot = (tile - tile0) * kernels.rows;
+              T* c[kMaxRows];
+              for (int64_t r = 0; r < rows; ++r) c[r] = results[slot + r] + column;
+              kernels.gemm[rows - 1]({.taps = block.taps,
+                                      .depth = block.channels,
+                                      .a = sources.data() + slot * taps + block.tap * rows,
+                                      .a_offset = group * g.from_per_group + block.channel,
+                                      .b = packed + (unit - first) * unit_size + block.start * panels.width,
+                                      .ldb = panels.width,
+                                      .c = c,
+                                      .cols = panels.size(panel),
+                                      .row_bias = nullptr,
+                                      .column_bias = bias ? bias + column : nullptr,
+                                      .accumulate = block.start > 0});
+            }
+          }
+      }
+    });
+  }
+}
+
+// --- NCHW: columns are pixels -----------------------------------------------------------------------------------------
+
+// The runs that a panel of pixels [begin, begin + width) of one image is packed from, tap by tap.
+struct PanelRuns {
+  std::vector<Segment> segments;
+  std::vector<int32_t> first;  // [taps + 1]
+
+  void prepare(const Gather& g, const GatherPhase& phase, int64_t begin, int64_t width) {
+    segments.clear();
+    first.assign(1, 0);
+    const GatherAxis* a = phase.axis;
+    for (int64_t td = 0; td < a[0].taps(); ++td)
+      for (int64_t th = 0; th < a[1].taps(); ++th)
+        for (int64_t tw = 0; tw < a[2].taps(); ++tw) {
+          PixelCursor at(phase, begin);
+          for (int64_t i = 0; i < width;) {
+            const int64_t d = a[0].source(at.d, td), h = a[1].source(at.h, th);
+            const int64_t line = d < 0 || h < 0 ? -1 : d * g.from_stride.axis[0] + h * g.from_stride.axis[1];
+            for (; i < width; ++i) {
+              const int64_t w = line < 0 ? -1 : a[2].source(at.w, tw);
+              append(static_cast<int32_t>(i), w < 0 ? -1 : line + w);
+              at.next();
+              if (at.w == 0) {
+                ++i;
+                break;
+              }
+            }
+          }
+          first.push_back(static_cast<int32_t>(segments.size()));
+        }
+  }
+
+ private:
+  void append(int32_t target, int64_t source) {
+    if (static_cast<int32_t>(segments.size()) > first.back()) {
+      Segment& run = segments.back();
+      if (source < 0 ? run.source < 0 : run.source >= 0 && continues(run, source)) {
+        if (run.length == 1) run.step = source - run.source;
+        ++run.length;
+        return;
+      }
+    }
+    segments.push_back({source, 1, target, 1});
+  }
+  static bool continues(const Segment& run, int64_t source) {
+    return run.length == 1 ? source > run.source : source == run.source + run.length * run.step;
+  }
+};
+
+bool lies_as_rows(const Gather& g, const GatherPhase& phase) {
+  const int64_t taps = phase.taps();
+  if (g.phases.size() != 1 || g.weight_from_stride != taps) return false;
+  for (int64_t t = 0; t < taps; ++t)
+    if (g.weight_tap_offset(phase, t) != t) return false;
+  return true;
+}
+
+template <typename T>
+void columns_are_pixels(const Gather& g, const GatherPhase& phase, const Kernels<T>& kernels, const T* from, const T* weight,
+                        const T* bias, T* to, T* workspace, int threads) {
+  const int64_t taps = phase.taps(), depth = taps * g.from_per_group, channels = g.to_per_group;
+  const std::vector<Block> blocks = reduction_blocks(g.from_per_group, taps, /*taps_inside=*/true);
+  const Panels panels(phase.pixels(), kernels.lanes, kernels.vectors);
+  const GatherAxis* a = phase.axis;
+  const bool still = a[0].is_identity() && a[1].is_identity() && a[2].is_identity();
+  const bool scatter = a[0].to_step != 1 || a[1].to_step != 1 || a[2].to_step != 1;
+  const bool in_rows = lies_as_rows(g, phase);
+  T* scratch = workspace;  // of each thread: a packed block, then rows to be scattered
+  const int64_t scratch_size = (kSumLength + kScatterRows) * panels.width;
+  T* packed = workspace + threads * scratch_size;
+  const int64_t from_pixels = g.from_pixels(), to_pixels = g.to_pixels();
+
+  const int64_t row_bytes = std::max<int64_t>(1, depth * g.groups * static_cast<int64_t>(sizeof(T)));
+  const int64_t channels_per_pass = in_rows ? channels : std::clamp<int64_t>(kPackedBytes / row_bytes, 1, channels);
+  for (int64_t first = 0; first < channels; first += channels_per_pass) {
+    const int64_t count = std::min(channels_per_pass, channels - first);
+    if (!in_rows)
+      parallel_tasks(g.groups * count, 8.0 * depth, [&](int64_t begin, int64_t end) {
+        for (int64_t i = begin; i < end; ++i) {
+          const T* source = weight + i / count * g.weight_group_stride + (first + i % count) * g.weight_to_stride;
+          for (int64_t t = 0; t < taps; ++t) {
+            const T* tap = source + g.weight_tap_offset(phase, t);
+            for (int64_t c = 0; c < g.from_per_group; ++c) packed[i * depth + c * taps + t] = tap[c * g.weight_from_stride];
+          }
+        }
+      });
+
+    const int64_t row_tiles = ceil_div(count, kernels.rows);
+    const int64_t problems = g.batch * g.groups * panels.count;
+    int64_t splits = std::clamp<int64_t>(ceil_div(2 * threads, problems), 1, row_tiles);
+    if (scatter) splits = std::max(splits, ceil_div(count, kScatterRows / kMaxRows * kernels.rows));
+    const bool in_place = still && row_tiles <= kInPlaceRowTiles;
+    const double macs = static_cast<double>(panels.width) * depth * count / splits;
+    // Panels outermost: the runs of a panel serve all images and groups.
+    parallel_tasks(problems * splits, macs, [&](int64_t begin, int64_t end) {
+      T* const block_panel = scratch + at::get_thread_num() * scratch_size;
+      T* const kept = block_panel + kSumLength * panels.width;
+      PanelRuns runs;
+      std::vector<int64_t> targets(scatter ? panels.width : 0);
+      int64_t prepared = -1;
+      for (int64_t i = begin; i < end; ++i) {
+        const int64_t split = i % splits, group = i / splits % g.groups, n = i / (splits * g.groups) % g.batch;
+        const int64_t panel = i / (splits * g.groups * g.batch), pixel = panels.begin(panel), width = panels.size(panel);
+        if (prepared != panel) {
+          if (!in_place) runs.prepare(g, phase, pixel, width);
+          if (scatter) {
+            PixelCursor at(phase, pixel);
+            for (int64_t j = 0; j < width; ++j, at.next()) targets[j] = result_pixel(g, at, static_cast<T*>(nullptr)) - static_cast<T*>(nullptr);
+          }
+          prepared = panel;
+        }
+        const int64_t tile0 = row_tiles * split / splits, tile1 = row_tiles * (split + 1) / splits;
+        const T* const image = from + n * g.from_stride.batch + group * g.from_per_group * from_pixels;
+        T* const result = to + n * g.to_stride.batch + (group * channels + first) * to_pixels;
+        for (const Block& block : blocks) {
+          const T* b = image + block.channel * from_pixels + pixel;
+          if (!in_place) {
+            kernels.pack(block.channels, block.taps, image + block.channel * from_pixels, from_pixels, runs.segments.data(),
+                         runs.first.data() + block.tap, block_panel, panels.width);
+            b = block_panel;
+          }
+          for (int64_t tile = tile0; tile < tile1; ++tile) {
+            const int64_t row = tile * kernels.rows, rows = std::min<int64_t>(kernels.rows, count - row);
+            const T* w[kMaxRows];
+            T* c[kMaxRows];
+            for (int64_t r = 0; r < rows; ++r) {
+              w[r] = in_rows ? weight + group * g.weight_group_stride + (first + row + r) * g.weight_to_stride
+                             : packed + (group * count + row + r) * depth;
+              c[r] = scatter ? kept + (row - tile0 * kernels.rows + r) * panels.width : result + (row + r) * to_pixels + pixel;
+            }
+            kernels.gemm[rows - 1]({.taps = 1,
+                                    .depth = block.terms(),
+                                    .a = w,
+                                    .a_offset = block.start,
+                                    .b = b,
+                                    .ldb = in_place ? from_pixels : panels.width,
+                                    .c = c,
+                                    .cols = width,
+                                    .row_bias = bias ? bias + group * channels + first + row : nullptr,
+                                    .column_bias = nullptr,
+                                    .accumulate = block.start > 0});
+          }
+        }
+        if (scatter)
+          for (int64_t row = tile0 * kernels.rows; row < std::min(count, tile1 * kernels.rows); ++row) {
+            const T* kept_row = kept + (row - tile0 * kernels.rows) * panels.width;
+            for (int64_t j = 0; j < width; ++j) result[row * to_pixels + targets[j]] = kept_row[j];
+          }
+      }
+    });
+  }
+}
+
+template <typename T>
+void run(const ConvShape& s, Direction direction, const void* from, const void* weight, const void* bias, void* to,
+         void* workspace, int threads) {
+  const Gather g = make_gather(s, direction);
+  const Kernels<T>& kernels = kernels_of<T>(microkernels());
+  const auto f = s.channels_last() ? rows_are_pixels<T> : columns_are_pixels<T>;
+  for (const GatherPhase& phase : g.phases)
+    f(g, phase, kernels, static_cast<const T*>(from), static_cast<const T*>(weight), static_cast<const T*>(bias),
+      static_cast<T*>(to), static_cast<T*>(workspace), threads);
+}
+
+void run(const ConvShape& s, Direction direction, const void* from, const ConvPointers& p, void* workspace, int threads) {
+  const auto f = s.dtype == Dtype::kFloat32 ? run<float> : run<double>;
+  f(s, direction, from, p.weight, p.bias, p.result, workspace, threads);
+}
+
+}  // namespace
+
+const char* implicit_gemm_forward_decline(const ConvShape& s) { return decline(s); }
+
+const char* implicit_gemm_backward_input_decline(const ConvShape& s) {
+  if (s.padding_mode != PaddingMode::kZeros) return "the adjoint of a padding mode";
+  double phases = 1;
+  for (int d = 0; d < 3; ++d) phases *= static_cast<double>(std::min(s.stride[d], s.in[d]));
+  if (phases > kMaxPhases) return "more than 65536 phases";
+  return decline(s);
+}
+
+int64_t implicit_gemm_forward_workspace(const ConvShape& s, int threads) { return workspace_bytes(s, threads); }
+int64_t implicit_gemm_backward_input_workspace(const ConvShape& s, int threads) { return workspace_bytes(s, threads); }
+
+void implicit_gemm_forward(const ConvShape& s, const ConvPointers& p, void* workspace, int threads) {
+  run(s, Direction::kForward, p.input, p, workspace, threads);
+}
+
+void implicit_gemm_backward_input(const ConvShape& s, const ConvPointers& p, void* workspace, int threads) {
+  run(s, Direction::kBackwardInput, p.grad_output, p, workspace, threads);
+}
+
+}  // namespace myconv::cpu
