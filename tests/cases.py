@@ -293,9 +293,9 @@ CORE = [
     for name in (
         "in_channels_1 in_channels_17 out_channels_13 width_31 length_7 depth_tail all_tails stride_2 "
         "stride_3_2 stride_beyond_kernel_padded dilation_2 dilation_3_stride_2 groups_2 groups_5_of_17 "
-        "depthwise depthwise_times_3 depthwise_1d 1x1 1x1_stride_2 7x7 64x1 same_even "
-        "padding_beyond_kernel reflect_per_dimension replicate_3d circular_1d batch_0 resnet_3x3 transposed_1d_stride_3 transposed_stride_2 "
-        "transposed_output_padding_by_dilation transposed_groups transposed_3d"
+        "depthwise depthwise_times_3 depthwise_1d 1x1 1x1_stride_2 7x7 64x1 same_even padding_beyond_kernel "
+        "reflect_per_dimension replicate_3d circular_1d batch_0 resnet_3x3 transposed_1d_stride_3 "
+        "transposed_stride_2 transposed_output_padding_by_dilation transposed_groups transposed_3d"
     ).split()
 ]
 

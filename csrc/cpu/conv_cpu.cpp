@@ -29,6 +29,8 @@ const Algorithm kBackwardInput[] = {
     {"reference", accept_all, no_workspace, reference_backward_input},
 };
 const Algorithm kBackwardWeight[] = {
+    {"implicit_gemm", implicit_gemm_backward_weight_decline, implicit_gemm_backward_weight_workspace,
+     implicit_gemm_backward_weight},
     {"reference", accept_all, no_workspace, reference_backward_weight},
 };
 

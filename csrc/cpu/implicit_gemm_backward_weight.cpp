@@ -1,0 +1,278 @@
+// Implicit GEMM for backward_weight:  gw[k, c, t] = sum over pixels p of  gy[p, k] * x[source(p, t), c]
+//
+//   rows (register tile)   columns (vectors)   depth     one product per group and tap
+//   out channels           in channels         pixels
+//
+// Both operands are read with channels innermost: NHWC as they lie, through a pointer per pixel and tap (a row of zeros in the
+// padding). NCHW: the lines of x and gy that a chunk of pixels touches are transposed into strips that fit L2, each once per
+// chunk, not once per tap.
+//
+// Sums: pixels in chunks of at most kSumLength, cut by the shape alone; a chunk is summed from a fresh accumulator and added
+// to the total in order. Threads split the result (groups, out channels, in channels, taps) and never a sum: no reduction between
+// threads, and the bits do not depend on their number.
+// Declines: types other than float32 and float64, empty sums, kernels above kMaxTaps.
+#include <cstring>
+
+#include "cpu/algorithms.h"
+#include "cpu/gather.h"
+#include "cpu/gemm_blocks.h"
+#include "cpu/isa.h"
+#include "cpu/parallel.h"
+
+namespace myconv::cpu {
+namespace {
+
+constexpr int64_t kMaxTaps = 16384;
+constexpr int64_t kStripBytes = 512 << 10;  // transposed x of one chunk and one panel of in channels
+constexpr int64_t kTaskBytes = 1 << 20;     // strips of one task
+constexpr int64_t kTotalBytes = 16 << 20;   // totals of all threads together, unless one tile of each is more
+
+// Pixels [begin, end) of the lines [first, last); a line is (n, d, h), and only a single line is ever cut.
+struct Chunk {
+  int64_t first, last, begin, end;
+  int64_t pixels() const { return (last - first) * (end - begin); }
+};
+
+struct Plan {
+  GatherAxis axis[3];
+  int64_t lines, line_length;      // of gy
+  int64_t lines_per_chunk, pixels_per_line;  // the largest chunk
+  int64_t strip_lines, strip_length;  // what the largest chunk touches of x
+  int64_t chunks_per_line, chunks;
+
+  explicit Plan(const ConvShape& s) : axis{forward_axis(s, 0), forward_axis(s, 1), forward_axis(s, 2)} {
+    lines = s.batch * s.out[0] * s.out[1];
+    line_length = s.out[2];
+    pixels_per_line = std::min(line_length, kSumLength);
+    const int64_t reach = (s.kernel[2] - 1) * std::min(s.dilation[2], s.in[2]) + 1;
+    const int64_t channel_bytes = std::min<int64_t>(s.in_per_group, 48) * dtype_size(s.dtype);
+    const auto touched = [&](int64_t pixels) { return std::min(s.in[2], (pixels - 1) * std::min(s.stride[2], s.in[2]) + reach); };
+    while (pixels_per_line > 16 && touched(pixels_per_line) * channel_bytes > kStripBytes) pixels_per_line /= 2;
+    chunks_per_line = ceil_div(line_length, pixels_per_line);
+    pixels_per_line = ceil_div(line_length, chunks_per_line);
+    strip_length = touched(pixels_per_line);
+    // A line of gy touches kernel lines of x; neighbours share them where the stride is less than the kernel.
+    const int64_t line_taps = s.kernel[0] * s.kernel[1];
+    const int64_t fresh = s.kernel[0] * std::min(s.stride[1], s.kernel[1]);
+    const int64_t fit = (kStripBytes / (strip_length * channel_bytes) - line_taps) / fresh + 1;
+    lines_per_chunk = chunks_per_line > 1 ? 1 : std::clamp<int64_t>(std::min(kSumLength / line_length, fit), 1, lines);
+    strip_lines = line_taps * lines_per_chunk;
+    chunks = chunks_per_line * ceil_div(lines, lines_per_chunk);
+  }
+
+  Chunk chunk(int64_t i) const {
+    const int64_t first = i / chunks_per_line * lines_per_chunk, begin = i % chunks_per_line * pixels_per_line;
+    return {first, std::min(lines, first + lines_per_chunk), begin, std::min(line_length, begin + pixels_per_line)};
+  }
+};
+
+// How the result is split into tasks. Only the split depends on threads; what an element sums does not.
+struct Split {
+  int64_t rows, columns, taps;  // of one task
+  int64_t row_tasks, column_tasks, tap_tasks, tasks;
+
+  Split(const ConvShape& s, const Plan& plan, int64_t tile_rows, const Panels& panels, int threads) {
+    const int64_t size = dtype_size(s.dtype);
+    const int64_t row_tiles = ceil_div(s.out_per_group, tile_rows);
+    const auto settle = [&](int64_t wanted) {
+      row_tasks = std::min(row_tiles, wanted);
+      column_tasks = std::min(panels.count, ceil_div(wanted, row_tasks));
+      tap_tasks = std::min(s.taps(), ceil_div(wanted, row_tasks * column_tasks));
+      if (!s.channels_last()) {  // strips of one task have a size limit
+        const int64_t pixels = plan.lines_per_chunk * plan.pixels_per_line;
+        const int64_t row_fit = std::max<int64_t>(1, kTaskBytes / (pixels * tile_rows * size));
+        const int64_t column_fit = std::max<int64_t>(1, kTaskBytes / (plan.strip_lines * plan.strip_length * panels.width * size));
+        row_tasks = std::max(row_tasks, ceil_div(row_tiles, row_fit));
+        column_tasks = std::max(column_tasks, ceil_div(panels.count, column_fit));
+      }
+      rows = ceil_div(row_tiles, row_tasks) * tile_rows;
+      columns = ceil_div(panels.count, column_tasks) * panels.width;
+      taps = ceil_div(s.taps(), tap_tasks);
+      row_tasks = ceil_div(s.out_per_group, rows);
+      column_tasks = ceil_div(panels.columns, columns);
+      tap_tasks = ceil_div(s.taps(), taps);
+    };
+    const int64_t finest = row_tiles * panels.count * s.taps();
+    int64_t wanted = std::min<int64_t>(finest, ceil_div(2 * threads, s.groups));
+    settle(wanted);
+    while (wanted < finest && threads * rows * columns * taps * size > kTotalBytes) settle(wanted = std::min(finest, 2 * wanted));
+    tasks = s.groups * row_tasks * column_tasks * tap_tasks;
+  }
+};
+
+// Scratch of one thread, in elements.
+struct Scratch {
+  int64_t totals, gy, x, zeros;
+  Scratch(const ConvShape& s, const Plan& plan, const Split& split) {
+    totals = split.rows * split.columns * split.taps;
+    gy = s.channels_last() ? 0 : plan.lines_per_chunk * plan.pixels_per_line * split.rows;
+    x = s.channels_last() ? 0 : plan.strip_lines * plan.strip_length * split.columns;
+    zeros = s.in_channels();
+  }
+  int64_t size() const { return totals + gy + x + zeros; }
+};
+
+// The lines of x that one chunk touches, transposed to [line][w][channel].
+template <typename T>
+class Strip {
+ public:
+  Strip(const ConvShape& s, T* data, int64_t channels) : s_(s), data_(data), channels_(channels) {}
+
+  // Positions [lo, hi) of the lines; a new chunk forgets the old lines.
+  void start(const T* x, int64_t lo, int64_t hi) {
+    x_ = x, lo_ = lo, hi_ = hi;
+    slots_.clear();
+  }
+
+  // Where position 0 of the line (n, d, h) would be.
+  const T* line(int64_t n, int64_t d, int64_t h, int64_t channels) {
+    const int64_t id = (n * s_.in[0] + d) * s_.in[1] + h;
+    const auto found = std::find(slots_.rbegin(), slots_.rend(), id);
+    int64_t slot = slots_.rend() - found - 1;
+    T* target = data_ + slot * (hi_ - lo_) * channels_;
+    if (found == slots_.rend()) {
+      slot = static_cast<int64_t>(slots_.size());
+      slots_.push_back(id);
+      target = data_ + slot * (hi_ - lo_) * channels_;
+      const int64_t plane = s_.in_pixels();
+      const T* source = x_ + n * s_.in_channels() * plane + (d * s_.in[1] + h) * s_.in[2] + lo_;
+      pack_matrix(source, int64_t{1}, plane, hi_ - lo_, channels, target, channels_);
+    }
+    return target - lo_ * channels_;
+  }
+
+ private:
+  const ConvShape& s_;
+  T* data_;
+  int64_t channels_;  // between two positions
+  const T* x_ = nullptr;
+  int64_t lo_ = 0, hi_ = 0;
+  std::vector<int64_t> slots_;
+};
+
+template <typename T>
+void run(const ConvShape& s, const T* gy, const T* x, T* gw, T* workspace, int threads) {
+  const Kernels<T>& kernels = kernels_of<T>(microkernels());
+  const Plan plan(s);
+  const Panels panels(s.in_per_group, kernels.lanes, kernels.vectors);
+  const Split split(s, plan, kernels.rows, panels, threads);
+  const Scratch scratch(s, plan, split);
+  const GatherAxis* axis = plan.axis;
+  const auto x_stride = activation_strides(s.layout, s.in_channels(), s.in);
+  const auto y_stride = activation_strides(s.layout, s.out_channels(), s.out);
+
+  parallel_tasks(split.tasks, s.macs() / split.tasks, [&](int64_t begin, int64_t end) {
+    T* const totals = workspace + at::get_thread_num() * scratch.size();
+    T* const gy_strip = totals + scratch.totals;
+    T* const zeros = gy_strip + scratch.gy + scratch.x;
+    std::fill_n(zeros, scratch.zeros, T(0));
+    Strip<T> x_strip(s, gy_strip + scratch.gy, split.columns);
+    std::vector<const T*> sources(plan.lines_per_chunk * plan.pixels_per_line);
+
+    for (int64_t task = begin; task < end; ++task) {
+      const int64_t t0 = task % split.tap_tasks * split.taps, t1 = std::min(s.taps(), t0 + split.taps);
+      const int64_t c0 = task / split.tap_tasks % split.column_tasks * split.columns;
+      const int64_t columns = std::min(s.in_per_group - c0, split.columns);
+      const int64_t k0 = task / (split.tap_tasks * split.column_tasks) % split.row_tasks * split.rows;
+      const int64_t rows = std::min(s.out_per_group - k0, split.rows);
+      const int64_t group = task / (split.tap_tasks * split.column_tasks * split.row_tasks);
+      const int64_t k_first = group * s.out_per_group + k0, c_first = group * s.in_per_group + c0;
+      std::fill_n(totals, (t1 - t0) * rows * columns, T(0));
+
+      for (int64_t i = 0; i < plan.chunks; ++i) {
+        const Chunk chunk = plan.chunk(i);
+        const int64_t length = chunk.end - chunk.begin;
+        const T* a = gy + k_first + (chunk.first * plan.line_length + chunk.begin) * s.out_channels();
+        int64_t lda = s.out_channels();
+        const auto line_of = [&](int64_t line, int64_t& n, int64_t& d, int64_t& h) {
+          h = line % s.out[1], d = line / s.out[1] % s.out[0], n = line / (s.out[1] * s.out[0]);
+        };
+        if (!s.channels_last()) {
+          for (int64_t line = chunk.first; line < chunk.last; ++line) {
+            int64_t n, d, h;
+            line_of(line, n, d, h);
+            pack_matrix(gy + n * y_stride.batch + k_first * y_stride.channel + d * y_stride.axis[0] + h * y_stride.axis[1] + chunk.begin,
+                        int64_t{1}, y_stride.channel, length, rows, gy_strip + (line - chunk.first) * length * rows, rows);
+          }
+          a = gy_strip;
+          lda = rows;
+          int64_t lo = s.in[2], hi = 0;
+          for (int64_t t = 0; t < axis[2].taps(); ++t)
+            for (int64_t w = chunk.begin; w < chunk.end; ++w)
+              if (const int64_t source = axis[2].source(w, t); source >= 0) lo = std::min(lo, source), hi = std::max(hi, source + 1);
+          x_strip.start(x + c_first * x_stride.channel, std::min(lo, hi), hi);
+        }
+        for (int64_t t = t0; t < t1; ++t) {
+          const int64_t tw = t % s.kernel[2], th = t / s.kernel[2] % s.kernel[1], td = t / (s.kernel[2] * s.kernel[1]);
+          const T** source = sources.data();
+          for (int64_t line = chunk.first; line < chunk.last; ++line) {
+            int64_t n, d, h;
+            line_of(line, n, d, h);
+            const int64_t sd = axis[0].source(d, td), sh = axis[1].source(h, th);
+            const bool inside = sd >= 0 && sh >= 0;
+            const T* x_line = !inside             ? zeros
+                              : s.channels_last() ? x + n * x_stride.batch + sd * x_stride.axis[0] + sh * x_stride.axis[1] + c_first
+                                                  : x_strip.line(n, sd, sh, columns);
+            const int64_t step = s.channels_last() ? x_stride.axis[2] : split.columns;
+            for (int64_t w = chunk.begin; w < chunk.end; ++w) {
+              const int64_t sw = inside ? axis[2].source(w, tw) : -1;
+              *source++ = sw < 0 ? zeros : x_line + sw * step;
+            }
+          }
+          T* const total = totals + (t - t0) * rows * columns;
+          for (int64_t column = 0; column < columns; column += panels.width)
+            for (int64_t row = 0; row < rows; row += kernels.rows) {
+              const int64_t tile_rows = std::min<int64_t>(kernels.rows, rows - row);
+              kernels.outer[tile_rows - 1]({.depth = chunk.pixels(),
+                                            .a = a + row,
+                                            .lda = lda,
+                                            .b = sources.data(),
+                                            .b_offset = column,
+                                            .c = total + row * columns + column,
+                                            .ldc = columns,
+                                            .cols = std::min(panels.width, columns - column)});
+            }
+        }
+      }
+      for (int64_t t = t0; t < t1; ++t) {
+        const int64_t tw = t % s.kernel[2], th = t / s.kernel[2] % s.kernel[1], td = t / (s.kernel[2] * s.kernel[1]);
+        T* const tap = gw + td * s.weight_stride[2] + th * s.weight_stride[3] + tw * s.weight_stride[4];
+        const T* total = totals + (t - t0) * rows * columns;
+        for (int64_t k = 0; k < rows; ++k)
+          for (int64_t c = 0; c < columns; ++c)
+            tap[(k_first + k) * s.weight_stride[0] + (c0 + c) * s.weight_stride[1]] = *total++;
+      }
+    }
+  });
+}
+
+}  // namespace
+
+const char* implicit_gemm_backward_weight_decline(const ConvShape& s) {
+  if (s.dtype != Dtype::kFloat32 && s.dtype != Dtype::kFloat64) return "only float32 and float64";
+  if (s.batch == 0 || s.in_pixels() == 0 || s.out_pixels() == 0) return "nothing to sum over";
+  if (s.in_per_group == 0 || s.out_per_group == 0) return "nothing to sum over";
+  if (s.taps() > kMaxTaps) return "more than 16384 taps";
+  return nullptr;
+}
+
+int64_t implicit_gemm_backward_weight_workspace(const ConvShape& s, int threads) {
+  const auto bytes = [&](const auto& kernels) {
+    const Plan plan(s);
+    const Panels panels(s.in_per_group, kernels.lanes, kernels.vectors);
+    return threads * Scratch(s, plan, Split(s, plan, kernels.rows, panels, threads)).size() * dtype_size(s.dtype);
+  };
+  const Microkernels& m = microkernels();
+  return s.dtype == Dtype::kFloat32 ? bytes(m.f32) : bytes(m.f64);
+}
+
+void implicit_gemm_backward_weight(const ConvShape& s, const ConvPointers& p, void* workspace, int threads) {
+  const auto typed = [&](auto zero) {
+    using T = decltype(zero);
+    run<T>(s, static_cast<const T*>(p.grad_output), static_cast<const T*>(p.input), static_cast<T*>(p.result),
+           static_cast<T*>(workspace), threads);
+  };
+  s.dtype == Dtype::kFloat32 ? typed(float{}) : typed(double{});
+}
+
+}  // namespace myconv::cpu
