@@ -252,7 +252,6 @@ Dtype dtype_of(at::ScalarType type) {
 
 ConvShape make_conv_shape(const OperatorCall<int64_t>& call, c10::IntArrayRef weight_strides, at::ScalarType dtype,
                           bool channels_last) {
-  check_operator(call);
   const int axes = static_cast<int>(call.weight.size()) - 2;
   ConvShape s;
   s.batch = call.input[0];

@@ -51,7 +51,7 @@ struct OperatorCall {
 template <typename Int>
 void check_operator(const OperatorCall<Int>& call);
 
-// check_operator, then the shape. weight_strides has one entry per dimension of the weight.
+// The shape of a call that check_operator has found right. weight_strides has one entry per dimension of the weight.
 ConvShape make_conv_shape(const OperatorCall<int64_t>& call, c10::IntArrayRef weight_strides, at::ScalarType dtype,
                           bool channels_last);
 

@@ -107,9 +107,12 @@ Tensor empty_result(c10::SymIntArrayRef sizes, const at::TensorOptions& options,
 
 Tensor bias_gradient(const Tensor& gy) {
   // One axis at a time: torch splits a reduction with a single output among threads, and then its bits depend on them.
-  Tensor sum = gy;
+  // And 16-bit types in float32, or every step would round.
+  const bool half = gy.scalar_type() == at::kHalf || gy.scalar_type() == at::kBFloat16;
+  Tensor sum = half ? gy.to(at::kFloat) : gy;
   while (sum.dim() > 2) sum = sum.sum(-1);
-  return sum.sum(0);
+  sum = sum.sum(0);
+  return half ? sum.to(gy.scalar_type()) : sum;
 }
 
 // A handle is looked up once; a call is then one indirection into the dispatch table.

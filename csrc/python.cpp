@@ -170,9 +170,10 @@ std::vector<std::pair<std::string, std::optional<std::string>>> selection(
   for (int64_t d = static_cast<int64_t>(weight_size.size()) - 2; d >= 0; --d)
     weight_strides[d] = weight_strides[d + 1] * weight_size[d + 1];
   const Direction d = direction_named(direction);
-  const ConvShape shape = make_conv_shape({"selection", d, input_size, weight_size, output, std::nullopt, stride, padding,
-                                           dilation, groups, padding_mode},
-                                          weight_strides, dtype, channels_last);
+  const OperatorCall<int64_t> call{"selection", d, input_size, weight_size, output, std::nullopt, stride, padding, dilation,
+                                   groups, padding_mode};
+  check_operator(call);
+  const ConvShape shape = make_conv_shape(call, weight_strides, dtype, channels_last);
   std::vector<std::pair<std::string, std::optional<std::string>>> rows;
   const AlgorithmTable& table = cpu::table(d);
   for (int i = 0; i < table.size; ++i) {

@@ -361,9 +361,7 @@ def make_tensors(
 
 def layout_is_ambiguous(tensor: torch.Tensor) -> bool:
     """Whether the tensor reads as contiguous and as channels last at once, size-1 dimensions aside."""
-    return tensor.dim() in CHANNELS_LAST and (
-        tensor.shape[1] <= 1 or max(tensor.shape[2:]) <= 1 or not tensor.numel()
-    )
+    return tensor.shape[1] <= 1 or max(tensor.shape[2:]) <= 1 or not tensor.numel()
 
 
 # ------------------------------------------------------------------------------- what torch makes of a case

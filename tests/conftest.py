@@ -134,9 +134,8 @@ def kernels(
     A row is named only if it takes both layouts where the tensors do not tell which one they are in.
     """
     channels_last = layout == "channels_last" and operands[0].dim() in (4, 5)
-    layouts = (
-        {channels_last, not channels_last} if any(map(layout_is_ambiguous, operands)) else {channels_last}
-    )
+    unclear = operands[0].dim() in (4, 5) and any(map(layout_is_ambiguous, operands))
+    layouts = {channels_last, not channels_last} if unclear else {channels_last}
     found = []
     for isa in myconv._C.isas():
         with myconv.flags.isa(isa):

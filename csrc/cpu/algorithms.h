@@ -24,10 +24,17 @@ int64_t implicit_gemm_backward_weight_workspace(const ConvShape&, int threads);
 void implicit_gemm_backward_weight(const ConvShape&, const ConvPointers&, void* workspace, int threads);
 
 // depthwise.cpp
-const char* depthwise_decline(const ConvShape&);
-int64_t depthwise_workspace(const ConvShape&, int threads);
+const char* depthwise_forward_decline(const ConvShape&);
+int64_t depthwise_forward_workspace(const ConvShape&, int threads);
 void depthwise_forward(const ConvShape&, const ConvPointers&, void* workspace, int threads);
+const char* depthwise_backward_input_decline(const ConvShape&);
+int64_t depthwise_backward_input_workspace(const ConvShape&, int threads);
 void depthwise_backward_input(const ConvShape&, const ConvPointers&, void* workspace, int threads);
+const char* depthwise_backward_weight_decline(const ConvShape&);
+int64_t depthwise_backward_weight_workspace(const ConvShape&, int threads);
 void depthwise_backward_weight(const ConvShape&, const ConvPointers&, void* workspace, int threads);
+
+// bias_backward.cpp: gb[k] = sum over samples and pixels of gy. float32 and float64 only.
+void bias_backward(const ConvShape&, const void* gy, void* gb);
 
 }  // namespace myconv::cpu

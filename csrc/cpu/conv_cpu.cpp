@@ -2,8 +2,8 @@
 #include <ATen/EmptyTensor.h>
 #include <ATen/Parallel.h>
 #include <ATen/core/LegacyTypeDispatch.h>
+#include <ATen/ops/empty.h>
 #include <ATen/ops/empty_like.h>
-#include <ATen/ops/zeros.h>
 #include <c10/core/CPUAllocator.h>
 #include <torch/library.h>
 
@@ -20,15 +20,18 @@ const char* accept_all(const ConvShape&) { return nullptr; }
 int64_t no_workspace(const ConvShape&, int) { return 0; }
 
 const Algorithm kForward[] = {
+    {"depthwise", depthwise_forward_decline, depthwise_forward_workspace, depthwise_forward},
     {"implicit_gemm", implicit_gemm_forward_decline, implicit_gemm_forward_workspace, implicit_gemm_forward},
     {"reference", accept_all, no_workspace, reference_forward},
 };
 const Algorithm kBackwardInput[] = {
+    {"depthwise", depthwise_backward_input_decline, depthwise_backward_input_workspace, depthwise_backward_input},
     {"implicit_gemm", implicit_gemm_backward_input_decline, implicit_gemm_backward_input_workspace,
      implicit_gemm_backward_input},
     {"reference", accept_all, no_workspace, reference_backward_input},
 };
 const Algorithm kBackwardWeight[] = {
+    {"depthwise", depthwise_backward_weight_decline, depthwise_backward_weight_workspace, depthwise_backward_weight},
     {"implicit_gemm", implicit_gemm_backward_weight_decline, implicit_gemm_backward_weight_workspace,
      implicit_gemm_backward_weight},
     {"reference", accept_all, no_workspace, reference_backward_weight},
@@ -116,17 +119,14 @@ Tensor forward(const Tensor& x, const Tensor& w, const OptionalTensor& bias, c10
   const Sizes size = full_size(x.size(0), w.size(0), output_size);
   const OperatorCall<int64_t> call{"conv_forward", Direction::kForward, x.sizes(), w.sizes(), size, sizes_of(bias), stride,
                                    padding, dilation, groups, padding_mode};
-  if (x.is_complex()) {
-    check_operator(call);
-    check_dtypes(x, w, bias, false);
+  check_operator(call);
+  check_dtypes(x, w, bias, false);
+  if (x.is_complex())
     return complex_convolution(x, w, bias, [&](const Tensor& a, const Tensor& b, const OptionalTensor& c) {
       return forward(a, b, c, output_size, stride, padding, dilation, groups, padding_mode);
     });
-  }
   const bool channels_last = result_is_channels_last(x, w);
   const bool computed = x.dim() == 3 ? channels_last : sample_is_channels_last(x) || sample_is_channels_last(w);
-  check_operator(call);
-  check_dtypes(x, w, bias, false);
   const ConvShape shape = make_conv_shape(call, w.strides(), x.scalar_type(), computed);
   return with_result(size, x.options(), channels_last, computed, [&](const Tensor& y) {
     const Tensor xd = dense(x, computed);
@@ -162,12 +162,13 @@ Tensor backward_input(const Tensor& gy, const Tensor& w, const OptionalTensor& b
   });
 }
 
-// Fills gw, which may have any non-overlapping strides.
-void backward_weight_into(const Tensor& gw, const Tensor& gy, const Tensor& x, const OperatorCall<int64_t>& call) {
+// Fills gw, which may have any non-overlapping strides, and gb where it is defined.
+void backward_weight_into(const Tensor& gw, const Tensor& gb, const Tensor& gy, const Tensor& x, const OperatorCall<int64_t>& call) {
   const bool computed = x.dim() == 3 ? result_is_channels_last(x, gy) : sample_is_channels_last(x) || sample_is_channels_last(gy);
   const ConvShape shape = make_conv_shape(call, gw.strides(), gw.scalar_type(), computed);
-  if (gw.numel() == 0) return;
   const Tensor gyd = dense(gy, computed), xd = dense(x, computed);
+  if (gb.defined()) bias_backward(shape, gyd.const_data_ptr(), gb.data_ptr());
+  if (gw.numel() == 0) return;
   run(Direction::kBackwardWeight, shape,
       {.input = xd.const_data_ptr(), .grad_output = gyd.const_data_ptr(), .result = gw.data_ptr()});
 }
@@ -187,7 +188,7 @@ Tensor backward_weight(const Tensor& gy, const Tensor& x, c10::IntArrayRef kerne
       return backward_weight(a, b, kernel_size, stride, padding, dilation, groups, padding_mode);
     });
   const Tensor gw = empty_result(c10::fromIntArrayRefSlow(size), x.options(), result_is_channels_last(gy, x));
-  backward_weight_into(gw, gy, x, call);
+  backward_weight_into(gw, Tensor(), gy, x, call);
   return gw;
 }
 
@@ -205,12 +206,15 @@ std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& gy, const Tensor& x, c
     gx = backward_input(gy, w, std::nullopt, x.sizes().slice(2), stride, padding, dilation, groups, padding_mode);
   if (output_mask[1]) {
     gw = at::empty_like(w);
+    // Here gy is at hand in the layout of the computation.
+    if (output_mask[2] && (w.scalar_type() == at::kFloat || w.scalar_type() == at::kDouble))
+      gb = at::empty({gy.size(1)}, gy.options());
     if (gw.is_complex())
       gw.copy_(backward_weight(gy, x, w.sizes().slice(2), stride, padding, dilation, groups, padding_mode));
     else
-      backward_weight_into(gw, gy, x, call);
+      backward_weight_into(gw, gb, gy, x, call);
   }
-  if (output_mask[2]) gb = bias_gradient(gy);
+  if (output_mask[2] && !gb.defined()) gb = bias_gradient(gy);
   return {gx, gw, gb};
 }
 

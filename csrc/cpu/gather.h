@@ -11,8 +11,9 @@
 // Nothing is scattered and no inserted zero is multiplied. forward has one phase with all taps.
 #pragma once
 
+#include <c10/util/SmallVector.h>
+
 #include <algorithm>
-#include <vector>
 
 #include "conv_shape.h"
 
@@ -21,12 +22,19 @@ namespace myconv::cpu {
 // One axis of one phase: result position to_start + j * to_step, j < count, reads position j * from_step + offset[t].
 struct GatherAxis {
   int64_t count, to_start, to_step, from_step, from_extent;
-  std::vector<int64_t> tap, offset;
+  c10::SmallVector<int64_t, 8> tap, offset;
   PaddingMode mode;
 
   int64_t taps() const { return static_cast<int64_t>(tap.size()); }
   // The position read, or -1 for a zero.
   int64_t source(int64_t j, int64_t t) const { return padded_index(source_index(j, from_step, 0, 0, -offset[t]), from_extent, mode); }
+  // The j for which tap t reads inside [0, from_extent) are [first, last), as far as [0, count) goes.
+  int64_t first_inside(int64_t t) const {
+    return offset[t] >= 0 ? 0 : std::min(count, (-offset[t] - 1) / from_step + 1);
+  }
+  int64_t last_inside(int64_t t) const {
+    return offset[t] >= from_extent ? 0 : std::min(count, (from_extent - 1 - offset[t]) / from_step + 1);
+  }
   // Whether position j of the result lies at position j of what is read: nothing moves along this axis.
   bool is_identity() const {
     return taps() == 1 && offset[0] == 0 && from_step == 1 && to_step == 1 && count == from_extent;
@@ -46,7 +54,7 @@ struct Gather {
   ActivationStrides from_stride, to_stride;
   int64_t weight_to_stride, weight_from_stride, weight_axis_stride[3];
   int64_t weight_group_stride;  // from a group's first weight to the next one's
-  std::vector<GatherPhase> phases;
+  c10::SmallVector<GatherPhase, 1> phases;
 
   int64_t from_pixels() const { return from_extent[0] * from_extent[1] * from_extent[2]; }
   int64_t to_pixels() const { return to_extent[0] * to_extent[1] * to_extent[2]; }

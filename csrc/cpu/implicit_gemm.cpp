@@ -40,16 +40,51 @@ const char* decline(const ConvShape& s) {
   return nullptr;
 }
 
-// Weights of the pass that is being worked on, then one zero row (NHWC) or scratch of each thread (NCHW).
-int64_t workspace_bytes(const ConvShape& s, int threads) {
-  const int64_t size = dtype_size(s.dtype), channels = std::max(s.in_per_group, s.out_per_group);
-  const int64_t widest = 64 / size * kMaxVectors;
-  const int64_t one_unit = round_up(channels, widest) * 0 + s.taps() * channels * widest * size * s.groups;
-  const int64_t all = s.taps() * (s.in_per_group + widest) * (s.out_per_group + widest) * s.groups * size;
-  const int64_t packed = std::min(all, kPackedBytes + one_unit);
-  if (s.channels_last()) return packed + s.groups * channels * size;
-  return packed + threads * (kSumLength + kScatterRows) * widest * size;
+// Whether each out channel's weights lie as [in channel][tap], which NCHW forward reads in place.
+bool lies_as_rows(const ConvShape& s) {
+  int64_t expected = 1;
+  for (int d = 4; d >= 1; --d) {
+    const int64_t extent = d == 1 ? s.in_per_group : s.kernel[d - 2];
+    if (extent != 1 && s.weight_stride[d] != expected) return false;
+    expected *= extent;
+  }
+  return true;
 }
+
+// What one call needs, in elements. Packed weights are those of the pass that is being worked on.
+struct Workspace {
+  int64_t packed = 0, zeros = 0;        // zeros: NHWC, one pixel
+  int64_t panel = 0, kept = 0;          // NCHW, of each thread: a packed block, result rows to be scattered
+  bool in_rows = false;
+
+  Workspace(const ConvShape& s, Direction direction) {
+    const bool forward = direction == Direction::kForward;
+    const int64_t from = forward ? s.in_per_group : s.out_per_group, to = forward ? s.out_per_group : s.in_per_group;
+    const Microkernels& m = microkernels();
+    const int64_t lanes = s.dtype == Dtype::kFloat32 ? m.f32.lanes : m.f64.lanes;
+    const int64_t vectors = s.dtype == Dtype::kFloat32 ? m.f32.vectors : m.f64.vectors;
+    const int64_t limit = kPackedBytes / dtype_size(s.dtype), depth = s.taps() * from;
+    if (s.channels_last()) {
+      const Panels panels(to, lanes, vectors);
+      const int64_t unit = depth * panels.width;
+      packed = std::min(s.groups * panels.count, std::max<int64_t>(1, limit / unit)) * unit;
+      zeros = s.groups * from;
+      return;
+    }
+    int64_t pixels = 1;
+    bool scatter = false;
+    for (int d = 0; d < 3; ++d) {
+      pixels *= forward ? s.out[d] : ceil_div(s.in[d], s.stride[d]);
+      scatter = scatter || (!forward && s.stride[d] > 1);
+    }
+    const int64_t width = std::min(lanes * vectors, round_up(pixels, lanes));  // of any phase
+    in_rows = forward && lies_as_rows(s);
+    if (!in_rows) packed = std::min(to, std::max<int64_t>(1, limit / (s.groups * depth))) * s.groups * depth;
+    panel = std::min(kSumLength, depth) * width;
+    kept = scatter ? std::min(kScatterRows, round_up(to, kMaxRows)) * width : 0;
+  }
+  int64_t elements(int threads) const { return packed + zeros + threads * (panel + kept); }
+};
 
 // --- NHWC: rows are pixels --------------------------------------------------------------------------------------------
 
@@ -102,13 +137,13 @@ T* result_pixel(const Gather& g, const PixelCursor& at, T* to) {
 
 template <typename T>
 void rows_are_pixels(const Gather& g, const GatherPhase& phase, const Kernels<T>& kernels, const T* from, const T* weight,
-                     const T* bias, T* to, T* workspace, int threads) {
+                     const T* bias, T* to, const Workspace& sizes, T* workspace, int threads) {
   const int64_t taps = phase.taps(), depth = taps * g.from_per_group;
   const std::vector<Block> blocks = reduction_blocks(g.from_per_group, taps, /*taps_inside=*/false);
   const Panels panels(g.to_per_group, kernels.lanes, kernels.vectors);
-  T* zeros = workspace;
-  std::fill_n(zeros, g.groups * g.from_per_group, T(0));
-  T* packed = zeros + g.groups * g.from_per_group;
+  T* const packed = workspace;
+  T* const zeros = packed + sizes.packed;
+  std::fill_n(zeros, sizes.zeros, T(0));
 
   const int64_t pixels = g.batch * phase.pixels(), tiles = ceil_div(pixels, kernels.rows);
   const int64_t fit = std::max<int64_t>(1, kPointerBytes / (std::max<int64_t>(taps, 1) * kernels.rows * sizeof(T*)));
@@ -117,7 +152,7 @@ void rows_are_pixels(const Gather& g, const GatherPhase& phase, const Kernels<T>
 
   // A unit is one panel of one group.
   const int64_t units = g.groups * panels.count, unit_size = depth * panels.width;
-  const int64_t units_per_pass = std::max<int64_t>(1, kPackedBytes / std::max<int64_t>(unit_size * sizeof(T), 1));
+  const int64_t units_per_pass = std::clamp<int64_t>(sizes.packed / std::max<int64_t>(unit_size, 1), 1, units);
   for (int64_t first = 0; first < units; first += units_per_pass) {
     const int64_t last = std::min(units, first + units_per_pass);
     const int64_t block_count = static_cast<int64_t>(blocks.size());
@@ -190,71 +225,66 @@ struct PanelRuns {
 
   void prepare(const Gather& g, const GatherPhase& phase, int64_t begin, int64_t width) {
     segments.clear();
+    segments.reserve(phase.taps() * std::min<int64_t>(width, 3 * (width / phase.axis[2].count + 2)));
     first.assign(1, 0);
+    first.reserve(phase.taps() + 1);
     const GatherAxis* a = phase.axis;
+    const PixelCursor start(phase, begin);
     for (int64_t td = 0; td < a[0].taps(); ++td)
       for (int64_t th = 0; th < a[1].taps(); ++th)
         for (int64_t tw = 0; tw < a[2].taps(); ++tw) {
-          PixelCursor at(phase, begin);
-          for (int64_t i = 0; i < width;) {
+          PixelCursor at = start;
+          for (int64_t i = 0; i < width;) {  // line by line
+            const int64_t end = std::min(a[2].count, at.w + width - i);
             const int64_t d = a[0].source(at.d, td), h = a[1].source(at.h, th);
             const int64_t line = d < 0 || h < 0 ? -1 : d * g.from_stride.axis[0] + h * g.from_stride.axis[1];
-            for (; i < width; ++i) {
-              const int64_t w = line < 0 ? -1 : a[2].source(at.w, tw);
-              append(static_cast<int32_t>(i), w < 0 ? -1 : line + w);
-              at.next();
-              if (at.w == 0) {
-                ++i;
-                break;
-              }
-            }
+            append_line(a[2], tw, line, at.w, end, static_cast<int32_t>(i));
+            i += end - at.w;
+            at.w = end - 1;
+            at.next();
           }
           first.push_back(static_cast<int32_t>(segments.size()));
         }
   }
 
  private:
-  void append(int32_t target, int64_t source) {
-    if (static_cast<int32_t>(segments.size()) > first.back()) {
-      Segment& run = segments.back();
-      if (source < 0 ? run.source < 0 : run.source >= 0 && continues(run, source)) {
-        if (run.length == 1) run.step = source - run.source;
-        ++run.length;
-        return;
-      }
-    }
-    segments.push_back({source, 1, target, 1});
-  }
-  static bool continues(const Segment& run, int64_t source) {
-    return run.length == 1 ? source > run.source : source == run.source + run.length * run.step;
+  // Positions [begin, end) of one line: zeros, what lies inside, zeros. A padding mode's border goes value by value.
+  void append_line(const GatherAxis& axis, int64_t t, int64_t line, int64_t begin, int64_t end, int32_t target) {
+    const auto append = [&](int64_t from, int64_t to, bool inside) {
+      if (from >= to) return;
+      const int64_t source = inside ? line + axis.offset[t] + from * axis.from_step : -1;
+      segments.push_back({source, axis.from_step, static_cast<int32_t>(target + from - begin), static_cast<int32_t>(to - from)});
+    };
+    if (line < 0) return append(begin, end, false);
+    const int64_t first_inside = std::clamp(axis.first_inside(t), begin, end);
+    const int64_t last_inside = std::clamp(axis.last_inside(t), first_inside, end);
+    const auto border = [&](int64_t from, int64_t to) {
+      if (axis.mode == PaddingMode::kZeros) return append(from, to, false);
+      for (int64_t j = from; j < to; ++j)
+        segments.push_back({line + axis.source(j, t), 1, static_cast<int32_t>(target + j - begin), 1});
+    };
+    border(begin, first_inside);
+    append(first_inside, last_inside, true);
+    border(last_inside, end);
   }
 };
 
-bool lies_as_rows(const Gather& g, const GatherPhase& phase) {
-  const int64_t taps = phase.taps();
-  if (g.phases.size() != 1 || g.weight_from_stride != taps) return false;
-  for (int64_t t = 0; t < taps; ++t)
-    if (g.weight_tap_offset(phase, t) != t) return false;
-  return true;
-}
-
 template <typename T>
 void columns_are_pixels(const Gather& g, const GatherPhase& phase, const Kernels<T>& kernels, const T* from, const T* weight,
-                        const T* bias, T* to, T* workspace, int threads) {
+                        const T* bias, T* to, const Workspace& sizes, T* workspace, int threads) {
   const int64_t taps = phase.taps(), depth = taps * g.from_per_group, channels = g.to_per_group;
   const std::vector<Block> blocks = reduction_blocks(g.from_per_group, taps, /*taps_inside=*/true);
   const Panels panels(phase.pixels(), kernels.lanes, kernels.vectors);
   const GatherAxis* a = phase.axis;
   const bool still = a[0].is_identity() && a[1].is_identity() && a[2].is_identity();
   const bool scatter = a[0].to_step != 1 || a[1].to_step != 1 || a[2].to_step != 1;
-  const bool in_rows = lies_as_rows(g, phase);
-  T* scratch = workspace;  // of each thread: a packed block, then rows to be scattered
-  const int64_t scratch_size = (kSumLength + kScatterRows) * panels.width;
-  T* packed = workspace + threads * scratch_size;
+  const bool in_rows = sizes.in_rows;
+  T* const packed = workspace;
+  T* const scratch = packed + sizes.packed;
   const int64_t from_pixels = g.from_pixels(), to_pixels = g.to_pixels();
 
-  const int64_t row_bytes = std::max<int64_t>(1, depth * g.groups * static_cast<int64_t>(sizeof(T)));
-  const int64_t channels_per_pass = in_rows ? channels : std::clamp<int64_t>(kPackedBytes / row_bytes, 1, channels);
+  const int64_t channels_per_pass =
+      in_rows ? channels : std::clamp<int64_t>(sizes.packed / std::max<int64_t>(1, g.groups * depth), 1, channels);
   for (int64_t first = 0; first < channels; first += channels_per_pass) {
     const int64_t count = std::min(channels_per_pass, channels - first);
     if (!in_rows)
@@ -276,8 +306,8 @@ void columns_are_pixels(const Gather& g, const GatherPhase& phase, const Kernels
     const double macs = static_cast<double>(panels.width) * depth * count / splits;
     // Panels outermost: the runs of a panel serve all images and groups.
     parallel_tasks(problems * splits, macs, [&](int64_t begin, int64_t end) {
-      T* const block_panel = scratch + at::get_thread_num() * scratch_size;
-      T* const kept = block_panel + kSumLength * panels.width;
+      T* const block_panel = scratch + at::get_thread_num() * (sizes.panel + sizes.kept);
+      T* const kept = block_panel + sizes.panel;
       PanelRuns runs;
       std::vector<int64_t> targets(scatter ? panels.width : 0);
       int64_t prepared = -1;
@@ -338,11 +368,12 @@ template <typename T>
 void run(const ConvShape& s, Direction direction, const void* from, const void* weight, const void* bias, void* to,
          void* workspace, int threads) {
   const Gather g = make_gather(s, direction);
+  const Workspace sizes(s, direction);
   const Kernels<T>& kernels = kernels_of<T>(microkernels());
   const auto f = s.channels_last() ? rows_are_pixels<T> : columns_are_pixels<T>;
   for (const GatherPhase& phase : g.phases)
     f(g, phase, kernels, static_cast<const T*>(from), static_cast<const T*>(weight), static_cast<const T*>(bias),
-      static_cast<T*>(to), static_cast<T*>(workspace), threads);
+      static_cast<T*>(to), sizes, static_cast<T*>(workspace), threads);
 }
 
 void run(const ConvShape& s, Direction direction, const void* from, const ConvPointers& p, void* workspace, int threads) {
@@ -362,8 +393,13 @@ const char* implicit_gemm_backward_input_decline(const ConvShape& s) {
   return decline(s);
 }
 
-int64_t implicit_gemm_forward_workspace(const ConvShape& s, int threads) { return workspace_bytes(s, threads); }
-int64_t implicit_gemm_backward_input_workspace(const ConvShape& s, int threads) { return workspace_bytes(s, threads); }
+int64_t implicit_gemm_forward_workspace(const ConvShape& s, int threads) {
+  return Workspace(s, Direction::kForward).elements(threads) * dtype_size(s.dtype);
+}
+
+int64_t implicit_gemm_backward_input_workspace(const ConvShape& s, int threads) {
+  return Workspace(s, Direction::kBackwardInput).elements(threads) * dtype_size(s.dtype);
+}
 
 void implicit_gemm_forward(const ConvShape& s, const ConvPointers& p, void* workspace, int threads) {
   run(s, Direction::kForward, p.input, p, workspace, threads);

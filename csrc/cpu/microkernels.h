@@ -56,26 +56,37 @@ struct Segment {
   int32_t target, length;
 };
 
-// Depthwise rows: to[r][i] = bias + sum over tap of from[tap * rows + r][i] * weight, for i < length.
-// NCHW: i is a position in a row, weight[tap] and bias[0] are broadcast. NHWC (per_lane): i is a channel, the weight is
-// weight[tap * weight_stride + i] and the bias is bias[i].
+// Depthwise rows: to[r][i] = bias + sum over taps of  source(tap, r)[i] * weight,  i < length.
+//   NCHW            a row is a line of one plane, i a position in it; weight[tap] and bias[0] serve all i
+//   NHWC            a row is a pixel, i a channel; the weight is weight[tap * weight_stride + i], the bias bias[i]
+// source(tap, r) is from + r * row_step + offsets[tap], or where padding cuts taps off (NHWC) pointers[tap * rows + r].
 template <typename T>
 struct DepthwiseTile {
   int64_t taps, length;
-  const T* const* from;  // [taps][rows]
+  const T* from;
+  int64_t row_step;
+  const int64_t* offsets;
+  const T* const* pointers;
   const T* weight;
   int64_t weight_stride;
   const T* bias;  // or nullptr
-  T* const* to;   // [rows]
+  T* to;
+  int64_t to_row_step;
 };
 
-// sums[tap * lanes + l] += sum over p < count and vectors v of a row of  gy[p][v + l] * from[p * taps + tap][v + l]
+// sums[tap * lanes + l] += sum over rows p < count and vectors v of length of  gy(p)[v + l] * source(p, tap)[v + l].
+//   NCHW            a row is a line; gy(p) = gy + p * gy_step, source = from + p * from_step + offsets[tap]
+//   NHWC            a row is a pixel and length at most one vector; source = pointers[p * pointer_taps + tap] + offset
 template <typename T>
 struct DepthwiseWeightTile {
   int64_t count, length;
-  const T* const* gy;
-  const T* const* from;
-  int64_t offset;  // added to every pointer
+  const T* gy;
+  int64_t gy_step;
+  const T* from;
+  int64_t from_step;
+  const int64_t* offsets;
+  const T* const* pointers;
+  int64_t pointer_taps, offset;
   T* sums;
 };
 
@@ -84,8 +95,13 @@ struct Kernels {
   int rows, lanes, vectors;  // register tile: rows x (vectors * lanes)
   void (*gemm[kMaxRows])(const GemmTile<T>&);    // [rows - 1]
   void (*outer[kMaxRows])(const OuterTile<T>&);  // [rows - 1]
-  void (*depthwise[2][kMaxDepthwiseRows])(const DepthwiseTile<T>&);  // [per_lane][rows - 1]
-  void (*depthwise_weight[kMaxDepthwiseTaps])(const DepthwiseWeightTile<T>&);  // [taps - 1]
+  void (*depthwise_lines[kMaxDepthwiseRows])(const DepthwiseTile<T>&);   // [rows - 1], NCHW
+  void (*depthwise_pixels[kMaxDepthwiseRows])(const DepthwiseTile<T>&);  // NHWC, all taps inside
+  void (*depthwise_border[kMaxDepthwiseRows])(const DepthwiseTile<T>&);  // NHWC, by pointers
+  void (*depthwise_weight_lines[kMaxDepthwiseTaps])(const DepthwiseWeightTile<T>&);  // [taps - 1]
+  void (*depthwise_weight_pixels[kMaxDepthwiseTaps])(const DepthwiseWeightTile<T>&);
+  void (*add_row)(T* sums, const T* row, int64_t length);  // sums[i] += row[i]
+  T (*sum_row)(const T* row, int64_t length);
   // panel row r holds channel r / taps and tap r % taps: segments[first[tap], first[tap + 1]) of that channel's plane.
   void (*pack)(int64_t channels, int64_t taps, const T* plane, int64_t plane_stride, const Segment* segments,
                const int32_t* first, T* panel, int64_t width);
