@@ -2,7 +2,6 @@
 #include <ATen/EmptyTensor.h>
 #include <ATen/Parallel.h>
 #include <ATen/core/LegacyTypeDispatch.h>
-#include <ATen/ops/empty.h>
 #include <ATen/ops/empty_like.h>
 #include <c10/core/CPUAllocator.h>
 #include <torch/library.h>
@@ -72,23 +71,31 @@ bool is_dense(const Tensor& t, bool channels_last) {
   return true;
 }
 
+// empty_result without a trip through the dispatcher, which costs as much as a small convolution.
+Tensor empty_result_cpu(c10::IntArrayRef sizes, at::ScalarType dtype, bool channels_last) {
+  if (channels_last && sizes.size() == 3) return empty_result(c10::fromIntArrayRefSlow(sizes), at::dtype(dtype), true);
+  const at::MemoryFormat format = !channels_last || sizes[0] == 0 ? at::MemoryFormat::Contiguous
+                                  : sizes.size() == 4             ? at::MemoryFormat::ChannelsLast
+                                                                  : at::MemoryFormat::ChannelsLast3d;
+  return Tensor(at::detail::empty_cpu(sizes, dtype, /*pin_memory=*/false, format));
+}
+
 Tensor dense(const Tensor& t, bool channels_last) {
   if (is_dense(t, channels_last)) return t;
-  return empty_result(t.sym_sizes(), t.options(), channels_last).copy_(t);
+  return empty_result_cpu(t.sizes(), t.scalar_type(), channels_last).copy_(t);
 }
 
 // Runs f(result) on a result of the given sizes whose memory is dense in the layout that is computed in. That is the memory
 // format the result has by torch's rule, except when strides of dimension 0 say otherwise: then it is copied at the end.
 template <typename F>
-Tensor with_result(c10::IntArrayRef sizes, const at::TensorOptions& options, bool channels_last, bool computed_channels_last,
-                   const F& f) {
-  const Tensor result = empty_result(c10::fromIntArrayRefSlow(sizes), options, channels_last);
+Tensor with_result(c10::IntArrayRef sizes, at::ScalarType dtype, bool channels_last, bool computed_channels_last, const F& f) {
+  const Tensor result = empty_result_cpu(sizes, dtype, channels_last);
   if (result.numel() == 0) return result;
   if (is_dense(result, computed_channels_last)) {
     f(result);
     return result;
   }
-  const Tensor computed = empty_result(c10::fromIntArrayRefSlow(sizes), options, computed_channels_last);
+  const Tensor computed = empty_result_cpu(sizes, dtype, computed_channels_last);
   f(computed);
   return result.copy_(computed), result;
 }
@@ -128,7 +135,7 @@ Tensor forward(const Tensor& x, const Tensor& w, const OptionalTensor& bias, c10
   const bool channels_last = result_is_channels_last(x, w);
   const bool computed = x.dim() == 3 ? channels_last : sample_is_channels_last(x) || sample_is_channels_last(w);
   const ConvShape shape = make_conv_shape(call, w.strides(), x.scalar_type(), computed);
-  return with_result(size, x.options(), channels_last, computed, [&](const Tensor& y) {
+  return with_result(size, x.scalar_type(), channels_last, computed, [&](const Tensor& y) {
     const Tensor xd = dense(x, computed);
     const OptionalTensor b = bias ? OptionalTensor(bias->contiguous()) : std::nullopt;
     run(Direction::kForward, shape,
@@ -154,7 +161,7 @@ Tensor backward_input(const Tensor& gy, const Tensor& w, const OptionalTensor& b
   const bool channels_last = result_is_channels_last(gy, w);
   const bool computed = gy.dim() == 3 ? channels_last : sample_is_channels_last(gy) || sample_is_channels_last(w);
   const ConvShape shape = make_conv_shape(call, w.strides(), gy.scalar_type(), computed);
-  return with_result(size, gy.options(), channels_last, computed, [&](const Tensor& gx) {
+  return with_result(size, gy.scalar_type(), channels_last, computed, [&](const Tensor& gx) {
     const Tensor gyd = dense(gy, computed);
     const OptionalTensor b = bias ? OptionalTensor(bias->contiguous()) : std::nullopt;
     run(Direction::kBackwardInput, shape,
@@ -187,7 +194,7 @@ Tensor backward_weight(const Tensor& gy, const Tensor& x, c10::IntArrayRef kerne
     return complex_convolution(gy, x, std::nullopt, [&](const Tensor& a, const Tensor& b, const OptionalTensor&) {
       return backward_weight(a, b, kernel_size, stride, padding, dilation, groups, padding_mode);
     });
-  const Tensor gw = empty_result(c10::fromIntArrayRefSlow(size), x.options(), result_is_channels_last(gy, x));
+  const Tensor gw = empty_result_cpu(size, x.scalar_type(), result_is_channels_last(gy, x));
   backward_weight_into(gw, Tensor(), gy, x, call);
   return gw;
 }
@@ -205,10 +212,10 @@ std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& gy, const Tensor& x, c
   if (output_mask[0])
     gx = backward_input(gy, w, std::nullopt, x.sizes().slice(2), stride, padding, dilation, groups, padding_mode);
   if (output_mask[1]) {
-    gw = at::empty_like(w);
+    gw = w.is_contiguous() ? empty_result_cpu(w.sizes(), w.scalar_type(), false) : at::empty_like(w);
     // Here gy is at hand in the layout of the computation.
     if (output_mask[2] && (w.scalar_type() == at::kFloat || w.scalar_type() == at::kDouble))
-      gb = at::empty({gy.size(1)}, gy.options());
+      gb = Tensor(at::detail::empty_cpu({gy.size(1)}, gy.scalar_type()));
     if (gw.is_complex())
       gw.copy_(backward_weight(gy, x, w.sizes().slice(2), stride, padding, dilation, groups, padding_mode));
     else

@@ -98,7 +98,8 @@ void fill_strip(const GatherPhase& phase, const StripPlan& plan, const T* plane,
         };
         border(0, inside0);
         if (inside1 > inside0) {
-          const Segment run{base + inside0 * step, step, static_cast<int32_t>(inside0), static_cast<int32_t>(inside1 - inside0)};
+          const int32_t length = static_cast<int32_t>(inside1 - inside0);
+          const Segment run{base + inside0 * step, step, static_cast<int32_t>(inside0), length, 0, length};
           const int32_t first[] = {0, 1};
           kernels.pack(1, 1, line, 0, &run, first, target, 0);
         }

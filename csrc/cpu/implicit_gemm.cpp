@@ -220,25 +220,27 @@ void rows_are_pixels(const Gather& g, const GatherPhase& phase, const Kernels<T>
 
 // The runs that a panel of pixels [begin, begin + width) of one image is packed from, tap by tap.
 struct PanelRuns {
-  std::vector<Segment> segments;
-  std::vector<int32_t> first;  // [taps + 1]
+  c10::SmallVector<Segment, 128> segments;
+  c10::SmallVector<int32_t, 64> first;  // [taps + 1]
 
   void prepare(const Gather& g, const GatherPhase& phase, int64_t begin, int64_t width) {
     segments.clear();
-    segments.reserve(phase.taps() * std::min<int64_t>(width, 3 * (width / phase.axis[2].count + 2)));
     first.assign(1, 0);
-    first.reserve(phase.taps() + 1);
     const GatherAxis* a = phase.axis;
     const PixelCursor start(phase, begin);
     for (int64_t td = 0; td < a[0].taps(); ++td)
       for (int64_t th = 0; th < a[1].taps(); ++th)
         for (int64_t tw = 0; tw < a[2].taps(); ++tw) {
+          const int64_t first_inside = a[2].first_inside(tw), last_inside = a[2].last_inside(tw);
           PixelCursor at = start;
           for (int64_t i = 0; i < width;) {  // line by line
             const int64_t end = std::min(a[2].count, at.w + width - i);
             const int64_t d = a[0].source(at.d, td), h = a[1].source(at.h, th);
-            const int64_t line = d < 0 || h < 0 ? -1 : d * g.from_stride.axis[0] + h * g.from_stride.axis[1];
-            append_line(a[2], tw, line, at.w, end, static_cast<int32_t>(i));
+            if (d < 0 || h < 0)
+              segments.push_back({0, 1, static_cast<int32_t>(i), static_cast<int32_t>(end - at.w), 0, 0});
+            else
+              append_line(a[2], tw, d * g.from_stride.axis[0] + h * g.from_stride.axis[1], at.w, end, first_inside, last_inside,
+                          static_cast<int32_t>(i));
             i += end - at.w;
             at.w = end - 1;
             at.next();
@@ -248,24 +250,23 @@ struct PanelRuns {
   }
 
  private:
-  // Positions [begin, end) of one line: zeros, what lies inside, zeros. A padding mode's border goes value by value.
-  void append_line(const GatherAxis& axis, int64_t t, int64_t line, int64_t begin, int64_t end, int32_t target) {
-    const auto append = [&](int64_t from, int64_t to, bool inside) {
-      if (from >= to) return;
-      const int64_t source = inside ? line + axis.offset[t] + from * axis.from_step : -1;
-      segments.push_back({source, axis.from_step, static_cast<int32_t>(target + from - begin), static_cast<int32_t>(to - from)});
+  // Positions [begin, end) of one line. A padding mode's border goes value by value.
+  void append_line(const GatherAxis& axis, int64_t t, int64_t line, int64_t begin, int64_t end, int64_t first_inside,
+                   int64_t last_inside, int32_t target) {
+    const int64_t inside = std::clamp(first_inside, begin, end), outside = std::clamp(last_inside, inside, end);
+    const auto append = [&](int64_t from, int64_t to) {
+      segments.push_back({line + axis.offset[t] + from * axis.from_step, axis.from_step, static_cast<int32_t>(target + from - begin),
+                          static_cast<int32_t>(to - from), static_cast<int32_t>(inside - from),
+                          static_cast<int32_t>(outside - from)});
     };
-    if (line < 0) return append(begin, end, false);
-    const int64_t first_inside = std::clamp(axis.first_inside(t), begin, end);
-    const int64_t last_inside = std::clamp(axis.last_inside(t), first_inside, end);
+    if (axis.mode == PaddingMode::kZeros) return append(begin, end);
     const auto border = [&](int64_t from, int64_t to) {
-      if (axis.mode == PaddingMode::kZeros) return append(from, to, false);
       for (int64_t j = from; j < to; ++j)
-        segments.push_back({line + axis.source(j, t), 1, static_cast<int32_t>(target + j - begin), 1});
+        segments.push_back({line + axis.source(j, t), 1, static_cast<int32_t>(target + j - begin), 1, 0, 1});
     };
-    border(begin, first_inside);
-    append(first_inside, last_inside, true);
-    border(last_inside, end);
+    border(begin, inside);
+    if (inside < outside) append(inside, outside);
+    border(outside, end);
   }
 };
 

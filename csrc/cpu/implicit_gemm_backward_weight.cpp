@@ -214,10 +214,18 @@ void run(const ConvShape& s, const T* gy, const T* x, T* gw, T* workspace, int t
                               : s.channels_last() ? x + n * x_stride.batch + sd * x_stride.axis[0] + sh * x_stride.axis[1] + c_first
                                                   : x_strip.line(n, sd, sh, columns);
             const int64_t step = s.channels_last() ? x_stride.axis[2] : split.columns;
-            for (int64_t w = chunk.begin; w < chunk.end; ++w) {
-              const int64_t sw = inside ? axis[2].source(w, tw) : -1;
-              *source++ = sw < 0 ? zeros : x_line + sw * step;
-            }
+            const int64_t first = inside ? std::clamp(axis[2].first_inside(tw), chunk.begin, chunk.end) : chunk.end;
+            const int64_t last = inside ? std::clamp(axis[2].last_inside(tw), first, chunk.end) : chunk.end;
+            const auto border = [&](int64_t w, int64_t end) {
+              for (; w < end; ++w) {
+                const int64_t sw = inside ? axis[2].source(w, tw) : -1;
+                *source++ = sw < 0 ? zeros : x_line + sw * step;
+              }
+            };
+            border(chunk.begin, first);
+            const T* inner = x_line + axis[2].offset[tw] * step;
+            for (int64_t w = first; w < last; ++w) *source++ = inner + w * axis[2].from_step * step;
+            border(last, chunk.end);
           }
           T* const total = totals + (t - t0) * rows * columns;
           for (int64_t column = 0; column < columns; column += panels.width)

@@ -50,10 +50,11 @@ struct OuterTile {
   int64_t cols;
 };
 
-// A run of one packed row: length elements from the plane, step apart, or zeros where source is -1.
+// A run of one packed row: length elements to target; those in [first, last) come from the plane at source + i * step, the
+// others are zero.
 struct Segment {
   int64_t source, step;
-  int32_t target, length;
+  int32_t target, length, first, last;
 };
 
 // Depthwise rows: to[r][i] = bias + sum over taps of  source(tap, r)[i] * weight,  i < length.

@@ -19,6 +19,9 @@ struct F32 {
   static V broadcast(float value) { return _mm256_set1_ps(value); }
   static V load(const float* p) { return _mm256_loadu_ps(p); }
   static V load(const float* p, Mask m) { return _mm256_maskload_ps(p, m); }
+  static V load_range(const float* p, int64_t first, int64_t last) {  // zero outside [first, last)
+    return _mm256_maskload_ps(p, _mm256_andnot_si256(mask(first), mask(last)));
+  }
   static void store(float* p, V v) { _mm256_storeu_ps(p, v); }
   static void store(float* p, V v, Mask m) { _mm256_maskstore_ps(p, m, v); }
   static V add(V a, V b) { return _mm256_add_ps(a, b); }
@@ -35,6 +38,9 @@ struct F64 {
   static V broadcast(double value) { return _mm256_set1_pd(value); }
   static V load(const double* p) { return _mm256_loadu_pd(p); }
   static V load(const double* p, Mask m) { return _mm256_maskload_pd(p, m); }
+  static V load_range(const double* p, int64_t first, int64_t last) {
+    return _mm256_maskload_pd(p, _mm256_andnot_si256(mask(first), mask(last)));
+  }
   static void store(double* p, V v) { _mm256_storeu_pd(p, v); }
   static void store(double* p, V v, Mask m) { _mm256_maskstore_pd(p, m, v); }
   static V add(V a, V b) { return _mm256_add_pd(a, b); }

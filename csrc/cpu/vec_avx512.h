@@ -17,6 +17,9 @@ struct F32 {
   static V broadcast(float value) { return _mm512_set1_ps(value); }
   static V load(const float* p) { return _mm512_loadu_ps(p); }
   static V load(const float* p, Mask m) { return _mm512_maskz_loadu_ps(m, p); }
+  static V load_range(const float* p, int64_t first, int64_t last) {  // zero outside [first, last)
+    return _mm512_maskz_loadu_ps(mask(last) & ~mask(first), p);
+  }
   static void store(float* p, V v) { _mm512_storeu_ps(p, v); }
   static void store(float* p, V v, Mask m) { _mm512_mask_storeu_ps(p, m, v); }
   static V add(V a, V b) { return _mm512_add_ps(a, b); }
@@ -33,6 +36,9 @@ struct F64 {
   static V broadcast(double value) { return _mm512_set1_pd(value); }
   static V load(const double* p) { return _mm512_loadu_pd(p); }
   static V load(const double* p, Mask m) { return _mm512_maskz_loadu_pd(m, p); }
+  static V load_range(const double* p, int64_t first, int64_t last) {
+    return _mm512_maskz_loadu_pd(mask(last) & ~mask(first), p);
+  }
   static void store(double* p, V v) { _mm512_storeu_pd(p, v); }
   static void store(double* p, V v, Mask m) { _mm512_mask_storeu_pd(p, m, v); }
   static V add(V a, V b) { return _mm512_add_pd(a, b); }

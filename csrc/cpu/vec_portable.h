@@ -25,6 +25,11 @@ struct Vec {
     for (int64_t i = 0; i < lanes; ++i) v[i] = p[i];
     return v;
   }
+  static V load_range(const T* p, int64_t first, int64_t last) {  // zero outside [first, last)
+    V v{};
+    for (int64_t i = first; i < last; ++i) v[i] = p[i];
+    return v;
+  }
   static void store(T* p, V v) { std::memcpy(p, &v, sizeof(V)); }
   static void store(T* p, V v, Mask lanes) {
     for (int64_t i = 0; i < lanes; ++i) p[i] = v[i];
