@@ -3,6 +3,9 @@
 //   rows (register tile)   columns (vectors)   depth     one product per group and tap
 //   out channels           in channels         pixels
 //
+// With few in channels (stems, grouped convolutions) a vector of them would be mostly empty. Then the taps are folded into the
+// columns: a row of [tap][in channel] is packed for each pixel of a chunk, and there is one product per group.
+//
 // Both operands are read with channels innermost: NHWC as they lie, through a pointer per pixel and tap (a row of zeros in the
 // padding). NCHW: the lines of x and gy that a chunk of pixels touches are transposed into strips that fit L2, each once per
 // chunk, not once per tap.
@@ -26,6 +29,8 @@ constexpr int64_t kMaxTaps = 16384;
 constexpr int64_t kStripBytes = 512 << 10;  // transposed x of one chunk and one panel of in channels
 constexpr int64_t kTaskBytes = 1 << 20;     // strips of one task
 constexpr int64_t kTotalBytes = 16 << 20;   // totals of all threads together, unless one tile of each is more
+constexpr int64_t kFoldChannels = 8;        // up to so many in channels the taps are folded into the columns
+constexpr int64_t kFoldedBytes = 1 << 20;   // packed rows of one chunk; above it nothing is folded
 
 // Pixels [begin, end) of the lines [first, last); a line is (n, d, h), and only a single line is ever cut.
 struct Chunk {
@@ -35,6 +40,8 @@ struct Chunk {
 
 struct Plan {
   GatherAxis axis[3];
+  bool folded;
+  int64_t columns, tap_steps;  // of one product, and how many products
   int64_t lines, line_length;      // of gy
   int64_t lines_per_chunk, pixels_per_line;  // the largest chunk
   int64_t strip_lines, strip_length;  // what the largest chunk touches of x
@@ -58,7 +65,13 @@ struct Plan {
     lines_per_chunk = chunks_per_line > 1 ? 1 : std::clamp<int64_t>(std::min(kSumLength / line_length, fit), 1, lines);
     strip_lines = line_taps * lines_per_chunk;
     chunks = chunks_per_line * ceil_div(lines, lines_per_chunk);
+    folded = s.in_per_group <= kFoldChannels && s.taps() > 1 &&
+             pixels() * s.taps() * s.in_per_group * dtype_size(s.dtype) <= kFoldedBytes;
+    columns = folded ? s.taps() * s.in_per_group : s.in_per_group;
+    tap_steps = folded ? 1 : s.taps();
   }
+
+  int64_t pixels() const { return lines_per_chunk * pixels_per_line; }  // of the largest chunk
 
   Chunk chunk(int64_t i) const {
     const int64_t first = i / chunks_per_line * lines_per_chunk, begin = i % chunks_per_line * pixels_per_line;
@@ -76,23 +89,22 @@ struct Split {
     const int64_t row_tiles = ceil_div(s.out_per_group, tile_rows);
     const auto settle = [&](int64_t wanted) {
       row_tasks = std::min(row_tiles, wanted);
-      column_tasks = std::min(panels.count, ceil_div(wanted, row_tasks));
-      tap_tasks = std::min(s.taps(), ceil_div(wanted, row_tasks * column_tasks));
+      column_tasks = plan.folded ? 1 : std::min(panels.count, ceil_div(wanted, row_tasks));
+      tap_tasks = std::min(plan.tap_steps, ceil_div(wanted, row_tasks * column_tasks));
       if (!s.channels_last()) {  // strips of one task have a size limit
-        const int64_t pixels = plan.lines_per_chunk * plan.pixels_per_line;
-        const int64_t row_fit = std::max<int64_t>(1, kTaskBytes / (pixels * tile_rows * size));
+        const int64_t row_fit = std::max<int64_t>(1, kTaskBytes / (plan.pixels() * tile_rows * size));
         const int64_t column_fit = std::max<int64_t>(1, kTaskBytes / (plan.strip_lines * plan.strip_length * panels.width * size));
         row_tasks = std::max(row_tasks, ceil_div(row_tiles, row_fit));
-        column_tasks = std::max(column_tasks, ceil_div(panels.count, column_fit));
+        if (!plan.folded) column_tasks = std::max(column_tasks, ceil_div(panels.count, column_fit));
       }
       rows = ceil_div(row_tiles, row_tasks) * tile_rows;
-      columns = ceil_div(panels.count, column_tasks) * panels.width;
-      taps = ceil_div(s.taps(), tap_tasks);
+      columns = std::min(panels.columns, ceil_div(panels.count, column_tasks) * panels.width);
+      taps = ceil_div(plan.tap_steps, tap_tasks);
       row_tasks = ceil_div(s.out_per_group, rows);
       column_tasks = ceil_div(panels.columns, columns);
-      tap_tasks = ceil_div(s.taps(), taps);
+      tap_tasks = ceil_div(plan.tap_steps, taps);
     };
-    const int64_t finest = row_tiles * panels.count * s.taps();
+    const int64_t finest = row_tiles * (plan.folded ? 1 : panels.count) * plan.tap_steps;
     int64_t wanted = std::min<int64_t>(finest, ceil_div(2 * threads, s.groups));
     settle(wanted);
     while (wanted < finest && threads * rows * columns * taps * size > kTotalBytes) settle(wanted = std::min(finest, 2 * wanted));
@@ -102,14 +114,15 @@ struct Split {
 
 // Scratch of one thread, in elements.
 struct Scratch {
-  int64_t totals, gy, x, zeros;
+  int64_t totals, gy, x, zeros, folded;
   Scratch(const ConvShape& s, const Plan& plan, const Split& split) {
     totals = split.rows * split.columns * split.taps;
-    gy = s.channels_last() ? 0 : plan.lines_per_chunk * plan.pixels_per_line * split.rows;
-    x = s.channels_last() ? 0 : plan.strip_lines * plan.strip_length * split.columns;
+    gy = s.channels_last() ? 0 : plan.pixels() * split.rows;
+    x = s.channels_last() ? 0 : plan.strip_lines * plan.strip_length * std::min(split.columns, s.in_per_group);
     zeros = s.in_channels();
+    folded = plan.folded ? plan.pixels() * plan.columns : 0;
   }
-  int64_t size() const { return totals + gy + x + zeros; }
+  int64_t size() const { return totals + gy + x + zeros + folded; }
 };
 
 // The lines of x that one chunk touches, transposed to [line][w][channel].
@@ -154,7 +167,7 @@ template <typename T>
 void run(const ConvShape& s, const T* gy, const T* x, T* gw, T* workspace, int threads) {
   const Kernels<T>& kernels = kernels_of<T>(microkernels());
   const Plan plan(s);
-  const Panels panels(s.in_per_group, kernels.lanes, kernels.vectors);
+  const Panels panels(plan.columns, kernels.lanes, kernels.vectors);
   const Split split(s, plan, kernels.rows, panels, threads);
   const Scratch scratch(s, plan, split);
   const GatherAxis* axis = plan.axis;
@@ -165,18 +178,21 @@ void run(const ConvShape& s, const T* gy, const T* x, T* gw, T* workspace, int t
     T* const totals = workspace + at::get_thread_num() * scratch.size();
     T* const gy_strip = totals + scratch.totals;
     T* const zeros = gy_strip + scratch.gy + scratch.x;
+    T* const folded = zeros + scratch.zeros;  // [pixel][tap][in channel]
     std::fill_n(zeros, scratch.zeros, T(0));
-    Strip<T> x_strip(s, gy_strip + scratch.gy, split.columns);
-    std::vector<const T*> sources(plan.lines_per_chunk * plan.pixels_per_line);
+    const int64_t strip_channels = std::min(split.columns, s.in_per_group);
+    Strip<T> x_strip(s, gy_strip + scratch.gy, strip_channels);
+    std::vector<const T*> sources(plan.pixels());
 
     for (int64_t task = begin; task < end; ++task) {
-      const int64_t t0 = task % split.tap_tasks * split.taps, t1 = std::min(s.taps(), t0 + split.taps);
+      const int64_t t0 = task % split.tap_tasks * split.taps, t1 = std::min(plan.tap_steps, t0 + split.taps);
       const int64_t c0 = task / split.tap_tasks % split.column_tasks * split.columns;
-      const int64_t columns = std::min(s.in_per_group - c0, split.columns);
+      const int64_t columns = std::min(plan.columns - c0, split.columns);
       const int64_t k0 = task / (split.tap_tasks * split.column_tasks) % split.row_tasks * split.rows;
       const int64_t rows = std::min(s.out_per_group - k0, split.rows);
       const int64_t group = task / (split.tap_tasks * split.column_tasks * split.row_tasks);
       const int64_t k_first = group * s.out_per_group + k0, c_first = group * s.in_per_group + c0;
+      const int64_t channels = plan.folded ? s.in_per_group : columns;
       std::fill_n(totals, (t1 - t0) * rows * columns, T(0));
 
       for (int64_t i = 0; i < plan.chunks; ++i) {
@@ -202,7 +218,8 @@ void run(const ConvShape& s, const T* gy, const T* x, T* gw, T* workspace, int t
               if (const int64_t source = axis[2].source(w, t); source >= 0) lo = std::min(lo, source), hi = std::max(hi, source + 1);
           x_strip.start(x + c_first * x_stride.channel, std::min(lo, hi), hi);
         }
-        for (int64_t t = t0; t < t1; ++t) {
+        // Where every pixel of the chunk reads tap t.
+        const auto find_sources = [&](int64_t t) {
           const int64_t tw = t % s.kernel[2], th = t / s.kernel[2] % s.kernel[1], td = t / (s.kernel[2] * s.kernel[1]);
           const T** source = sources.data();
           for (int64_t line = chunk.first; line < chunk.last; ++line) {
@@ -212,8 +229,8 @@ void run(const ConvShape& s, const T* gy, const T* x, T* gw, T* workspace, int t
             const bool inside = sd >= 0 && sh >= 0;
             const T* x_line = !inside             ? zeros
                               : s.channels_last() ? x + n * x_stride.batch + sd * x_stride.axis[0] + sh * x_stride.axis[1] + c_first
-                                                  : x_strip.line(n, sd, sh, columns);
-            const int64_t step = s.channels_last() ? x_stride.axis[2] : split.columns;
+                                                  : x_strip.line(n, sd, sh, channels);
+            const int64_t step = s.channels_last() ? x_stride.axis[2] : strip_channels;
             const int64_t first = inside ? std::clamp(axis[2].first_inside(tw), chunk.begin, chunk.end) : chunk.end;
             const int64_t last = inside ? std::clamp(axis[2].last_inside(tw), first, chunk.end) : chunk.end;
             const auto border = [&](int64_t w, int64_t end) {
@@ -227,6 +244,16 @@ void run(const ConvShape& s, const T* gy, const T* x, T* gw, T* workspace, int t
             for (int64_t w = first; w < last; ++w) *source++ = inner + w * axis[2].from_step * step;
             border(last, chunk.end);
           }
+        };
+        if (plan.folded) {
+          for (int64_t t = 0; t < s.taps(); ++t) {
+            find_sources(t);
+            kernels.copy_rows(sources.data(), chunk.pixels(), s.in_per_group, folded + t * s.in_per_group, plan.columns);
+          }
+          for (int64_t p = 0; p < chunk.pixels(); ++p) sources[p] = folded + p * plan.columns;
+        }
+        for (int64_t t = t0; t < t1; ++t) {
+          if (!plan.folded) find_sources(t);
           T* const total = totals + (t - t0) * rows * columns;
           for (int64_t column = 0; column < columns; column += panels.width)
             for (int64_t row = 0; row < rows; row += kernels.rows) {
@@ -242,13 +269,14 @@ void run(const ConvShape& s, const T* gy, const T* x, T* gw, T* workspace, int t
             }
         }
       }
-      for (int64_t t = t0; t < t1; ++t) {
+      const int64_t tap0 = plan.folded ? 0 : t0, tap1 = plan.folded ? s.taps() : t1;
+      for (int64_t t = tap0; t < tap1; ++t) {
         const int64_t tw = t % s.kernel[2], th = t / s.kernel[2] % s.kernel[1], td = t / (s.kernel[2] * s.kernel[1]);
         T* const tap = gw + td * s.weight_stride[2] + th * s.weight_stride[3] + tw * s.weight_stride[4];
-        const T* total = totals + (t - t0) * rows * columns;
+        const T* total = totals + (plan.folded ? t * s.in_per_group : (t - t0) * rows * columns);
         for (int64_t k = 0; k < rows; ++k)
-          for (int64_t c = 0; c < columns; ++c)
-            tap[(k_first + k) * s.weight_stride[0] + (c0 + c) * s.weight_stride[1]] = *total++;
+          for (int64_t c = 0; c < channels; ++c)
+            tap[(k_first + k) * s.weight_stride[0] + (c0 + c) * s.weight_stride[1]] = total[k * columns + c];
       }
     }
   });
@@ -267,7 +295,7 @@ const char* implicit_gemm_backward_weight_decline(const ConvShape& s) {
 int64_t implicit_gemm_backward_weight_workspace(const ConvShape& s, int threads) {
   const auto bytes = [&](const auto& kernels) {
     const Plan plan(s);
-    const Panels panels(s.in_per_group, kernels.lanes, kernels.vectors);
+    const Panels panels(plan.columns, kernels.lanes, kernels.vectors);
     return threads * Scratch(s, plan, Split(s, plan, kernels.rows, panels, threads)).size() * dtype_size(s.dtype);
   };
   const Microkernels& m = microkernels();
