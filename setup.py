@@ -82,9 +82,7 @@ def require_torch():
             '    python -m pip install "torch>=2.11"'
         )
     if version_pair(torch.__version__) >= FIRST_UNTESTED_TORCH:
-        print(
-            f"warning: myconv is not tested with torch {torch.__version__}; building anyway", file=sys.stderr
-        )
+        print(f"warning: myconv is not tested with torch {torch.__version__}; building anyway", file=sys.stderr)
     return torch
 
 
@@ -130,9 +128,7 @@ def compiler_name() -> str:
 
 
 def sources() -> list[str]:
-    return sorted(
-        p.relative_to(ROOT).as_posix() for d in ("csrc", "csrc/cpu") for p in (ROOT / d).glob("*.cpp")
-    )
+    return sorted(p.relative_to(ROOT).as_posix() for d in ("csrc", "csrc/cpu") for p in (ROOT / d).glob("*.cpp"))
 
 
 def headers() -> list[str]:
@@ -168,9 +164,7 @@ def build_ext_command(torch):
             # are system headers, the dependency files do not name them. Editable builds share the folder too.
             if self.build_temp is None:
                 python = f"{sysconfig.get_platform()}-{sys.implementation.cache_tag}"
-                self.build_temp = os.path.join(
-                    "build", f"temp.{python}", f"torch-{torch.__version__}-{isa_build()}"
-                )
+                self.build_temp = os.path.join("build", f"temp.{python}", f"torch-{torch.__version__}-{isa_build()}")
             super().finalize_options()
 
         def run(self) -> None:

@@ -1,7 +1,8 @@
 // One row of a selection table. The first row that does not decline a problem runs it; the last row accepts everything.
 //
-// decline() of forward and backward_input rows may look at anything in the shape except batch, and at nothing else: not at
-// the thread count, not at pointers. That is what makes results the same bits at any batch size and thread count.
+// decline() of forward and backward_input rows may look at anything in the shape except batch, and at nothing else:
+// not at the thread count, not at pointers. That is what makes results the same bits at any batch size and thread
+// count.
 #pragma once
 
 #include "conv_shape.h"

@@ -14,22 +14,25 @@ Tensor in_autocast_dtype(const Operator& op, const Tensor& first, const Tensor& 
   c10::impl::ExcludeDispatchKeyGuard no_autocast(c10::autocast_dispatch_keyset);
   const at::ScalarType type = at::autocast::get_autocast_dtype(device);
   return op(at::autocast::cached_cast(type, first, device), at::autocast::cached_cast(type, second, device),
-            at::autocast::cached_cast(type, bias, device), size, stride, padding, dilation, std::move(groups), padding_mode);
+            at::autocast::cached_cast(type, bias, device), size, stride, padding, dilation, std::move(groups),
+            padding_mode);
 }
 
 template <c10::DeviceType device>
-Tensor conv_forward_autocast(const Tensor& x, const Tensor& w, const OptionalTensor& bias, c10::SymIntArrayRef output_size,
-                             c10::SymIntArrayRef stride, c10::SymIntArrayRef padding, c10::SymIntArrayRef dilation,
-                             c10::SymInt groups, int64_t padding_mode) {
-  return in_autocast_dtype<device>(conv_forward, x, w, bias, output_size, stride, padding, dilation, std::move(groups), padding_mode);
-}
-
-template <c10::DeviceType device>
-Tensor conv_backward_input_autocast(const Tensor& gy, const Tensor& w, const OptionalTensor& bias, c10::SymIntArrayRef input_size,
-                                    c10::SymIntArrayRef stride, c10::SymIntArrayRef padding, c10::SymIntArrayRef dilation,
-                                    c10::SymInt groups, int64_t padding_mode) {
-  return in_autocast_dtype<device>(conv_backward_input, gy, w, bias, input_size, stride, padding, dilation, std::move(groups),
+Tensor conv_forward_autocast(const Tensor& x, const Tensor& w, const OptionalTensor& bias,
+                             c10::SymIntArrayRef output_size, c10::SymIntArrayRef stride, c10::SymIntArrayRef padding,
+                             c10::SymIntArrayRef dilation, c10::SymInt groups, int64_t padding_mode) {
+  return in_autocast_dtype<device>(conv_forward, x, w, bias, output_size, stride, padding, dilation, std::move(groups),
                                    padding_mode);
+}
+
+template <c10::DeviceType device>
+Tensor conv_backward_input_autocast(const Tensor& gy, const Tensor& w, const OptionalTensor& bias,
+                                    c10::SymIntArrayRef input_size, c10::SymIntArrayRef stride,
+                                    c10::SymIntArrayRef padding, c10::SymIntArrayRef dilation, c10::SymInt groups,
+                                    int64_t padding_mode) {
+  return in_autocast_dtype<device>(conv_backward_input, gy, w, bias, input_size, stride, padding, dilation,
+                                   std::move(groups), padding_mode);
 }
 
 }  // namespace

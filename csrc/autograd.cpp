@@ -8,9 +8,9 @@
 //   conv_backward_input(gy, w)  conv_forward(g, w)           conv_backward_weight(gy, g)
 //   conv_backward_weight(gy, x) conv_forward(x, g)           conv_backward_input(gy, g)
 //
-// A node saves a tensor only if a gradient that somebody asked for reads it: a frozen weight does not keep the input alive.
+// A node saves a tensor only if a gradient that somebody asked for reads it: a frozen weight does not keep the input
+// alive.
 #include <ATen/core/grad_mode.h>
-#include <ATen/ops/empty_strided.h>
 #include <c10/core/impl/LocalDispatchKeySet.h>
 #include <torch/csrc/autograd/FunctionsManual.h>
 #include <torch/csrc/autograd/VariableTypeUtils.h>
@@ -47,7 +47,8 @@ c10::SymIntArrayRef spatial(c10::SymIntArrayRef sizes) { return sizes.slice(2); 
 
 // The operator of one direction. `size` is what that operator is told: the spatial size of its result.
 template <Direction direction>
-Tensor call(const Tensor& first, const Tensor& second, const OptionalTensor& bias, c10::SymIntArrayRef size, const Parameters& p) {
+Tensor call(const Tensor& first, const Tensor& second, const OptionalTensor& bias, c10::SymIntArrayRef size,
+            const Parameters& p) {
   if constexpr (direction == Direction::kForward)
     return conv_forward(first, second, bias, size, p.stride, p.padding, p.dilation, p.groups, p.padding_mode);
   else if constexpr (direction == Direction::kBackwardInput)
@@ -59,7 +60,7 @@ Tensor call(const Tensor& first, const Tensor& second, const OptionalTensor& bia
 // A gradient with the strides of the tensor it belongs to (DistributedDataParallel warns about any other).
 Tensor with_strides(Tensor gradient, c10::SymIntArrayRef strides) {
   if (!gradient.defined() || strides.empty() || gradient.sym_strides() == strides) return gradient;
-  return at::empty_strided_symint(gradient.sym_sizes(), strides, gradient.options()).copy_(gradient);
+  return gradient.new_empty_strided_symint(gradient.sym_sizes(), strides).copy_(gradient);  // new_: batched under vmap
 }
 
 template <Direction direction>
@@ -113,7 +114,8 @@ struct ConvBackward : Node {
             call<Direction::kBackwardWeight>(saved(first), g, std::nullopt, spatial(second_size), p), weight_strides);
     } else {
       if (need_first) result[0] = call<Direction::kForward>(saved(second), g, std::nullopt, spatial(first_size), p);
-      if (need_second) result[1] = call<Direction::kBackwardInput>(saved(first), g, std::nullopt, spatial(second_size), p);
+      if (need_second)
+        result[1] = call<Direction::kBackwardInput>(saved(first), g, std::nullopt, spatial(second_size), p);
     }
     if (need_bias) result[2] = bias_gradient(g);
     return result;
@@ -217,7 +219,7 @@ Tensor differentiable(const Tensor& first, const Tensor& second, const OptionalT
   return result;
 }
 
-#define MYCONV_HANDLE(name) \
+#define MYCONV_HANDLE(name)  \
   static const auto handle = \
       c10::Dispatcher::singleton().findSchemaOrThrow("myconv::" #name, "").typed<decltype(name)>()
 
@@ -226,34 +228,39 @@ Tensor conv_forward_autograd(c10::DispatchKeySet keys, const Tensor& x, const Te
                              c10::SymIntArrayRef dilation, c10::SymInt groups, int64_t padding_mode) {
   MYCONV_HANDLE(conv_forward);
   return differentiable<Direction::kForward>(x, w, bias, size, stride, padding, dilation, groups, padding_mode, [&] {
-    return handle.redispatch(keys & c10::after_autograd_keyset, x, w, bias, size, stride, padding, dilation, groups, padding_mode);
+    return handle.redispatch(keys & c10::after_autograd_keyset, x, w, bias, size, stride, padding, dilation, groups,
+                             padding_mode);
   });
 }
 
-Tensor conv_backward_input_autograd(c10::DispatchKeySet keys, const Tensor& gy, const Tensor& w, const OptionalTensor& bias,
-                                    c10::SymIntArrayRef size, c10::SymIntArrayRef stride, c10::SymIntArrayRef padding,
-                                    c10::SymIntArrayRef dilation, c10::SymInt groups, int64_t padding_mode) {
+Tensor conv_backward_input_autograd(c10::DispatchKeySet keys, const Tensor& gy, const Tensor& w,
+                                    const OptionalTensor& bias, c10::SymIntArrayRef size, c10::SymIntArrayRef stride,
+                                    c10::SymIntArrayRef padding, c10::SymIntArrayRef dilation, c10::SymInt groups,
+                                    int64_t padding_mode) {
   MYCONV_HANDLE(conv_backward_input);
-  return differentiable<Direction::kBackwardInput>(gy, w, bias, size, stride, padding, dilation, groups, padding_mode, [&] {
-    return handle.redispatch(keys & c10::after_autograd_keyset, gy, w, bias, size, stride, padding, dilation, groups, padding_mode);
-  });
+  return differentiable<Direction::kBackwardInput>(
+      gy, w, bias, size, stride, padding, dilation, groups, padding_mode, [&] {
+        return handle.redispatch(keys & c10::after_autograd_keyset, gy, w, bias, size, stride, padding, dilation,
+                                 groups, padding_mode);
+      });
 }
 
-Tensor conv_backward_weight_autograd(c10::DispatchKeySet keys, const Tensor& gy, const Tensor& x, c10::SymIntArrayRef size,
-                                     c10::SymIntArrayRef stride, c10::SymIntArrayRef padding, c10::SymIntArrayRef dilation,
-                                     c10::SymInt groups, int64_t padding_mode) {
+Tensor conv_backward_weight_autograd(c10::DispatchKeySet keys, const Tensor& gy, const Tensor& x,
+                                     c10::SymIntArrayRef size, c10::SymIntArrayRef stride, c10::SymIntArrayRef padding,
+                                     c10::SymIntArrayRef dilation, c10::SymInt groups, int64_t padding_mode) {
   MYCONV_HANDLE(conv_backward_weight);
   return differentiable<Direction::kBackwardWeight>(
       gy, x, std::nullopt, size, stride, padding, dilation, groups, padding_mode, [&] {
-        return handle.redispatch(keys & c10::after_autograd_keyset, gy, x, size, stride, padding, dilation, groups, padding_mode);
+        return handle.redispatch(keys & c10::after_autograd_keyset, gy, x, size, stride, padding, dilation, groups,
+                                 padding_mode);
       });
 }
 
 // The fused operator exists for eager speed. Where its own derivative is wanted, or under vmap, it is what it fuses.
 std::tuple<Tensor, Tensor, Tensor> conv_backward_unfused(const Tensor& gy, const Tensor& x, const Tensor& w,
                                                          c10::SymIntArrayRef stride, c10::SymIntArrayRef padding,
-                                                         c10::SymIntArrayRef dilation, c10::SymInt groups, int64_t padding_mode,
-                                                         std::array<bool, 3> output_mask) {
+                                                         c10::SymIntArrayRef dilation, c10::SymInt groups,
+                                                         int64_t padding_mode, std::array<bool, 3> output_mask) {
   const Parameters p = parameters_of(stride, padding, dilation, groups, padding_mode);
   Tensor gx, gw, gb;
   if (output_mask[0]) gx = call<Direction::kBackwardInput>(gy, w, std::nullopt, spatial(x.sym_sizes()), p);
@@ -268,7 +275,8 @@ std::tuple<Tensor, Tensor, Tensor> conv_backward_autograd(c10::DispatchKeySet ke
                                                           c10::SymInt groups, int64_t padding_mode,
                                                           std::array<bool, 3> output_mask) {
   using torch::autograd::isFwGradDefined;
-  if (torch::autograd::compute_requires_grad(gy, x, w) || isFwGradDefined(gy) || isFwGradDefined(x) || isFwGradDefined(w))
+  if (torch::autograd::compute_requires_grad(gy, x, w) || isFwGradDefined(gy) || isFwGradDefined(x) ||
+      isFwGradDefined(w))
     return conv_backward_unfused(gy, x, w, stride, padding, dilation, std::move(groups), padding_mode, output_mask);
   MYCONV_HANDLE(conv_backward);
   at::AutoDispatchBelowADInplaceOrView guard;

@@ -28,11 +28,15 @@ std::string joined(c10::ArrayRef<Wide> values) {
 }
 
 template <typename Int>
-void check_signs(c10::ArrayRef<Int> stride, c10::ArrayRef<Int> padding, c10::ArrayRef<Int> dilation) {
+void check_signs(c10::ArrayRef<Int> stride, c10::ArrayRef<Int> padding, c10::ArrayRef<Int> output_padding,
+                 c10::ArrayRef<Int> dilation) {
   for (const Int& p : padding) TORCH_CHECK(p >= 0, "negative padding is not supported, got padding=", padding);
+  for (const Int& p : output_padding)
+    TORCH_CHECK(p >= 0, "negative output_padding is not supported, got output_padding=", output_padding);
   for (const Int& s : stride) TORCH_CHECK(s > 0, "non-positive stride is not supported, got stride=", stride);
   for (const Int& d : dilation)
-    TORCH_CHECK(d > 0, "non-positive dilation is not supported: dilation should be greater than zero, got dilation=", dilation);
+    TORCH_CHECK(
+        d > 0, "non-positive dilation is not supported: dilation should be greater than zero, got dilation=", dilation);
 }
 
 // What channels, groups and bias must agree on. `input` are the full sizes of what the call's user hands in: of the
@@ -45,21 +49,22 @@ void check_channels(bool transposed, c10::ArrayRef<Int> input, c10::ArrayRef<Int
   TORCH_CHECK(weight[0] % groups == 0, "Given groups=", groups, ", expected weight to be divisible by ", groups,
               " at dimension 0, but got weight of size ", weight, " instead");
   const Int expected = transposed ? weight[0] : weight[1] * groups;
-  TORCH_CHECK(input[1] == expected, "Given ", transposed ? "transposed=1" : "groups=", transposed ? "" : c10::str(groups),
-              ", weight of size ", weight, ", expected input", input, " to have ", expected, " channels, but got ", input[1],
-              " channels instead");
+  TORCH_CHECK(input[1] == expected, "Given ",
+              transposed ? "transposed=1" : "groups=", transposed ? "" : c10::str(groups), ", weight of size ", weight,
+              ", expected input", input, " to have ", expected, " channels, but got ", input[1], " channels instead");
   if (bias) {
     const Int channels = transposed ? weight[1] * groups : weight[0];
-    TORCH_CHECK(bias->size() == 1 && (*bias)[0] == channels, "Given ", transposed ? "transposed=1, " : "", "weight of size ",
-                weight, ", expected bias to be 1-dimensional with ", channels, " elements, but got bias of size ", *bias,
-                " instead");
+    TORCH_CHECK(bias->size() == 1 && (*bias)[0] == channels, "Given ", transposed ? "transposed=1, " : "",
+                "weight of size ", weight, ", expected bias to be 1-dimensional with ", channels,
+                " elements, but got bias of size ", *bias, " instead");
   }
 }
 
 Sizes expanded(const Call& call, c10::IntArrayRef values, const char* argument) {
   const size_t axes = call.weight.size() - 2;
-  TORCH_CHECK(values.size() == axes || values.size() == 1, "expected ", argument, " to be a single integer value or a list of ",
-              axes, " values to match the convolution dimensions, but got ", argument, "=", values);
+  TORCH_CHECK(values.size() == axes || values.size() == 1, "expected ", argument,
+              " to be a single integer value or a list of ", axes,
+              " values to match the convolution dimensions, but got ", argument, "=", values);
   Sizes full(values.begin(), values.end());
   full.resize(axes, values[0]);
   return full;
@@ -83,7 +88,8 @@ Sizes conv_size(const Call& call, const Sizes& stride, const Sizes& padding, con
   Sizes size;
   for (const auto d : c10::irange(stride.size())) {
     const Wide out = (padded[d] - kernel[d]) / stride[d] + 1;
-    TORCH_CHECK(out <= kMost, "padding=", call.padding, " gives an output size of ", joined(out), "; it must fit in 64 bits");
+    TORCH_CHECK(out <= kMost, "padding=", call.padding, " gives an output size of ", joined(out),
+                "; it must fit in 64 bits");
     size.push_back(static_cast<int64_t>(out));
   }
   return size;
@@ -93,8 +99,8 @@ Sizes conv_transpose_size(const Call& call, const Sizes& stride, const Sizes& pa
                           const Sizes& dilation) {
   for (const auto d : c10::irange(stride.size()))
     TORCH_CHECK(output_padding[d] < stride[d] || output_padding[d] < dilation[d],
-                "output padding must be smaller than either stride or dilation, but got output_padding=", call.output_padding,
-                ", stride=", call.stride, ", dilation=", call.dilation);
+                "output padding must be smaller than either stride or dilation, but got output_padding=",
+                call.output_padding, ", stride=", call.stride, ", dilation=", call.dilation);
   c10::SmallVector<Wide, 3> in, out;
   bool large_enough = true;
   for (const auto d : c10::irange(stride.size())) {
@@ -103,8 +109,8 @@ Sizes conv_transpose_size(const Call& call, const Sizes& stride, const Sizes& pa
                   output_padding[d] + 1);
     large_enough = large_enough && out[d] >= 1;
   }
-  TORCH_CHECK(large_enough, "Given input size per channel: (", joined(in), "). Calculated output size per channel: (", joined(out),
-              "). Output size is too small");
+  TORCH_CHECK(large_enough, "Given input size per channel: (", joined(in), "). Calculated output size per channel: (",
+              joined(out), "). Output size is too small");
   Sizes size;
   for (const Wide o : out) {
     TORCH_CHECK(o <= kMost, "the output size per channel (", joined(out), ") must fit in 64 bits");
@@ -117,22 +123,22 @@ Sizes conv_transpose_size(const Call& call, const Sizes& stride, const Sizes& pa
 
 Sizes check_call(const Call& call) {
   const size_t dims = call.rank + 2;
-  TORCH_CHECK(call.input.size() == dims || call.input.size() == dims - 1, "Expected ", dims - 1, "D (unbatched) or ", dims,
-              "D (batched) input to ", call.name, ", but got input of size: ", call.input);
-  TORCH_CHECK(call.weight.size() >= 3, "weight should have at least three dimensions, but got weight of size ", call.weight);
+  TORCH_CHECK(call.input.size() == dims || call.input.size() == dims - 1, "Expected ", dims - 1, "D (unbatched) or ",
+              dims, "D (batched) input to ", call.name, ", but got input of size: ", call.input);
+  TORCH_CHECK(call.weight.size() >= 3, "weight should have at least three dimensions, but got weight of size ",
+              call.weight);
   TORCH_CHECK(call.groups > 0, "non-positive groups is not supported, got groups=", call.groups);
   Sizes batched(call.input.begin(), call.input.end());
   if (batched.size() < dims) batched.insert(batched.begin(), 1);
-  TORCH_CHECK(call.weight.size() == dims, "Expected ", call.weight.size(), "-dimensional input for ", call.weight.size(),
-              "-dimensional weight ", call.weight, ", but got ", dims, "-dimensional input of size ", batched, " instead");
+  TORCH_CHECK(call.weight.size() == dims, "Expected ", call.weight.size(), "-dimensional input for ",
+              call.weight.size(), "-dimensional weight ", call.weight, ", but got ", dims,
+              "-dimensional input of size ", batched, " instead");
   const Sizes stride = expanded(call, call.stride, "stride");
   const Sizes padding = expanded(call, call.padding, "padding");
   const Sizes dilation = expanded(call, call.dilation, "dilation");
   Sizes output_padding;
   if (call.transposed) output_padding = expanded(call, call.output_padding, "output_padding");
-  check_signs<int64_t>(stride, padding, dilation);
-  for (const int64_t p : output_padding)
-    TORCH_CHECK(p >= 0, "negative output_padding is not supported, got output_padding=", call.output_padding);
+  check_signs<int64_t>(stride, padding, output_padding, dilation);
   Call full = call;
   full.input = batched;
   check_channels<int64_t>(call.transposed, batched, call.weight, call.bias, call.groups);
@@ -140,25 +146,31 @@ Sizes check_call(const Call& call) {
     TORCH_CHECK(padding[d] <= kMostPadding, "Given padding=", padding[d], " at dimension ", d,
                 " , expected padding to be at most ", kMostPadding);
   check_kernel(call.weight);
-  TORCH_CHECK(!call.transposed || call.weight[1] > 0, "expected weight to have out channels, but got weight of size ", call.weight);
+  TORCH_CHECK(!call.transposed || call.weight[1] > 0, "expected weight to have out channels, but got weight of size ",
+              call.weight);
   const Sizes size = call.transposed ? conv_transpose_size(full, stride, padding, output_padding, dilation)
                                      : conv_size(full, stride, padding, dilation);
   if (batched[0] != 0 && batched[1] != 0)
     for (const auto d : c10::irange(2, dims))
-      TORCH_CHECK(batched[d] != 0, "Only zero batch or zero channel inputs are supported, but got input shape: ", call.input);
+      TORCH_CHECK(batched[d] != 0,
+                  "Only zero batch or zero channel inputs are supported, but got input shape: ", call.input);
   return size;
 }
 
 void check_storage(const at::Tensor& x, const at::Tensor& w, const std::optional<at::Tensor>& bias) {
   const auto check_one = [&](const at::Tensor& t, const char* name) {
-    TORCH_CHECK_NOT_IMPLEMENTED(!t.is_nested(), name, " is a nested tensor; convert it with torch.nested.to_padded_tensor");
+    TORCH_CHECK_NOT_IMPLEMENTED(!t.is_nested(), name,
+                                " is a nested tensor; convert it with torch.nested.to_padded_tensor");
     TORCH_CHECK(t.layout() == at::kStrided, name, " must be a dense strided tensor, but has layout ", t.layout(),
                 "; convert it with to_dense()");
-    TORCH_CHECK_NOT_IMPLEMENTED(!t.is_quantized(), name, " is quantized (", t.toString(), "); convert it with dequantize()");
+    const char* const quantized = " is quantized; convert it with dequantize()";
+    if (&t == &x) TORCH_CHECK_NOT_IMPLEMENTED(!t.is_quantized(), name, quantized);
+    TORCH_CHECK(!t.is_quantized(), name, quantized);
     TORCH_CHECK(t.is_cpu() || t.is_cuda() || t.is_meta(), name, " is on ", t.device(),
                 "; myconv runs on cpu, cuda and meta tensors: move it with .to('cpu')");
-    TORCH_CHECK(t.device() == x.device(), "Expected all tensors to be on the same device, but found at least two devices, ",
-                x.device(), " and ", t.device(), "!");
+    TORCH_CHECK(t.device() == x.device(),
+                "Expected all tensors to be on the same device, but found at least two devices, ", x.device(), " and ",
+                t.device(), "!");
   };
   check_one(x, "input");
   check_one(w, "weight");
@@ -175,8 +187,8 @@ void check_dtypes(const at::Tensor& x, const at::Tensor& w, const std::optional<
   const bool integer = at::isIntegralType(type, /*includeBool=*/false) && !at::isBarebonesUnsignedType(type);
   const bool supported = at::isComplexType(type) || type == at::kDouble || type == at::kFloat || type == at::kHalf ||
                          type == at::kBFloat16 || (transposed ? type == at::kLong : integer);
-  TORCH_CHECK_NOT_IMPLEMENTED(supported, transposed ? "transposed convolution" : "convolution", " is not implemented for '",
-                              c10::toString(type), "'");
+  TORCH_CHECK_NOT_IMPLEMENTED(supported, transposed ? "transposed convolution" : "convolution",
+                              " is not implemented for '", c10::toString(type), "'");
 }
 
 template <typename Int>
@@ -194,19 +206,20 @@ void check_operator(const OperatorCall<Int>& call) {
   check_length(call.padding, axes, "padding");
   check_length(call.dilation, axes, "dilation");
   TORCH_CHECK(call.groups > 0, "non-positive groups is not supported, got groups=", call.groups);
-  check_signs<Int>(call.stride, call.padding, call.dilation);
+  check_signs<Int>(call.stride, call.padding, {}, call.dilation);
   for (const auto d : c10::irange(2, dims)) {
-    TORCH_CHECK(call.weight[d] > 0, call.name, ": kernel size should be greater than zero, but got weight of size ", call.weight);
-    TORCH_CHECK(call.input[d] >= 0 && call.output[d] >= 0, call.name, ": a size must not be negative, got ", call.input, " and ",
-                call.output);
+    TORCH_CHECK(call.weight[d] > 0, call.name, ": kernel size should be greater than zero, but got weight of size ",
+                call.weight);
+    TORCH_CHECK(call.input[d] >= 0 && call.output[d] >= 0, call.name, ": a size must not be negative, got ", call.input,
+                " and ", call.output);
   }
   const bool input_given = call.direction == Direction::kForward;
   check_channels<Int>(!input_given, input_given ? call.input : call.output, call.weight, call.bias, call.groups);
   if (call.direction == Direction::kBackwardWeight) {
-    TORCH_CHECK(call.input[0] == call.output[0], call.name, ": grad_output of size ", call.output, " and input of size ",
-                call.input, " have different batch sizes");
-    TORCH_CHECK(call.input[1] == call.weight[1] * call.groups, call.name, ": groups=", call.groups, " and weight of size ", call.weight,
-                " do not fit the channels of input of size ", call.input);
+    TORCH_CHECK(call.input[0] == call.output[0], call.name, ": grad_output of size ", call.output,
+                " and input of size ", call.input, " have different batch sizes");
+    TORCH_CHECK(call.input[1] == call.weight[1] * call.groups, call.name, ": groups=", call.groups,
+                " and weight of size ", call.weight, " do not fit the channels of input of size ", call.input);
   }
   TORCH_CHECK(call.padding_mode >= 0 && call.padding_mode <= 3, call.name,
               ": padding_mode must be 0 (zeros), 1 (reflect), 2 (replicate) or 3 (circular), got ", call.padding_mode);
@@ -217,14 +230,15 @@ void check_operator(const OperatorCall<Int>& call) {
     const Int &in = call.input[d + 2], &pad = call.padding[d];
     const Int last = (call.output[d + 2] - 1) * call.stride[d] + (call.weight[d + 2] - 1) * call.dilation[d] - pad;
     const Int high = last - (in - 1);
-    TORCH_CHECK(in > 0 || call.input[0] == 0 || call.output[d + 2] == 0, call.name, ": cannot pad an empty dimension, got input of size ",
-                call.input);
+    TORCH_CHECK(in > 0 || call.input[0] == 0 || call.output[d + 2] == 0, call.name,
+                ": cannot pad an empty dimension, got input of size ", call.input);
     if (mode == PaddingMode::kReflect)
-      TORCH_CHECK(pad < in && high < in, "Padding size should be less than the corresponding input dimension, but got: padding (", pad,
-                  ", ", high, ") at dimension ", d + 2, " of input ", call.input);
+      TORCH_CHECK(pad < in && high < in,
+                  "Padding size should be less than the corresponding input dimension, but got: padding (", pad, ", ",
+                  high, ") at dimension ", d + 2, " of input ", call.input);
     if (mode == PaddingMode::kCircular)
-      TORCH_CHECK(pad <= in && high <= in, "Padding value causes wrapping around more than once: padding (", pad, ", ", high,
-                  ") at dimension ", d + 2, " of input ", call.input);
+      TORCH_CHECK(pad <= in && high <= in, "Padding value causes wrapping around more than once: padding (", pad, ", ",
+                  high, ") at dimension ", d + 2, " of input ", call.input);
   }
 }
 
@@ -235,16 +249,26 @@ namespace {
 
 Dtype dtype_of(at::ScalarType type) {
   switch (type) {
-    case at::kDouble: return Dtype::kFloat64;
-    case at::kFloat: return Dtype::kFloat32;
-    case at::kBFloat16: return Dtype::kBFloat16;
-    case at::kHalf: return Dtype::kFloat16;
-    case at::kLong: return Dtype::kInt64;
-    case at::kInt: return Dtype::kInt32;
-    case at::kShort: return Dtype::kInt16;
-    case at::kChar: return Dtype::kInt8;
-    case at::kByte: return Dtype::kUInt8;
-    default: TORCH_CHECK(false, "no kernel for ", type);
+    case at::kDouble:
+      return Dtype::kFloat64;
+    case at::kFloat:
+      return Dtype::kFloat32;
+    case at::kBFloat16:
+      return Dtype::kBFloat16;
+    case at::kHalf:
+      return Dtype::kFloat16;
+    case at::kLong:
+      return Dtype::kInt64;
+    case at::kInt:
+      return Dtype::kInt32;
+    case at::kShort:
+      return Dtype::kInt16;
+    case at::kChar:
+      return Dtype::kInt8;
+    case at::kByte:
+      return Dtype::kUInt8;
+    default:
+      TORCH_CHECK(false, "no kernel for ", type);
   }
 }
 
@@ -269,7 +293,8 @@ ConvShape make_conv_shape(const OperatorCall<int64_t>& call, c10::IntArrayRef we
     s.pad[d] = a < 0 ? 0 : call.padding[a];
     s.dilation[d] = a < 0 ? 1 : call.dilation[a];
     s.weight_stride[d + 2] = a < 0 ? 0 : weight_strides[a + 2];
-    const Wide reach = Wide(s.out[d] > 0 ? s.out[d] - 1 : 0) * s.stride[d] + Wide(s.kernel[d] - 1) * s.dilation[d] - s.pad[d];
+    const Wide reach =
+        Wide(s.out[d] > 0 ? s.out[d] - 1 : 0) * s.stride[d] + Wide(s.kernel[d] - 1) * s.dilation[d] - s.pad[d];
     TORCH_CHECK(s.pad[d] <= kMostPadding && reach <= kMostPadding * Wide(2) - 1, call.name,
                 ": stride, padding and dilation reach past 64 bits at dimension ", d);
   }

@@ -1,4 +1,5 @@
-// The one place where user input is checked, in torch's words where those are clear. Everything behind it trusts its input.
+// The one place where user input is checked, in torch's words where those are clear. Everything behind it trusts its
+// input.
 //
 //   check_call   a call of the functional interface: what torch.nn.functional would refuse; returns the output size
 //   check_*      a call of an operator, on plain or symbolic sizes; the CPU, CUDA and Meta kernels begin with it

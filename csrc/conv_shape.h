@@ -1,7 +1,7 @@
 // The convolution problem as plain data. Nothing here knows torch: kernels for every device include this file.
 //
-//   y[n, g*Kg + k, o] = bias[g*Kg + k] + sum over c < Cg and taps t of  x[n, g*Cg + c, source(o, t)] * w[g*Kg + k, c, t]
-//   source(o, t) = o * stride + t * dilation - pad        (one equation for each of the axes D, H, W)
+//   y[n, g*Kg + k, o] = bias[g*Kg + k] + sum over c < Cg and taps t of  x[n, g*Cg + c, source(o, t)] * w[g*Kg + k, c,
+//   t] source(o, t) = o * stride + t * dilation - pad        (one equation for each of the axes D, H, W)
 //
 // A source outside [0, in) is sent through the padding mode; in zeros mode it reads zero, and that zero is multiplied
 // like any other value (0 * inf is NaN, as if the input had been padded by hand).
@@ -20,7 +20,8 @@ inline constexpr int64_t dtype_size(Dtype dtype) {
   return size[static_cast<int>(dtype)];
 }
 
-// Spatial order is D, H, W; the axes that a 1d or 2d problem lacks have extent, kernel, stride and dilation 1 and pad 0.
+// Spatial order is D, H, W; the axes that a 1d or 2d problem lacks have extent, kernel, stride and dilation 1 and pad
+// 0.
 struct ConvShape {
   int64_t batch, groups, in_per_group, out_per_group;
   int64_t in[3], out[3], kernel[3], stride[3], pad[3], dilation[3];

@@ -16,9 +16,9 @@ using at::Tensor;
 using OptionalTensor = std::optional<Tensor>;
 
 // Calls through the dispatcher.
-Tensor conv_forward(const Tensor& input, const Tensor& weight, const OptionalTensor& bias, c10::SymIntArrayRef output_size,
-                    c10::SymIntArrayRef stride, c10::SymIntArrayRef padding, c10::SymIntArrayRef dilation, c10::SymInt groups,
-                    int64_t padding_mode);
+Tensor conv_forward(const Tensor& input, const Tensor& weight, const OptionalTensor& bias,
+                    c10::SymIntArrayRef output_size, c10::SymIntArrayRef stride, c10::SymIntArrayRef padding,
+                    c10::SymIntArrayRef dilation, c10::SymInt groups, int64_t padding_mode);
 Tensor conv_backward_input(const Tensor& grad_output, const Tensor& weight, const OptionalTensor& bias,
                            c10::SymIntArrayRef input_size, c10::SymIntArrayRef stride, c10::SymIntArrayRef padding,
                            c10::SymIntArrayRef dilation, c10::SymInt groups, int64_t padding_mode);

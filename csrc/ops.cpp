@@ -27,8 +27,9 @@ bool suggests_channels_last_1d(c10::ArrayRef<Int> size, c10::ArrayRef<Int> strid
 bool suggests_channels_last(const Tensor& t, bool activation) {
   if (t.dim() != 3) return t.suggest_memory_format() != at::MemoryFormat::Contiguous;
   if (activation && !t.is_contiguous()) return false;
-  return t.unsafeGetTensorImpl()->has_symbolic_sizes_strides() ? suggests_channels_last_1d(t.sym_sizes(), t.sym_strides())
-                                                               : suggests_channels_last_1d(t.sizes(), t.strides());
+  return t.unsafeGetTensorImpl()->has_symbolic_sizes_strides()
+             ? suggests_channels_last_1d(t.sym_sizes(), t.sym_strides())
+             : suggests_channels_last_1d(t.sizes(), t.strides());
 }
 
 SymSizes with_spatial(const c10::SymInt& first, const c10::SymInt& second, c10::SymIntArrayRef spatial) {
@@ -46,16 +47,17 @@ Tensor conv_forward_meta(const Tensor& x, const Tensor& w, const OptionalTensor&
                          c10::SymInt groups, int64_t padding_mode) {
   TORCH_CHECK(x.dim() > 2 && w.dim() > 2, "conv_forward: input and weight must have 3, 4 or 5 dimensions");
   const SymSizes size = with_spatial(x.sym_size(0), w.sym_size(0), output_size);
-  check_operator<c10::SymInt>({"conv_forward", Direction::kForward, x.sym_sizes(), w.sym_sizes(), size, sizes_of(bias), stride,
-                               padding, dilation, groups, padding_mode});
+  check_operator<c10::SymInt>({"conv_forward", Direction::kForward, x.sym_sizes(), w.sym_sizes(), size, sizes_of(bias),
+                               stride, padding, dilation, groups, padding_mode});
   check_dtypes(x, w, bias, false);
   return empty_result(size, x.options(), result_is_channels_last(x, w));
 }
 
-Tensor conv_backward_input_meta(const Tensor& gy, const Tensor& w, const OptionalTensor& bias, c10::SymIntArrayRef input_size,
-                                c10::SymIntArrayRef stride, c10::SymIntArrayRef padding, c10::SymIntArrayRef dilation,
-                                c10::SymInt groups, int64_t padding_mode) {
-  TORCH_CHECK(gy.dim() > 2 && w.dim() > 2, "conv_backward_input: grad_output and weight must have 3, 4 or 5 dimensions");
+Tensor conv_backward_input_meta(const Tensor& gy, const Tensor& w, const OptionalTensor& bias,
+                                c10::SymIntArrayRef input_size, c10::SymIntArrayRef stride, c10::SymIntArrayRef padding,
+                                c10::SymIntArrayRef dilation, c10::SymInt groups, int64_t padding_mode) {
+  TORCH_CHECK(gy.dim() > 2 && w.dim() > 2,
+              "conv_backward_input: grad_output and weight must have 3, 4 or 5 dimensions");
   const SymSizes size = with_spatial(gy.sym_size(0), w.sym_size(1) * groups, input_size);
   check_operator<c10::SymInt>({"conv_backward_input", Direction::kBackwardInput, size, w.sym_sizes(), gy.sym_sizes(),
                                sizes_of(bias), stride, padding, dilation, groups, padding_mode});
@@ -63,10 +65,11 @@ Tensor conv_backward_input_meta(const Tensor& gy, const Tensor& w, const Optiona
   return empty_result(size, gy.options(), result_is_channels_last(gy, w));
 }
 
-Tensor conv_backward_weight_meta(const Tensor& gy, const Tensor& x, c10::SymIntArrayRef kernel_size, c10::SymIntArrayRef stride,
-                                 c10::SymIntArrayRef padding, c10::SymIntArrayRef dilation, c10::SymInt groups,
-                                 int64_t padding_mode) {
-  TORCH_CHECK(gy.dim() > 2 && x.dim() > 2, "conv_backward_weight: grad_output and input must have 3, 4 or 5 dimensions");
+Tensor conv_backward_weight_meta(const Tensor& gy, const Tensor& x, c10::SymIntArrayRef kernel_size,
+                                 c10::SymIntArrayRef stride, c10::SymIntArrayRef padding, c10::SymIntArrayRef dilation,
+                                 c10::SymInt groups, int64_t padding_mode) {
+  TORCH_CHECK(gy.dim() > 2 && x.dim() > 2,
+              "conv_backward_weight: grad_output and input must have 3, 4 or 5 dimensions");
   TORCH_CHECK(groups > 0, "non-positive groups is not supported, got groups=", groups);
   const SymSizes size = with_spatial(gy.sym_size(1), x.sym_size(1) / groups, kernel_size);
   check_operator<c10::SymInt>({"conv_backward_weight", Direction::kBackwardWeight, x.sym_sizes(), size, gy.sym_sizes(),
@@ -77,10 +80,12 @@ Tensor conv_backward_weight_meta(const Tensor& gy, const Tensor& x, c10::SymIntA
 
 std::tuple<Tensor, Tensor, Tensor> conv_backward_meta(const Tensor& gy, const Tensor& x, const Tensor& w,
                                                       c10::SymIntArrayRef stride, c10::SymIntArrayRef padding,
-                                                      c10::SymIntArrayRef dilation, c10::SymInt groups, int64_t padding_mode,
-                                                      std::array<bool, 3> output_mask) {
-  check_operator<c10::SymInt>({"conv_backward", Direction::kBackwardWeight, x.sym_sizes(), w.sym_sizes(), gy.sym_sizes(),
-                               std::nullopt, stride, padding, dilation, groups, padding_mode});
+                                                      c10::SymIntArrayRef dilation, c10::SymInt groups,
+                                                      int64_t padding_mode, std::array<bool, 3> output_mask) {
+  TORCH_CHECK(gy.dim() > 2 && x.dim() > 2 && w.dim() > 2,
+              "conv_backward: grad_output, input and weight must have 3, 4 or 5 dimensions");
+  check_operator<c10::SymInt>({"conv_backward", Direction::kBackwardWeight, x.sym_sizes(), w.sym_sizes(),
+                               gy.sym_sizes(), std::nullopt, stride, padding, dilation, groups, padding_mode});
   check_dtypes(gy, w, std::nullopt, false);
   check_dtypes(x, w, std::nullopt, false);
   Tensor gx, gw, gb;
@@ -116,13 +121,13 @@ Tensor bias_gradient(const Tensor& gy) {
 }
 
 // A handle is looked up once; a call is then one indirection into the dispatch table.
-#define MYCONV_HANDLE(name) \
+#define MYCONV_HANDLE(name)  \
   static const auto handle = \
       c10::Dispatcher::singleton().findSchemaOrThrow("myconv::" #name, "").typed<decltype(name)>()
 
-Tensor conv_forward(const Tensor& input, const Tensor& weight, const OptionalTensor& bias, c10::SymIntArrayRef output_size,
-                    c10::SymIntArrayRef stride, c10::SymIntArrayRef padding, c10::SymIntArrayRef dilation, c10::SymInt groups,
-                    int64_t padding_mode) {
+Tensor conv_forward(const Tensor& input, const Tensor& weight, const OptionalTensor& bias,
+                    c10::SymIntArrayRef output_size, c10::SymIntArrayRef stride, c10::SymIntArrayRef padding,
+                    c10::SymIntArrayRef dilation, c10::SymInt groups, int64_t padding_mode) {
   MYCONV_HANDLE(conv_forward);
   return handle.call(input, weight, bias, output_size, stride, padding, dilation, std::move(groups), padding_mode);
 }
@@ -146,14 +151,16 @@ std::tuple<Tensor, Tensor, Tensor> conv_backward(const Tensor& grad_output, cons
                                                  c10::SymIntArrayRef dilation, c10::SymInt groups, int64_t padding_mode,
                                                  std::array<bool, 3> output_mask) {
   MYCONV_HANDLE(conv_backward);
-  return handle.call(grad_output, input, weight, stride, padding, dilation, std::move(groups), padding_mode, output_mask);
+  return handle.call(grad_output, input, weight, stride, padding, dilation, std::move(groups), padding_mode,
+                     output_mask);
 }
 
 }  // namespace myconv
 
 TORCH_LIBRARY(myconv, m) {
   m.def(
-      "conv_forward(Tensor input, Tensor weight, Tensor? bias, SymInt[] output_size, SymInt[] stride, SymInt[] padding, "
+      "conv_forward(Tensor input, Tensor weight, Tensor? bias, SymInt[] output_size, SymInt[] stride, SymInt[] "
+      "padding, "
       "SymInt[] dilation, SymInt groups, int padding_mode=0) -> Tensor",
       {at::Tag::pt2_compliant_tag});
   m.def(
@@ -165,7 +172,8 @@ TORCH_LIBRARY(myconv, m) {
       "SymInt[] dilation, SymInt groups, int padding_mode=0) -> Tensor",
       {at::Tag::pt2_compliant_tag});
   m.def(
-      "conv_backward(Tensor grad_output, Tensor input, Tensor weight, SymInt[] stride, SymInt[] padding, SymInt[] dilation, "
+      "conv_backward(Tensor grad_output, Tensor input, Tensor weight, SymInt[] stride, SymInt[] padding, SymInt[] "
+      "dilation, "
       "SymInt groups, int padding_mode, bool[3] output_mask) -> (Tensor, Tensor, Tensor)",
       {at::Tag::pt2_compliant_tag});
 }

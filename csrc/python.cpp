@@ -1,8 +1,9 @@
-// The only file that knows Python: the module myconv._C with the fast entries conv1d .. conv_transpose3d and introspection.
+// The only file that knows Python: the module myconv._C with the fast entries conv1d .. conv_transpose3d and
+// introspection.
 //
-// A fast entry reads the arguments of a plain call (exact tensors, ints and tuples of ints, no torch-function mode), checks
-// it and calls the operator through the dispatcher, with no Python frame and no argument parser in between. Any other call
-// goes, with its arguments untouched, to the Python function of the same name in myconv/functional.py.
+// A fast entry reads the arguments of a plain call (exact tensors, ints and tuples of ints, no torch-function mode),
+// checks it and calls the operator through the dispatcher, with no Python frame and no argument parser in between. Any
+// other call goes, with its arguments untouched, to the Python function of the same name in myconv/functional.py.
 #include <ATen/PythonTorchFunctionTLS.h>
 #include <pybind11/stl.h>
 #include <torch/csrc/Exceptions.h>
@@ -27,7 +28,8 @@ namespace {
 enum Slot { kInput, kWeight, kBias, kStride, kPadding, kDilation, kGroups, kOutputPadding, kSlots };
 
 constexpr std::array<Slot, 8> kConvOrder = {kInput, kWeight, kBias, kStride, kPadding, kDilation, kGroups, kSlots};
-constexpr std::array<Slot, 8> kTransposeOrder = {kInput, kWeight, kBias, kStride, kPadding, kOutputPadding, kGroups, kDilation};
+constexpr std::array<Slot, 8> kTransposeOrder = {kInput,   kWeight,        kBias,   kStride,
+                                                 kPadding, kOutputPadding, kGroups, kDilation};
 constexpr std::array<const char*, kSlots> kNames = {"input",   "weight",   "bias",   "stride",
                                                     "padding", "dilation", "groups", "output_padding"};
 constexpr const char* kFunctions[2][3] = {{"conv1d", "conv2d", "conv3d"},
@@ -62,8 +64,10 @@ bool read_ints(PyObject* value, int rank, int64_t standard, Ints& ints) {
 }
 
 bool is_plain_tensor(PyObject* object) {
-  return object && THPVariable_CheckTypeExact(Py_TYPE(object)) &&
-         !THPVariable_Unpack(object).unsafeGetTensorImpl()->has_symbolic_sizes_strides();
+  if (!object || !THPVariable_CheckTypeExact(Py_TYPE(object))) return false;
+  const Tensor& tensor = THPVariable_Unpack(object);
+  return tensor.layout() == at::kStrided && !tensor.is_nested() &&
+         !tensor.unsafeGetTensorImpl()->has_symbolic_sizes_strides();
 }
 
 Tensor convolve(const Call& call, const Tensor& input, const Tensor& weight, const OptionalTensor& bias) {
@@ -111,30 +115,44 @@ PyObject* entry(PyObject*, PyObject* const* args, Py_ssize_t count, PyObject* ke
   Tensor y;
   {
     const py::gil_scoped_release no_gil;
-    const Call call{kFunctions[transposed][rank - 1], rank,   transposed, input.sizes(),  weight.sizes(),
+    const Call call{kFunctions[transposed][rank - 1],
+                    rank,
+                    transposed,
+                    input.sizes(),
+                    weight.sizes(),
                     bias ? std::make_optional(bias->sizes()) : std::nullopt,
-                    stride, padding, output_padding, dilation, groups[0]};
+                    stride,
+                    padding,
+                    output_padding,
+                    dilation,
+                    groups[0]};
     y = convolve(call, input, weight, bias);
   }
   return THPVariable_Wrap(std::move(y));
   END_HANDLE_TH_ERRORS
 }
 
-PyCFunction as_c_function(_PyCFunctionFastWithKeywords f) { return reinterpret_cast<PyCFunction>(reinterpret_cast<void*>(f)); }
+PyCFunction as_c_function(_PyCFunctionFastWithKeywords f) {
+  return reinterpret_cast<PyCFunction>(reinterpret_cast<void*>(f));
+}
 
 // The text before "--" is what inspect.signature reads.
-#define MYCONV_CONV_DOC(name)                                                                     \
-  name "($module, input, weight, bias=None, stride=1, padding=0, dilation=1, groups=1, *, padding_mode='zeros')\n--\n\n"
-#define MYCONV_TRANSPOSE_DOC(name)                                                                \
+#define MYCONV_CONV_DOC(name)                                                               \
+  name "($module, input, weight, bias=None, stride=1, padding=0, dilation=1, groups=1, *, " \
+       "padding_mode='zeros')\n--\n\n"
+#define MYCONV_TRANSPOSE_DOC(name) \
   name "($module, input, weight, bias=None, stride=1, padding=0, output_padding=0, groups=1, dilation=1)\n--\n\n"
 
 PyMethodDef kEntries[] = {
     {"conv1d", as_c_function(entry<1, false>), METH_FASTCALL | METH_KEYWORDS, MYCONV_CONV_DOC("conv1d")},
     {"conv2d", as_c_function(entry<2, false>), METH_FASTCALL | METH_KEYWORDS, MYCONV_CONV_DOC("conv2d")},
     {"conv3d", as_c_function(entry<3, false>), METH_FASTCALL | METH_KEYWORDS, MYCONV_CONV_DOC("conv3d")},
-    {"conv_transpose1d", as_c_function(entry<1, true>), METH_FASTCALL | METH_KEYWORDS, MYCONV_TRANSPOSE_DOC("conv_transpose1d")},
-    {"conv_transpose2d", as_c_function(entry<2, true>), METH_FASTCALL | METH_KEYWORDS, MYCONV_TRANSPOSE_DOC("conv_transpose2d")},
-    {"conv_transpose3d", as_c_function(entry<3, true>), METH_FASTCALL | METH_KEYWORDS, MYCONV_TRANSPOSE_DOC("conv_transpose3d")},
+    {"conv_transpose1d", as_c_function(entry<1, true>), METH_FASTCALL | METH_KEYWORDS,
+     MYCONV_TRANSPOSE_DOC("conv_transpose1d")},
+    {"conv_transpose2d", as_c_function(entry<2, true>), METH_FASTCALL | METH_KEYWORDS,
+     MYCONV_TRANSPOSE_DOC("conv_transpose2d")},
+    {"conv_transpose3d", as_c_function(entry<3, true>), METH_FASTCALL | METH_KEYWORDS,
+     MYCONV_TRANSPOSE_DOC("conv_transpose3d")},
     {nullptr, nullptr, 0, nullptr},
 };
 
@@ -152,11 +170,11 @@ std::optional<c10::IntArrayRef> as_ref(const OptionalList& list) {
   return list ? std::make_optional(c10::IntArrayRef(*list)) : std::nullopt;
 }
 
-IntList check_call_lists(const std::string& name, int rank, bool transposed, const IntList& input, const IntList& weight,
-                         const OptionalList& bias, const IntList& stride, const IntList& padding, const IntList& output_padding,
-                         const IntList& dilation, int64_t groups) {
-  const Sizes size = check_call({name.c_str(), rank, transposed, input, weight, as_ref(bias), stride, padding, output_padding,
-                                 dilation, groups});
+IntList check_call_lists(const std::string& name, int rank, bool transposed, const IntList& input,
+                         const IntList& weight, const OptionalList& bias, const IntList& stride, const IntList& padding,
+                         const IntList& output_padding, const IntList& dilation, int64_t groups) {
+  const Sizes size = check_call(
+      {name.c_str(), rank, transposed, input, weight, as_ref(bias), stride, padding, output_padding, dilation, groups});
   return IntList(size.begin(), size.end());
 }
 
@@ -170,8 +188,8 @@ std::vector<std::pair<std::string, std::optional<std::string>>> selection(
   for (int64_t d = static_cast<int64_t>(weight_size.size()) - 2; d >= 0; --d)
     weight_strides[d] = weight_strides[d + 1] * weight_size[d + 1];
   const Direction d = direction_named(direction);
-  const OperatorCall<int64_t> call{"selection", d, input_size, weight_size, output, std::nullopt, stride, padding, dilation,
-                                   groups, padding_mode};
+  const OperatorCall<int64_t> call{"selection", d,       input_size, weight_size, output,      std::nullopt,
+                                   stride,      padding, dilation,   groups,      padding_mode};
   check_operator(call);
   const ConvShape shape = make_conv_shape(call, weight_strides, dtype, channels_last);
   std::vector<std::pair<std::string, std::optional<std::string>>> rows;

@@ -179,9 +179,7 @@ def crop(integral: Tensor, boxes: Tensor, size: int) -> Tensor:
 
 
 @torch.inference_mode()
-def detect(
-    image: Tensor, nets: nn.ModuleDict, min_size: float, threshold: float
-) -> tuple[Faces, list[tuple]]:
+def detect(image: Tensor, nets: nn.ModuleDict, min_size: float, threshold: float) -> tuple[Faces, list[tuple]]:
     """Runs the cascade on a (3, height, width) float64 image of 0..255.
 
     Also returns every call of a net as (name, input, output, seconds).
@@ -388,9 +386,7 @@ def main() -> int:
 
     allowed = TOLERANCE * ((boxes[:, 2:] - boxes[:, :2]).amax(1) / 200).clamp(min=1)
     if not (apart <= allowed).all():  # also catches NaN
-        sys.exit(
-            f"FAILED: boxes or landmarks differ by {apart.max():.1e} pixel; {allowed.min():.0e} is allowed"
-        )
+        sys.exit(f"FAILED: boxes or landmarks differ by {apart.max():.1e} pixel; {allowed.min():.0e} is allowed")
     draw(photo, sides, apart.max().item(), args.output)
     print(f"faces: {len(boxes)}; boxes and landmarks agree within {apart.max():.1e} pixel")
     print(f"picture: {args.output}")

@@ -29,8 +29,8 @@ def _check_build() -> None:
 
 _check_build()
 
-from . import flags, functional  # noqa: E402
 from . import _register as _register  # noqa: E402, PLC0414
+from . import flags, functional  # noqa: E402
 from .convert import replace, restore  # noqa: E402
 from .modules import Conv1d, Conv2d, Conv3d, ConvTranspose1d, ConvTranspose2d, ConvTranspose3d  # noqa: E402
 

@@ -1,14 +1,14 @@
 """Convolutions with the signatures of :mod:`torch.nn.functional`.
 
-``conv1d`` .. ``conv_transpose3d`` are C functions. A plain call never enters Python; any other one (a padding string, a tensor
-subclass, a mode, a list or a NumPy int as parameter) goes to the function of the same name below with a leading underscore,
-which is also what Dynamo traces. Both end in one of two operators::
+``conv1d`` .. ``conv_transpose3d`` are C functions. A plain call never enters Python; any other one (a padding string,
+a tensor subclass, a mode, a list or a NumPy int as parameter) goes to the function of the same name below with a
+leading underscore, which is also what Dynamo traces. Both end in one of two operators::
 
     conv_forward(input, weight, bias, output_size, stride, padding, dilation, groups, padding_mode)
     conv_backward_input(input, weight, bias, output_size, ...)        # a transposed convolution
 
-The operators are told the spatial size of their result, so ``padding`` is only the low side: ``'same'`` with an even kernel and
-``output_padding`` need no padding copy.
+The operators are told the spatial size of their result, so ``padding`` is only the low side: ``'same'`` with an even
+kernel and ``output_padding`` need no padding copy.
 """
 
 from __future__ import annotations
@@ -30,22 +30,21 @@ conv_transpose1d, conv_transpose2d, conv_transpose3d = _C.conv_transpose1d, _C.c
 PADDING_MODES = {"zeros": 0, "reflect": 1, "replicate": 2, "circular": 3}  # the values of csrc/conv_shape.h
 
 
-def _integer(function: str, argument: str, value) -> int:
+def _integer(function: str, argument: str, value, legal: str = "int or tuple of ints") -> int:
     if isinstance(value, (int, SymInt)) and not isinstance(value, bool):
         return value
     try:
-        return operator.index(value)
+        if not isinstance(value, bool):
+            return operator.index(value)
     except TypeError:
-        kind = type(value).__name__
-        raise TypeError(f"{function}(): argument '{argument}' must be int or tuple of ints, not {kind}") from None
+        pass
+    raise TypeError(f"{function}(): argument '{argument}' must be {legal}, not {type(value).__name__}")
 
 
 def _axes(function: str, argument: str, value, rank: int) -> list[int]:
     """The value of one parameter as a list: of one entry for each axis where the caller's length allows it."""
     if isinstance(value, (tuple, list)):
-        entries = [operator.index(v) if isinstance(v, bool) else _integer(function, argument, v) for v in value]
-    elif isinstance(value, bool):
-        raise TypeError(f"{function}(): argument '{argument}' must be int or tuple of ints, not bool")
+        entries = [int(v) if isinstance(v, bool) else _integer(function, argument, v) for v in value]
     else:
         entries = [_integer(function, argument, value)]
     for entry in entries:
@@ -58,6 +57,11 @@ def _axes(function: str, argument: str, value, rank: int) -> list[int]:
 def _tensor(function: str, argument: str, value) -> None:
     if not isinstance(value, Tensor):
         raise TypeError(f"{function}(): argument '{argument}' must be Tensor, not {type(value).__name__}")
+
+
+def _shape(tensor: Tensor) -> tuple[int, ...]:
+    """The sizes as ints: under torch.jit.trace they are tensors, and an operator's list wants ints."""
+    return tuple(map(int, tensor.shape)) if torch.jit.is_tracing() else tuple(tensor.shape)
 
 
 def _concrete(*sizes: Sequence[int]) -> bool:
@@ -73,21 +77,24 @@ def _same_padding(name, rank, input, weight, stride, dilation) -> tuple[list[int
             raise RuntimeError(f"{argument} cannot broadcast to {rank} dimensions: got {argument}={tuple(values)}")
     if any(s != 1 for s in stride):
         raise RuntimeError(f"padding='same' is not supported for strided convolutions, got stride={tuple(stride)}")
-    low = [d * (k - 1) // 2 for d, k in zip(dilation, weight.shape[2:])]
-    return low, list(input.shape[-rank:])
+    # max: a negative dilation is for the check to refuse, in its own words
+    low = [max(0, d * (k - 1) // 2) for d, k in zip(dilation, _shape(weight)[2:])]
+    return low, list(_shape(input)[-rank:])
 
 
-def _convolve(name, rank, transposed, input, weight, bias, stride, padding, output_padding, dilation, groups, padding_mode):
+def _convolve(
+    name, rank, transposed, input, weight, bias, stride, padding, output_padding, dilation, groups, padding_mode
+):
     _tensor(name, "input", input)
     _tensor(name, "weight", weight)
     if bias is not None:
         _tensor(name, "bias", bias)
+    if not torch.compiler.is_compiling():
+        _C.check_storage(input, weight, bias)
     if padding_mode not in PADDING_MODES:
         modes = ", ".join(map(repr, PADDING_MODES))
         raise ValueError(f"padding_mode must be one of {modes}, but got padding_mode={padding_mode!r}")
-    if isinstance(groups, bool) or isinstance(groups, (tuple, list)):
-        raise TypeError(f"{name}(): argument 'groups' must be int, not {type(groups).__name__}")
-    groups = _axes(name, "groups", groups, 1)[0]
+    groups = _axes(name, "groups", _integer(name, "groups", groups, "int"), 1)[0]
     stride = _axes(name, "stride", stride, rank)
     dilation = _axes(name, "dilation", dilation, rank)
     output_padding = _axes(name, "output_padding", output_padding, rank)
@@ -99,19 +106,17 @@ def _convolve(name, rank, transposed, input, weight, bias, stride, padding, outp
             raise RuntimeError(f"Invalid padding string: '{padding}', should be one of 'same', 'valid'")
         if padding == "same":
             padding, size = _same_padding(name, rank, input, weight, stride, dilation)
-            check_padding = [-(-d * (k - 1) // 2) for d, k in zip(dilation, weight.shape[2:])] or padding
+            check_padding = [max(0, -(-d * (k - 1) // 2)) for d, k in zip(dilation, weight.shape[2:])] or padding
         else:
             padding = check_padding = [0] * rank
     else:
         padding = check_padding = _axes(name, "padding", padding, rank)
 
-    shapes = [tuple(input.shape), tuple(weight.shape), None if bias is None else tuple(bias.shape)]
+    shapes = [_shape(input), _shape(weight), None if bias is None else _shape(bias)]
     parameters = [stride, check_padding, output_padding, dilation]
     if not torch.compiler.is_compiling() and _concrete(*(s or () for s in shapes), *parameters, [groups]):
         checked = _C.check_call(name, rank, transposed, *shapes, *parameters, groups)
         size = size or checked
-    if not torch.compiler.is_compiling():
-        _C.check_storage(input, weight, bias)
     if not size:
         size = _result_size(rank, transposed, input, weight, stride, padding, output_padding, dilation)
 
@@ -159,7 +164,9 @@ def _conv_transpose_function(rank: int, entry):
             return handle_torch_function(
                 entry, tensors, input, weight, bias, stride, padding, output_padding, groups, dilation
             )
-        return _convolve(name, rank, True, input, weight, bias, stride, padding, output_padding, dilation, groups, "zeros")
+        return _convolve(
+            name, rank, True, input, weight, bias, stride, padding, output_padding, dilation, groups, "zeros"
+        )
 
     return conv_transpose
 

@@ -43,6 +43,15 @@ def _convolve_padded(convolve, module, input: Tensor, weight: Tensor, bias: Tens
     amounts, uneven or negative, are padded ahead of it, as torch does.
     """
     mode, stride, dilation = module.padding_mode, module.stride, module.dilation
+    rank = len(stride)
+    if isinstance(input, Tensor) and input.dim() not in (
+        rank + 1,
+        rank + 2,
+    ):  # the type torch's padding raises
+        raise NotImplementedError(
+            f"Expected {rank + 1}D (unbatched) or {rank + 2}D (batched) input to conv{rank}d, "
+            f"but got input of size: {list(input.shape)}"
+        )
     amounts = module._reversed_padding_repeated_twice
     low, high = tuple(amounts[-2::-2]), tuple(amounts[::-2])
     if low == high and min(low) >= 0:
@@ -129,9 +138,7 @@ def _scripted_conv_forward(self, input: Tensor, weight: Tensor, bias: Tensor | N
         for i in range(len(self.stride)):
             low.insert(0, amounts[2 * i])
             high.insert(0, amounts[2 * i + 1])
-    return _scripted_conv(
-        input, weight, bias, self.stride, low, high, self.dilation, self.groups, self.padding_mode
-    )
+    return _scripted_conv(input, weight, bias, self.stride, low, high, self.dilation, self.groups, self.padding_mode)
 
 
 def _scripted_forward(self, input: Tensor) -> Tensor:

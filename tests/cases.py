@@ -96,9 +96,7 @@ class Case:
 
     @property
     def problem(self) -> Problem:
-        full, reduced = (
-            (self.output_shape, self.input) if self.transposed else (self.input, self.output_shape)
-        )
+        full, reduced = (self.output_shape, self.input) if self.transposed else (self.input, self.output_shape)
         low = tuple(low for low, _ in self.pads)
         mode = PADDING_MODES.index(self.padding_mode)
         sizes = (tuple(full), self.weight_shape, tuple(reduced[2:]))
@@ -254,12 +252,8 @@ TRANSPOSED = [
     Case("transposed_1d_stride_3", "conv_transpose1d", (2, 6, 9), 8, 5, 3, 1, output_padding=2),
     Case("transposed_2d", "conv_transpose2d", (2, 6, 5, 6), 7, 3, padding=1),
     Case("transposed_stride_2", "conv_transpose2d", (2, 8, 5, 6), 8, 3, 2, 1, output_padding=1),
-    Case(
-        "transposed_stride_beyond_kernel", "conv_transpose2d", (2, 4, 4, 5), 6, 2, stride=4, output_padding=3
-    ),
-    Case(
-        "transposed_stride_1_2", "conv_transpose2d", (2, 4, 5, 6), 6, 3, (1, 2), (0, 1), output_padding=(0, 1)
-    ),
+    Case("transposed_stride_beyond_kernel", "conv_transpose2d", (2, 4, 4, 5), 6, 2, stride=4, output_padding=3),
+    Case("transposed_stride_1_2", "conv_transpose2d", (2, 4, 5, 6), 6, 3, (1, 2), (0, 1), output_padding=(0, 1)),
     Case(
         "transposed_output_padding_by_dilation",
         "conv_transpose2d",
@@ -274,9 +268,7 @@ TRANSPOSED = [
     Case("transposed_1x1_output_padding", "conv_transpose2d", (1, 3, 4, 5), 4, 1, stride=3, output_padding=2),
     Case("transposed_groups", "conv_transpose2d", (2, 6, 5, 6), 4, 3, stride=2, groups=2),
     Case("transposed_depthwise", "conv_transpose2d", (2, 9, 5, 6), 9, 4, stride=2, padding=1, groups=9),
-    Case(
-        "transposed_depthwise_times_2", "conv_transpose2d", (1, 5, 5, 6), 10, 3, stride=2, padding=1, groups=5
-    ),
+    Case("transposed_depthwise_times_2", "conv_transpose2d", (1, 5, 5, 6), 10, 3, stride=2, padding=1, groups=5),
     Case("transposed_crops_all_borders", "conv_transpose2d", (2, 4, 6, 6), 5, 3, padding=3),
     Case("transposed_wide", "conv_transpose2d", (1, 33, 5, 6), 17, 3, stride=2, padding=1),
     Case("transposed_3d", "conv_transpose3d", (1, 4, 3, 4, 5), 6, 3, 2, 1, output_padding=1),
@@ -376,9 +368,7 @@ def torch_conv(case: Case, x: torch.Tensor, w: torch.Tensor, b: torch.Tensor | N
     return function(x, w, b, **arguments)
 
 
-def reference_forward(
-    x: torch.Tensor, w: torch.Tensor, b: torch.Tensor | None, problem: Problem
-) -> torch.Tensor:
+def reference_forward(x: torch.Tensor, w: torch.Tensor, b: torch.Tensor | None, problem: Problem) -> torch.Tensor:
     """conv_forward through torch: the input is padded or cropped to just what the told output size reads."""
     low, high = list(problem.padding), []
     for n, k, out, s, p, d in zip(

@@ -62,9 +62,7 @@ def assert_accurate(
     tolerance = TOLERANCE[dtype]
     error = (actual.to(exact.dtype) - exact).abs()
     worst = f"largest error {error.max():.3g} at {tuple(torch.unravel_index(error.argmax(), error.shape))}"
-    assert torch.isfinite(error).all(), (
-        f"{what}: {int((~torch.isfinite(error)).sum())} elements are not finite"
-    )
+    assert torch.isfinite(error).all(), f"{what}: {int((~torch.isfinite(error)).sum())} elements are not finite"
     if tolerance.relative_l2 is not None:
         size = exact.norm()
         allowed = tolerance.relative_l2 * size
@@ -126,9 +124,7 @@ def bias_for(case: Case, direction: str, b: torch.Tensor | None) -> torch.Tensor
     return b if direction == ("backward_input" if case.transposed else "forward") else None
 
 
-def kernels(
-    direction: str, problem: Problem, operands: tuple[torch.Tensor, ...], layout: str
-) -> list[tuple[str, str]]:
+def kernels(direction: str, problem: Problem, operands: tuple[torch.Tensor, ...], layout: str) -> list[tuple[str, str]]:
     """(row, ISA) of every table row that takes the problem, on every ISA that this machine runs.
 
     A row is named only if it takes both layouts where the tensors do not tell which one they are in.
@@ -141,8 +137,7 @@ def kernels(
         with myconv.flags.isa(isa):
             for row in myconv._C.algorithms(direction):
                 reasons = [
-                    dict(myconv._C.selection(direction, *problem, operands[0].dtype, flag))[row]
-                    for flag in layouts
+                    dict(myconv._C.selection(direction, *problem, operands[0].dtype, flag))[row] for flag in layouts
                 ]
                 if not any(reasons):
                     found.append((row, isa))
@@ -218,8 +213,7 @@ def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo) -> Itera
         parameters = getattr(item, "callspec", None)
         facts: dict[str, object] = {"seed": SEED, "isa": myconv._C.isa(), "threads": torch.get_num_threads()}
         facts |= {
-            name: getattr(value, "name", value)
-            for name, value in (parameters.params if parameters else {}).items()
+            name: getattr(value, "name", value) for name, value in (parameters.params if parameters else {}).items()
         }
         facts |= _facts
         lines = [f"{name}: {value}" for name, value in facts.items()]

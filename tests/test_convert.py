@@ -580,9 +580,7 @@ def test_restore_of_models_built_from_ours():
     class Doubled(myconv.Conv2d):
         pass
 
-    model = nn.Sequential(
-        myconv.Conv2d(4, 4, 3), Doubled(4, 4, 1), nn.Conv2d(4, 4, 1), myconv.ConvTranspose2d(4, 4, 3)
-    )
+    model = nn.Sequential(myconv.Conv2d(4, 4, 3), Doubled(4, 4, 1), nn.Conv2d(4, 4, 1), myconv.ConvTranspose2d(4, 4, 3))
     report = myconv.restore(model)
     assert report.swapped == ["0", "3"]
     assert [type(module) for module in model] == [nn.Conv2d, Doubled, nn.Conv2d, nn.ConvTranspose2d]

@@ -109,9 +109,7 @@ def test_three_orders(case, layout, seed):
     for order, (a, e) in enumerate(zip(ours, theirs, strict=True), start=1):
         for index, (actual, expected) in enumerate(zip(a, e, strict=True)):
             with noting(order=order, argument="xwb"[index]):
-                torch.testing.assert_close(
-                    actual, expected, rtol=1e-9, atol=1e-9 * float(expected.abs().sum() > 0)
-                )
+                torch.testing.assert_close(actual, expected, rtol=1e-9, atol=1e-9 * float(expected.abs().sum() > 0))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
@@ -124,8 +122,7 @@ def test_forward_mode(case, dtype, seed):
     def directional(conv, primals, tangents, chosen):
         with forward_ad.dual_level():
             arguments = [
-                forward_ad.make_dual(p, t) if bit else p
-                for p, t, bit in zip(primals, tangents, chosen, strict=True)
+                forward_ad.make_dual(p, t) if bit else p for p, t, bit in zip(primals, tangents, chosen, strict=True)
             ]
             return forward_ad.unpack_dual(conv(case, *arguments, *[None] * (3 - len(arguments)))).tangent
 
@@ -157,10 +154,7 @@ def test_no_tangent_gives_none(seed):
 # --------------------------------------------------------------------------------- only what is asked for
 
 SUBSETS = [
-    (needs_x, needs_w, needs_b)
-    for needs_x in (False, True)
-    for needs_w in (False, True)
-    for needs_b in (False, True)
+    (needs_x, needs_w, needs_b) for needs_x in (False, True) for needs_w in (False, True) for needs_b in (False, True)
 ]
 KINDS = [
     BY_NAME[name]
@@ -176,9 +170,7 @@ KINDS = [
 ]
 
 
-@pytest.mark.parametrize(
-    "needs", SUBSETS, ids=lambda needs: "".join(n for n, on in zip("xwb", needs) if on) or "none"
-)
+@pytest.mark.parametrize("needs", SUBSETS, ids=lambda needs: "".join(n for n, on in zip("xwb", needs) if on) or "none")
 @pytest.mark.parametrize("case", KINDS)
 def test_gradients_only_where_asked(case, needs, seed):
     x, w, b, gy = make_tensors(case, seed=seed)
@@ -193,7 +185,8 @@ def test_gradients_only_where_asked(case, needs, seed):
     our_conv(case, *everything).backward(gy)
     for leaf, full, on in zip(leaves, everything, needs, strict=True):
         assert (leaf.grad is not None) == on
-        assert not on or torch.equal(leaf.grad, full.grad)
+        # Not to the bit: the bias gradient has two orders of summation, with a weight gradient and without.
+        assert not on or torch.allclose(leaf.grad, full.grad, rtol=1e-5, atol=1e-5)
 
 
 def is_freed(case: Case, frozen: str, seed: int) -> bool:

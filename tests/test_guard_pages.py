@@ -81,9 +81,7 @@ def check(name: str, progress) -> None:
 
 
 def run_child(arguments: list[str]) -> tuple[int, list[str]]:
-    environment = dict(
-        os.environ, PYTHONPATH=os.pathsep.join(filter(None, sys.path)), MYCONV_TEST_SEED=str(SEED)
-    )
+    environment = dict(os.environ, PYTHONPATH=os.pathsep.join(filter(None, sys.path)), MYCONV_TEST_SEED=str(SEED))
     for folder in ("/lib/x86_64-linux-gnu", "/usr/lib64", "/lib64", "/lib/aarch64-linux-gnu"):
         library = pathlib.Path(folder, CHECKING_ALLOCATOR)
         if library.exists():

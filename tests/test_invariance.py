@@ -117,7 +117,5 @@ def test_whole_calls(case, layout, seed):
             for part in PARTS[:4]:
                 for a, e in zip(output_and_input_gradient(x[part], gy[part]), whole, strict=True):
                     assert torch.equal(a, e[part])
-            if (
-                layout == "contiguous" or case.rank + 2 not in CHANNELS_LAST
-            ):  # one sample has no channels_last
+            if layout == "contiguous" or case.rank + 2 not in CHANNELS_LAST:  # one sample has no channels_last
                 assert torch.equal(our_conv(case, x[2], w, b), whole[0][2])

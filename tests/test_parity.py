@@ -285,9 +285,7 @@ def test_transposed_padding_modes(rank, mode, seed):
 
 
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
-@pytest.mark.parametrize(
-    "name", ["stride_2", "groups_2", "depthwise", "circular_1d", "batch_0", "video_3x3x3"]
-)
+@pytest.mark.parametrize("name", ["stride_2", "groups_2", "depthwise", "circular_1d", "batch_0", "video_3x3x3"])
 def test_fused_backward(name, layout, seed):
     """conv_backward gives what the single operators give, for each of the eight masks."""
     case = BY_NAME[name]
@@ -387,16 +385,12 @@ def test_arguments_are_left_alone(seed):
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
-@pytest.mark.parametrize(
-    "name", ["out_channels_17", "stride_2", "depthwise", "1x1", "groups_2", "video_3x3x3"]
-)
+@pytest.mark.parametrize("name", ["out_channels_17", "stride_2", "depthwise", "1x1", "groups_2", "video_3x3x3"])
 def test_not_finite_stays_local(name, layout, value, seed):
     """One such element reaches the outputs whose window holds it and no other, the same in every row."""
     case = BY_NAME[name]
     x, w, b, y = make_tensors(case, torch.float32, layout, seed, integers=True)
-    w = torch.where(
-        w == 0, torch.ones_like(w), w
-    )  # 0 x inf is NaN, which paths may or may not meet in padding
+    w = torch.where(w == 0, torch.ones_like(w), w)  # 0 x inf is NaN, which paths may or may not meet in padding
     x = x.clone()
     x[(0, 0, *[n // 2 for n in x.shape[2:]])] = value
     expected = reference_operator("forward", x, w, b, y, case.problem).float()

@@ -36,16 +36,13 @@ def close(actual, expected) -> None:
 # ------------------------------------------------------------------------------------------------ opcheck
 
 
-def sample_arguments(
-    case: Case, dtype: torch.dtype, layout: str, requires_grad: bool, seed: int
-) -> dict[str, tuple]:
+def sample_arguments(case: Case, dtype: torch.dtype, layout: str, requires_grad: bool, seed: int) -> dict[str, tuple]:
     """The arguments of each operator."""
     x, w, b, y = convolution_roles(case, make_tensors(case, dtype, layout, seed))
     x, w, y = (t.detach().requires_grad_(requires_grad) for t in (x, w, y))
     p = case.problem
     bias = {
-        d: t if (t := bias_for(case, d, b)) is None else t.clone().requires_grad_(requires_grad)
-        for d in DIRECTIONS
+        d: t if (t := bias_for(case, d, b)) is None else t.clone().requires_grad_(requires_grad) for d in DIRECTIONS
     }
     samples = {
         "conv_forward": (x, w, bias["forward"], p.output_size, *p.parameters),
@@ -106,9 +103,7 @@ def test_fake_tensors_tell_the_truth(case, layout, seed):
             with noting(operator=operator):
                 assert description(function(*fake)) == real
         meta = [
-            torch.empty_strided(a.shape, a.stride(), dtype=a.dtype, device="meta")
-            if isinstance(a, torch.Tensor)
-            else a
+            torch.empty_strided(a.shape, a.stride(), dtype=a.dtype, device="meta") if isinstance(a, torch.Tensor) else a
             for a in arguments
         ]
         with noting(operator=operator, device="meta"):
@@ -127,9 +122,7 @@ def test_functional_calls_on_fake_tensors(case, layout, seed):
 
 @pytest.mark.parametrize("mask", [[True, False, False], [False, True, True], [False, False, False]])
 def test_fake_fused_backward_with_mask(mask, seed):
-    arguments = sample_arguments(BY_NAME["stride_2"], torch.float32, "channels_last", False, seed)[
-        "conv_backward"
-    ]
+    arguments = sample_arguments(BY_NAME["stride_2"], torch.float32, "channels_last", False, seed)["conv_backward"]
     arguments = (*arguments[:-1], mask)
     real = description(torch.ops.myconv.conv_backward(*arguments))
     with FakeTensorMode() as mode:
@@ -312,10 +305,7 @@ def test_vmap(op, arguments, in_dims, seed):
             actual = torch.func.vmap(lambda *a: ours(*a, **arguments), in_dims[:count])(*whole[:count])
             loop = [
                 theirs(
-                    *[
-                        t if d is None else t.select(d, i)
-                        for t, d in zip(whole[:count], in_dims[:count], strict=True)
-                    ],
+                    *[t if d is None else t.select(d, i) for t, d in zip(whole[:count], in_dims[:count], strict=True)],
                     **arguments,
                 )
                 for i in range(3)
@@ -351,9 +341,7 @@ TRANSFORMS = {
     "linearize": lambda f, a, t: torch.func.linearize(f, *a)[1](*t),
     "jacrev": lambda f, a, t: torch.func.jacrev(f, argnums=(0, 1, 2))(*a),
     "jacfwd": lambda f, a, t: torch.func.jacfwd(f, argnums=(0, 1, 2))(*a),
-    "hessian": lambda f, a, t: torch.func.hessian(lambda x, w: f(x, w, a[2]).pow(3).sum(), argnums=(0, 1))(
-        *a[:2]
-    ),
+    "hessian": lambda f, a, t: torch.func.hessian(lambda x, w: f(x, w, a[2]).pow(3).sum(), argnums=(0, 1))(*a[:2]),
     "jvp of grad": lambda f, a, t: torch.func.jvp(
         torch.func.grad(lambda *a: f(*a).pow(3).sum(), argnums=(0, 1, 2)), tuple(a), tuple(t)
     ),

@@ -44,10 +44,10 @@ void run(Direction direction, const ConvShape& shape, const ConvPointers& pointe
   algorithm.run(shape, pointers, workspace.get(), threads);
 }
 
-// --- layout -----------------------------------------------------------------------------------------------------------
+// --- layout ----------------------------------------------------------------------------------------------------------
 
-// Whether one sample of t lies in channels_last order. Dimension 0 is left out, so that a sample is computed alike in every
-// batch; where dimension 0 has ordinary strides this is torch's suggest_memory_format.
+// Whether one sample of t lies in channels_last order. Dimension 0 is left out, so that a sample is computed alike in
+// every batch; where dimension 0 has ordinary strides this is torch's suggest_memory_format.
 bool sample_is_channels_last(const Tensor& t) {
   const int64_t last = t.dim() - 1;
   int64_t least = 0;
@@ -85,10 +85,12 @@ Tensor dense(const Tensor& t, bool channels_last) {
   return empty_result_cpu(t.sizes(), t.scalar_type(), channels_last).copy_(t);
 }
 
-// Runs f(result) on a result of the given sizes whose memory is dense in the layout that is computed in. That is the memory
-// format the result has by torch's rule, except when strides of dimension 0 say otherwise: then it is copied at the end.
+// Runs f(result) on a result of the given sizes whose memory is dense in the layout that is computed in. That is the
+// memory format the result has by torch's rule, except when strides of dimension 0 say otherwise: then it is copied at
+// the end.
 template <typename F>
-Tensor with_result(c10::IntArrayRef sizes, at::ScalarType dtype, bool channels_last, bool computed_channels_last, const F& f) {
+Tensor with_result(c10::IntArrayRef sizes, at::ScalarType dtype, bool channels_last, bool computed_channels_last,
+                   const F& f) {
   const Tensor result = empty_result_cpu(sizes, dtype, channels_last);
   if (result.numel() == 0) return result;
   if (is_dense(result, computed_channels_last)) {
@@ -106,7 +108,9 @@ Sizes full_size(int64_t first, int64_t second, c10::IntArrayRef spatial) {
   return sizes;
 }
 
-std::optional<c10::IntArrayRef> sizes_of(const OptionalTensor& t) { return t ? std::make_optional(t->sizes()) : std::nullopt; }
+std::optional<c10::IntArrayRef> sizes_of(const OptionalTensor& t) {
+  return t ? std::make_optional(t->sizes()) : std::nullopt;
+}
 
 const void* data_of(const OptionalTensor& t) { return t ? t->const_data_ptr() : nullptr; }
 
@@ -116,7 +120,7 @@ struct BelowAutograd {
   c10::impl::ExcludeDispatchKeyGuard no_autocast{c10::autocast_dispatch_keyset};
 };
 
-// --- the operators ----------------------------------------------------------------------------------------------------
+// --- the operators ---------------------------------------------------------------------------------------------------
 
 Tensor forward(const Tensor& x, const Tensor& w, const OptionalTensor& bias, c10::IntArrayRef output_size,
                c10::IntArrayRef stride, c10::IntArrayRef padding, c10::IntArrayRef dilation, int64_t groups,
@@ -124,8 +128,9 @@ Tensor forward(const Tensor& x, const Tensor& w, const OptionalTensor& bias, c10
   const BelowAutograd guard;
   TORCH_CHECK(x.dim() > 2 && w.dim() > 2, "conv_forward: input and weight must have 3, 4 or 5 dimensions");
   const Sizes size = full_size(x.size(0), w.size(0), output_size);
-  const OperatorCall<int64_t> call{"conv_forward", Direction::kForward, x.sizes(), w.sizes(), size, sizes_of(bias), stride,
-                                   padding, dilation, groups, padding_mode};
+  const OperatorCall<int64_t> call{
+      "conv_forward", Direction::kForward, x.sizes(), w.sizes(), size, sizes_of(bias), stride, padding, dilation,
+      groups,         padding_mode};
   check_operator(call);
   check_dtypes(x, w, bias, false);
   if (x.is_complex())
@@ -147,11 +152,21 @@ Tensor backward_input(const Tensor& gy, const Tensor& w, const OptionalTensor& b
                       c10::IntArrayRef stride, c10::IntArrayRef padding, c10::IntArrayRef dilation, int64_t groups,
                       int64_t padding_mode) {
   const BelowAutograd guard;
-  TORCH_CHECK(gy.dim() > 2 && w.dim() > 2, "conv_backward_input: grad_output and weight must have 3, 4 or 5 dimensions");
+  TORCH_CHECK(gy.dim() > 2 && w.dim() > 2,
+              "conv_backward_input: grad_output and weight must have 3, 4 or 5 dimensions");
   TORCH_CHECK(groups > 0, "non-positive groups is not supported, got groups=", groups);
   const Sizes size = full_size(gy.size(0), w.size(1) * groups, input_size);
-  const OperatorCall<int64_t> call{"conv_backward_input", Direction::kBackwardInput, size, w.sizes(), gy.sizes(), sizes_of(bias),
-                                   stride, padding, dilation, groups, padding_mode};
+  const OperatorCall<int64_t> call{"conv_backward_input",
+                                   Direction::kBackwardInput,
+                                   size,
+                                   w.sizes(),
+                                   gy.sizes(),
+                                   sizes_of(bias),
+                                   stride,
+                                   padding,
+                                   dilation,
+                                   groups,
+                                   padding_mode};
   check_operator(call);
   check_dtypes(gy, w, bias, true);
   if (gy.is_complex())
@@ -165,13 +180,18 @@ Tensor backward_input(const Tensor& gy, const Tensor& w, const OptionalTensor& b
     const Tensor gyd = dense(gy, computed);
     const OptionalTensor b = bias ? OptionalTensor(bias->contiguous()) : std::nullopt;
     run(Direction::kBackwardInput, shape,
-        {.weight = w.const_data_ptr(), .bias = data_of(b), .grad_output = gyd.const_data_ptr(), .result = gx.data_ptr()});
+        {.weight = w.const_data_ptr(),
+         .bias = data_of(b),
+         .grad_output = gyd.const_data_ptr(),
+         .result = gx.data_ptr()});
   });
 }
 
 // Fills gw, which may have any non-overlapping strides, and gb where it is defined.
-void backward_weight_into(const Tensor& gw, const Tensor& gb, const Tensor& gy, const Tensor& x, const OperatorCall<int64_t>& call) {
-  const bool computed = x.dim() == 3 ? result_is_channels_last(x, gy) : sample_is_channels_last(x) || sample_is_channels_last(gy);
+void backward_weight_into(const Tensor& gw, const Tensor& gb, const Tensor& gy, const Tensor& x,
+                          const OperatorCall<int64_t>& call) {
+  const bool computed =
+      x.dim() == 3 ? result_is_channels_last(x, gy) : sample_is_channels_last(x) || sample_is_channels_last(gy);
   const ConvShape shape = make_conv_shape(call, gw.strides(), gw.scalar_type(), computed);
   const Tensor gyd = dense(gy, computed), xd = dense(x, computed);
   if (gb.defined()) bias_backward(shape, gyd.const_data_ptr(), gb.data_ptr());
@@ -183,11 +203,21 @@ void backward_weight_into(const Tensor& gw, const Tensor& gb, const Tensor& gy, 
 Tensor backward_weight(const Tensor& gy, const Tensor& x, c10::IntArrayRef kernel_size, c10::IntArrayRef stride,
                        c10::IntArrayRef padding, c10::IntArrayRef dilation, int64_t groups, int64_t padding_mode) {
   const BelowAutograd guard;
-  TORCH_CHECK(gy.dim() > 2 && x.dim() > 2, "conv_backward_weight: grad_output and input must have 3, 4 or 5 dimensions");
+  TORCH_CHECK(gy.dim() > 2 && x.dim() > 2,
+              "conv_backward_weight: grad_output and input must have 3, 4 or 5 dimensions");
   TORCH_CHECK(groups > 0, "non-positive groups is not supported, got groups=", groups);
   const Sizes size = full_size(gy.size(1), x.size(1) / groups, kernel_size);
-  const OperatorCall<int64_t> call{"conv_backward_weight", Direction::kBackwardWeight, x.sizes(), size, gy.sizes(), std::nullopt,
-                                   stride, padding, dilation, groups, padding_mode};
+  const OperatorCall<int64_t> call{"conv_backward_weight",
+                                   Direction::kBackwardWeight,
+                                   x.sizes(),
+                                   size,
+                                   gy.sizes(),
+                                   std::nullopt,
+                                   stride,
+                                   padding,
+                                   dilation,
+                                   groups,
+                                   padding_mode};
   check_operator(call);
   check_dtypes(gy, x, std::nullopt, false);
   if (gy.is_complex())
@@ -203,8 +233,14 @@ std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& gy, const Tensor& x, c
                                             c10::IntArrayRef padding, c10::IntArrayRef dilation, int64_t groups,
                                             int64_t padding_mode, std::array<bool, 3> output_mask) {
   const BelowAutograd guard;
-  const OperatorCall<int64_t> call{"conv_backward", Direction::kBackwardWeight, x.sizes(), w.sizes(), gy.sizes(), std::nullopt,
-                                   stride, padding, dilation, groups, padding_mode};
+  TORCH_CHECK(gy.dim() > 2 && x.dim() > 2 && w.dim() > 2,
+              "conv_backward: grad_output, input and weight must have 3, 4 or 5 dimensions");
+  const OperatorCall<int64_t> call{"conv_backward", Direction::kBackwardWeight,
+                                   x.sizes(),       w.sizes(),
+                                   gy.sizes(),      std::nullopt,
+                                   stride,          padding,
+                                   dilation,        groups,
+                                   padding_mode};
   check_operator(call);
   check_dtypes(gy, w, std::nullopt, false);
   check_dtypes(x, w, std::nullopt, false);

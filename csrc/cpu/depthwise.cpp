@@ -1,18 +1,18 @@
 // Depthwise convolutions (one in and one out channel a group), all three directions, float32 and float64.
 //
-//   NCHW   vectors run along a line of one plane. The lines that a block of result lines reads are copied once into a padded strip,
-//          after which every tap of every result line is a constant offset:
+//   NCHW   vectors run along a line of one plane. The lines that a block of result lines reads are copied once into a
+//          padded strip, after which every tap of every result line is a constant offset:
 //
 //              strip  [td][line][residue][position]     residue: w mod stride, so that strided taps are contiguous too
 //
-//   NHWC   vectors run along channels. Pixels whose taps all lie inside are constant offsets in x as it lies; pixels that
-//          padding cuts go through a pointer for each tap, a row of zeros in the padding.
+//   NHWC   vectors run along channels. Pixels whose taps all lie inside are constant offsets in x as it lies; pixels
+//          that padding cuts go through a pointer for each tap, a row of zeros in the padding.
 //
-// forward and backward_input are gathers (gather.h): one loop nest. backward_weight reads the same strips and pointers and
-// keeps a vector of sums per tap, up to 8 taps at a time.
+// forward and backward_input are gathers (gather.h): one loop nest. backward_weight reads the same strips and pointers
+// and keeps a vector of sums per tap, up to 8 taps at a time.
 //
-// Sums: forward and backward_input: the taps in order, then the bias. backward_weight: at most kSumLength terms a lane, then added
-// to the total in order; the lanes of NCHW last. Threads split planes, lines or channels, never a sum.
+// Sums: forward and backward_input: the taps in order, then the bias. backward_weight: at most kSumLength terms a
+// lane, then added to the total in order; the lanes of NCHW last. Threads split planes, lines or channels, never a sum.
 // Declines: more than one channel a group, strips above kStripBytes, backward_input with a padding mode.
 #include "cpu/algorithms.h"
 #include "cpu/gather.h"
@@ -27,14 +27,14 @@ constexpr int64_t kStripBytes = 256 << 10;  // the strip that is aimed at: L2
 constexpr int64_t kStripLimit = 1 << 20;    // a strip that does not fit here is declined
 constexpr int64_t kMaxTaps = 4096;
 
-// --- NCHW -------------------------------------------------------------------------------------------------------------
+// --- NCHW ------------------------------------------------------------------------------------------------------------
 
 // The padded strip of one phase.
 struct StripPlan {
-  int64_t low[3] = {0, 0, 0};                // smallest offset of each axis
-  int64_t reach[3] = {1, 1, 1};              // largest - smallest + 1
-  int64_t residues, span, pitch;             // of a line: classes, positions of a class, both together
-  int64_t block_lines, strip_lines, size;    // result lines of a block, lines of its strip, elements of the strip
+  int64_t low[3] = {0, 0, 0};              // smallest offset of each axis
+  int64_t reach[3] = {1, 1, 1};            // largest - smallest + 1
+  int64_t residues, span, pitch;           // of a line: classes, positions of a class, both together
+  int64_t block_lines, strip_lines, size;  // result lines of a block, lines of its strip, elements of the strip
 
   StripPlan(const GatherPhase& phase, int64_t element_size) {
     for (int d = 0; d < 3; ++d) {
@@ -62,7 +62,8 @@ struct StripPlan {
       for (int64_t th = 0; th < a[1].taps(); ++th)
         for (int64_t tw = 0; tw < a[2].taps(); ++tw) {
           const int64_t w = a[2].offset[tw] - low[2];
-          *offsets++ = (td * strip_lines + a[1].offset[th] - low[1]) * pitch + w % a[2].from_step * span + w / a[2].from_step;
+          *offsets++ =
+              (td * strip_lines + a[1].offset[th] - low[1]) * pitch + w % a[2].from_step * span + w / a[2].from_step;
         }
   }
 };
@@ -88,11 +89,13 @@ void fill_strip(const GatherPhase& phase, const StripPlan& plan, const T* plane,
         // Position i of this class is low + r + i * step; [inside0, inside1) of them lie in the line.
         const int64_t base = plan.low[2] + r;
         const int64_t inside0 = base >= 0 ? 0 : std::min(plan.span, (-base - 1) / step + 1);
-        const int64_t inside1 = base >= line_length ? inside0 : std::clamp((line_length - 1 - base) / step + 1, inside0, plan.span);
+        const int64_t inside1 =
+            base >= line_length ? inside0 : std::clamp((line_length - 1 - base) / step + 1, inside0, plan.span);
         const auto border = [&](int64_t begin, int64_t end) {
           for (int64_t i = begin; i < end; ++i) {
             // What no tap reads (a residue's last position) may lie beyond any padding mode's reach.
-            const int64_t source = a[2].mode == PaddingMode::kZeros ? -1 : padded_index(base + i * step, line_length, a[2].mode);
+            const int64_t source =
+                a[2].mode == PaddingMode::kZeros ? -1 : padded_index(base + i * step, line_length, a[2].mode);
             target[i] = source >= 0 && source < line_length ? line[source] : T(0);
           }
         };
@@ -110,8 +113,8 @@ void fill_strip(const GatherPhase& phase, const StripPlan& plan, const T* plane,
 }
 
 template <typename T>
-void gather_lines(const Gather& g, const GatherPhase& phase, const Kernels<T>& kernels, const T* from, const T* weight, const T* bias,
-                  T* to, T* workspace) {
+void gather_lines(const Gather& g, const GatherPhase& phase, const Kernels<T>& kernels, const T* from, const T* weight,
+                  const T* bias, T* to, T* workspace) {
   const GatherAxis* a = phase.axis;
   const int64_t taps = phase.taps();
   const StripPlan plan(phase, sizeof(T));
@@ -152,24 +155,26 @@ void gather_lines(const Gather& g, const GatherPhase& phase, const Kernels<T>& k
                                                .to_row_step = scatter ? a[2].count : target_step});
             if (scatter)
               for (int64_t r = 0; r < rows; ++r)
-                for (int64_t j = 0; j < a[2].count; ++j) target[r * target_step + j * a[2].to_step] = kept[r * a[2].count + j];
+                for (int64_t j = 0; j < a[2].count; ++j)
+                  target[r * target_step + j * a[2].to_step] = kept[r * a[2].count + j];
           }
         }
     }
   });
 }
 
-// --- NHWC -------------------------------------------------------------------------------------------------------------
+// --- NHWC ------------------------------------------------------------------------------------------------------------
 
 // [first, last) of an axis: positions whose taps all read inside.
 void all_inside(const GatherAxis& axis, int64_t& first, int64_t& last) {
   first = 0, last = axis.count;
-  for (int64_t t = 0; t < axis.taps(); ++t) first = std::max(first, axis.first_inside(t)), last = std::min(last, axis.last_inside(t));
+  for (int64_t t = 0; t < axis.taps(); ++t)
+    first = std::max(first, axis.first_inside(t)), last = std::min(last, axis.last_inside(t));
 }
 
 template <typename T>
-void gather_pixels(const Gather& g, const GatherPhase& phase, const Kernels<T>& kernels, const T* from, const T* weight, const T* bias,
-                   T* to, T* workspace) {
+void gather_pixels(const Gather& g, const GatherPhase& phase, const Kernels<T>& kernels, const T* from, const T* weight,
+                   const T* bias, T* to, T* workspace) {
   const GatherAxis* a = phase.axis;
   const int64_t taps = phase.taps(), channels = g.groups;
   T* const packed = workspace;  // [tap][channel]
@@ -194,7 +199,8 @@ void gather_pixels(const Gather& g, const GatherPhase& phase, const Kernels<T>& 
     for (int64_t line = begin; line < end; ++line) {
       const int64_t h = line % a[1].count, d = line / a[1].count % a[0].count, n = line / (a[1].count * a[0].count);
       const T* const image = from + n * g.from_stride.batch;
-      const T* const source = image + d * a[0].from_step * g.from_stride.axis[0] + h * a[1].from_step * g.from_stride.axis[1];
+      const T* const source =
+          image + d * a[0].from_step * g.from_stride.axis[0] + h * a[1].from_step * g.from_stride.axis[1];
       T* const target = to + n * g.to_stride.batch + (a[0].to_start + d * a[0].to_step) * g.to_stride.axis[0] +
                         (a[1].to_start + h * a[1].to_step) * g.to_stride.axis[1] + a[2].to_start * g.to_stride.axis[2];
       const bool line_inside = d >= inside[0][0] && d < inside[0][1] && h >= inside[1][0] && h < inside[1][1];
@@ -246,7 +252,7 @@ void gather(const ConvShape& s, Direction direction, const void* from, const Con
       static_cast<const T*>(p.bias), static_cast<T*>(p.result), static_cast<T*>(workspace));
 }
 
-// --- backward_weight --------------------------------------------------------------------------------------------------
+// --- backward_weight -------------------------------------------------------------------------------------------------
 
 template <typename T>
 void weight_lines(const ConvShape& s, const Kernels<T>& kernels, const T* gy, const T* x, T* gw, T* workspace) {
@@ -360,7 +366,8 @@ const char* decline(const ConvShape& s, Direction direction) {
   for (int d = 0; d < 3; ++d)
     if ((s.kernel[d] - 1) > kStripLimit / s.dilation[d]) return "a strip of padded lines above 1 MiB";
   for (const GatherPhase& phase : make_gather(s, direction).phases)
-    if (StripPlan(phase, dtype_size(s.dtype)).size > kStripLimit / dtype_size(s.dtype)) return "a strip of padded lines above 1 MiB";
+    if (StripPlan(phase, dtype_size(s.dtype)).size > kStripLimit / dtype_size(s.dtype))
+      return "a strip of padded lines above 1 MiB";
   return nullptr;
 }
 
@@ -383,7 +390,9 @@ const char* depthwise_backward_weight_decline(const ConvShape& s) {
   return s.batch == 0 ? "nothing to sum over" : decline(s, Direction::kBackwardWeight);
 }
 
-int64_t depthwise_forward_workspace(const ConvShape& s, int threads) { return gather_workspace(s, Direction::kForward, threads); }
+int64_t depthwise_forward_workspace(const ConvShape& s, int threads) {
+  return gather_workspace(s, Direction::kForward, threads);
+}
 int64_t depthwise_backward_input_workspace(const ConvShape& s, int threads) {
   return gather_workspace(s, Direction::kBackwardInput, threads);
 }
@@ -398,13 +407,15 @@ void depthwise_forward(const ConvShape& s, const ConvPointers& p, void* workspac
 }
 
 void depthwise_backward_input(const ConvShape& s, const ConvPointers& p, void* workspace, int) {
-  (s.dtype == Dtype::kFloat32 ? gather<float> : gather<double>)(s, Direction::kBackwardInput, p.grad_output, p, workspace);
+  (s.dtype == Dtype::kFloat32 ? gather<float> : gather<double>)(s, Direction::kBackwardInput, p.grad_output, p,
+                                                                workspace);
 }
 
 void depthwise_backward_weight(const ConvShape& s, const ConvPointers& p, void* workspace, int) {
   const auto typed = [&](auto zero) {
     using T = decltype(zero);
-    (s.channels_last() ? weight_pixels<T> : weight_lines<T>)(s, kernels_of<T>(microkernels()), static_cast<const T*>(p.grad_output),
+    (s.channels_last() ? weight_pixels<T> : weight_lines<T>)(s, kernels_of<T>(microkernels()),
+                                                             static_cast<const T*>(p.grad_output),
                                                              static_cast<const T*>(p.input), static_cast<T*>(p.result),
                                                              static_cast<T*>(workspace));
   };

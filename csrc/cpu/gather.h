@@ -1,12 +1,12 @@
 // What forward and backward_input have in common: each result pixel gathers over taps.
 //
 //   forward           y[o]  = sum over t of  x[o * stride + t * dilation - pad] . w[t]
-//   backward_input    gx[i] = sum over t of  gy[(i + pad - t * dilation) / stride] . w[t]     where the division is exact
+//   backward_input    gx[i] = sum over t of  gy[(i + pad - t * dilation) / stride] . w[t]     for exact divisions
 //
-// The exactness depends on i mod stride only. So the result pixels fall into stride_d x stride_h x stride_w phases, and in
-// each phase every axis is a plain stride-1 gather with a subset of the taps:
+// The exactness depends on i mod stride only. So the result pixels fall into stride_d x stride_h x stride_w phases,
+// and in each phase every axis is a plain stride-1 gather with a subset of the taps:
 //
-//   phase f:  i = f + stride * j    reads  gy[j + offset_t]    for the taps t with offset_t = (f + pad - t * dilation) / stride whole
+//   phase f:  i = f + stride * j    reads  gy[j + offset_t]    for whole offset_t = (f + pad - t * dilation) / stride
 //
 // Nothing is scattered and no inserted zero is multiplied. forward has one phase with all taps.
 #pragma once
@@ -27,7 +27,9 @@ struct GatherAxis {
 
   int64_t taps() const { return static_cast<int64_t>(tap.size()); }
   // The position read, or -1 for a zero.
-  int64_t source(int64_t j, int64_t t) const { return padded_index(source_index(j, from_step, 0, 0, -offset[t]), from_extent, mode); }
+  int64_t source(int64_t j, int64_t t) const {
+    return padded_index(source_index(j, from_step, 0, 0, -offset[t]), from_extent, mode);
+  }
   // The j for which tap t reads inside [0, from_extent) are [first, last), as far as [0, count) goes.
   int64_t first_inside(int64_t t) const {
     return offset[t] >= 0 ? 0 : std::min(count, (-offset[t] - 1) / from_step + 1);
@@ -61,7 +63,8 @@ struct Gather {
   int64_t weight_tap_offset(const GatherPhase& phase, int64_t t) const {
     const GatherAxis* a = phase.axis;
     const int64_t w = t % a[2].taps(), h = t / a[2].taps() % a[1].taps(), d = t / (a[2].taps() * a[1].taps());
-    return a[0].tap[d] * weight_axis_stride[0] + a[1].tap[h] * weight_axis_stride[1] + a[2].tap[w] * weight_axis_stride[2];
+    return a[0].tap[d] * weight_axis_stride[0] + a[1].tap[h] * weight_axis_stride[1] +
+           a[2].tap[w] * weight_axis_stride[2];
   }
 };
 
@@ -75,7 +78,8 @@ inline GatherAxis forward_axis(const ConvShape& s, int d) {
 }
 
 inline GatherAxis backward_input_axis(const ConvShape& s, int d, int64_t phase) {
-  GatherAxis axis{(s.in[d] - phase - 1) / s.stride[d] + 1, phase, s.stride[d], 1, s.out[d], {}, {}, PaddingMode::kZeros};
+  GatherAxis axis{
+      (s.in[d] - phase - 1) / s.stride[d] + 1, phase, s.stride[d], 1, s.out[d], {}, {}, PaddingMode::kZeros};
   for (int64_t t = 0; t < s.kernel[d]; ++t) {
     const __int128 numerator = static_cast<__int128>(phase) + s.pad[d] - static_cast<__int128>(t) * s.dilation[d];
     if (numerator % s.stride[d] != 0) continue;
@@ -108,7 +112,8 @@ inline Gather make_gather(const ConvShape& s, Direction direction) {
         if (forward)
           g.phases.push_back({{forward_axis(s, 0), forward_axis(s, 1), forward_axis(s, 2)}});
         else
-          g.phases.push_back({{backward_input_axis(s, 0, d), backward_input_axis(s, 1, h), backward_input_axis(s, 2, w)}});
+          g.phases.push_back(
+              {{backward_input_axis(s, 0, d), backward_input_axis(s, 1, h), backward_input_axis(s, 2, w)}});
   return g;
 }
 

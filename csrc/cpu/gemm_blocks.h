@@ -8,8 +8,8 @@
 
 namespace myconv::cpu {
 
-// A float32 sum starts a fresh accumulator after this many terms; the partial sums are added in order. It bounds the error
-// of long reductions, and a block of B (512 x 48 floats, 96 KiB) stays in L2.
+// A float32 sum starts a fresh accumulator after this many terms; the partial sums are added in order. It bounds the
+// error of long reductions, and a block of B (512 x 48 floats, 96 KiB) stays in L2.
 inline constexpr int64_t kSumLength = 512;
 
 // Packed operands are made in passes of about this size, so that the workspace does not grow with the weight.
@@ -62,7 +62,8 @@ inline std::vector<Block> reduction_blocks(int64_t channels, int64_t taps, bool 
 
 // to[r * width + c] = from[r * row_stride + c * column_stride]; the columns up to width are left alone.
 template <typename T>
-void pack_matrix(const T* from, int64_t row_stride, int64_t column_stride, int64_t rows, int64_t columns, T* to, int64_t width) {
+void pack_matrix(const T* from, int64_t row_stride, int64_t column_stride, int64_t rows, int64_t columns, T* to,
+                 int64_t width) {
   if (column_stride == 1) {
     for (int64_t r = 0; r < rows; ++r) std::copy_n(from + r * row_stride, columns, to + r * width);
     return;

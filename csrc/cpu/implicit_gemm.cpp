@@ -1,20 +1,22 @@
 // Implicit GEMM for forward and backward_input: dense and grouped convolutions of any kernel, stride, dilation.
 //
-// Both directions are gathers (gather.h), and a gather is a matrix product per phase and group whose one operand is never built:
+// Both directions are gathers (gather.h), and a gather is a matrix product per phase and group whose one operand is
+// never built:
 //
 //   layout   rows (register tile)       columns (vectors)          depth                reads per tile
 //   NHWC     result pixels              result channels            taps x channels      a pointer per pixel and tap
 //   NCHW     result channels            result pixels              channels x taps      a packed panel of pixels
 //
-// NHWC: weights are packed once a call into panels [block][tap][channel][width]; activations are read where they lie through a
-//       pointer for each (tap, pixel); a pixel in the padding points to a row of zeros.
-// NCHW: a panel [channel][tap][width] of at most kSumLength x 48 values is packed in L2 and used for all result channels; weights are
-//       read where they lie if they lie as OIHW, else packed to rows [result channel][channel][tap]. Pixels that nothing
-//       moves (1x1, stride 1) and that few channels share are read in place.
+// NHWC: weights are packed once a call into panels [block][tap][channel][width]; activations are read where they lie,
+//       through a pointer for each (tap, pixel); a pixel in the padding points to a row of zeros.
+// NCHW: a panel [channel][tap][width] of at most kSumLength x 48 values is packed in L2 and used for all result
+//       channels; weights are read where they lie if they lie as OIHW, else packed to rows [result channel][channel]
+//       [tap]. Pixels that nothing moves (1x1, stride 1) and that few channels share are read in place.
 //
-// Sums: blocks of at most kSumLength terms, each from a fresh accumulator, added in order; bias with the first. The order does not
-// depend on the tile, so results do not depend on batch or threads.
-// Declines: types other than float32 and float64, empty sums, kernels above kMaxTaps, backward_input with a padding mode.
+// Sums: blocks of at most kSumLength terms, each from a fresh accumulator, added in order; bias with the first. The
+// order does not depend on the tile, so results do not depend on batch or threads.
+// Declines: types other than float32 and float64, empty sums, kernels above kMaxTaps, backward_input with a padding
+// mode.
 #include <cstring>
 
 #include "cpu/algorithms.h"
@@ -26,16 +28,17 @@
 namespace myconv::cpu {
 namespace {
 
-constexpr int64_t kMaxTaps = 16384;           // bounds the pointer list of one tile: 1 MiB
-constexpr int64_t kMaxPhases = 65536;         // of backward_input: each costs a little set-up
-constexpr int64_t kPointerBytes = 64 << 10;   // pointer list of the tiles that one task works on
+constexpr int64_t kMaxTaps = 16384;          // bounds the pointer list of one tile: 1 MiB
+constexpr int64_t kMaxPhases = 65536;        // of backward_input: each costs a little set-up
+constexpr int64_t kPointerBytes = 64 << 10;  // pointer list of the tiles that one task works on
 constexpr int64_t kMaxTilesPerTask = 16;
-constexpr int64_t kScatterRows = 512;         // result rows of one task that are kept until they are scattered
-constexpr int64_t kInPlaceRowTiles = 2;       // up to so many uses a pixel panel is not worth packing
+constexpr int64_t kScatterRows = 512;    // result rows of one task that are kept until they are scattered
+constexpr int64_t kInPlaceRowTiles = 2;  // up to so many uses a pixel panel is not worth packing
 
 const char* decline(const ConvShape& s) {
   if (s.dtype != Dtype::kFloat32 && s.dtype != Dtype::kFloat64) return "only float32 and float64";
-  if (s.in_per_group == 0 || s.out_per_group == 0 || s.in_pixels() == 0 || s.out_pixels() == 0) return "nothing to sum over";
+  if (s.in_per_group == 0 || s.out_per_group == 0 || s.in_pixels() == 0 || s.out_pixels() == 0)
+    return "nothing to sum over";
   if (s.taps() > kMaxTaps) return "more than 16384 taps";
   return nullptr;
 }
@@ -53,8 +56,8 @@ bool lies_as_rows(const ConvShape& s) {
 
 // What one call needs, in elements. Packed weights are those of the pass that is being worked on.
 struct Workspace {
-  int64_t packed = 0, zeros = 0;        // zeros: NHWC, one pixel
-  int64_t panel = 0, kept = 0;          // NCHW, of each thread: a packed block, result rows to be scattered
+  int64_t packed = 0, zeros = 0;  // zeros: NHWC, one pixel
+  int64_t panel = 0, kept = 0;    // NCHW, of each thread: a packed block, result rows to be scattered
   bool in_rows = false;
 
   Workspace(const ConvShape& s, Direction direction) {
@@ -86,7 +89,7 @@ struct Workspace {
   int64_t elements(int threads) const { return packed + zeros + threads * (panel + kept); }
 };
 
-// --- NHWC: rows are pixels --------------------------------------------------------------------------------------------
+// --- NHWC: rows are pixels -------------------------------------------------------------------------------------------
 
 // Walks the result pixels of a phase in the order n, d, h, w.
 struct PixelCursor {
@@ -112,7 +115,8 @@ struct PixelCursor {
 
 // sources[t * stride] = where tap t of this pixel is read.
 template <typename T>
-void pixel_sources(const Gather& g, const PixelCursor& at, const T* from, const T* zeros, const T** sources, int64_t stride) {
+void pixel_sources(const Gather& g, const PixelCursor& at, const T* from, const T* zeros, const T** sources,
+                   int64_t stride) {
   const GatherAxis* a = at.phase.axis;
   const T* image = from + at.n * g.from_stride.batch;
   for (int64_t td = 0; td < a[0].taps(); ++td) {
@@ -132,12 +136,13 @@ template <typename T>
 T* result_pixel(const Gather& g, const PixelCursor& at, T* to) {
   const GatherAxis* a = at.phase.axis;
   return to + at.n * g.to_stride.batch + (a[0].to_start + at.d * a[0].to_step) * g.to_stride.axis[0] +
-         (a[1].to_start + at.h * a[1].to_step) * g.to_stride.axis[1] + (a[2].to_start + at.w * a[2].to_step) * g.to_stride.axis[2];
+         (a[1].to_start + at.h * a[1].to_step) * g.to_stride.axis[1] +
+         (a[2].to_start + at.w * a[2].to_step) * g.to_stride.axis[2];
 }
 
 template <typename T>
-void rows_are_pixels(const Gather& g, const GatherPhase& phase, const Kernels<T>& kernels, const T* from, const T* weight,
-                     const T* bias, T* to, const Workspace& sizes, T* workspace, int threads) {
+void rows_are_pixels(const Gather& g, const GatherPhase& phase, const Kernels<T>& kernels, const T* from,
+                     const T* weight, const T* bias, T* to, const Workspace& sizes, T* workspace, int threads) {
   const int64_t taps = phase.taps(), depth = taps * g.from_per_group;
   const std::vector<Block> blocks = reduction_blocks(g.from_per_group, taps, /*taps_inside=*/false);
   const Panels panels(g.to_per_group, kernels.lanes, kernels.vectors);
@@ -178,7 +183,9 @@ void rows_are_pixels(const Gather& g, const GatherPhase& phase, const Kernels<T>
       for (int64_t i = begin; i < end; ++i) {
         const int64_t chunk = i / splits, split = i % splits;
         const int64_t tile0 = chunk * per_task, tile1 = std::min(tiles, tile0 + per_task);
-        const auto rows_of = [&](int64_t tile) { return std::min<int64_t>(kernels.rows, pixels - tile * kernels.rows); };
+        const auto rows_of = [&](int64_t tile) {
+          return std::min<int64_t>(kernels.rows, pixels - tile * kernels.rows);
+        };
         if (prepared != chunk) {
           PixelCursor at(phase, tile0 * kernels.rows);
           for (int64_t tile = tile0; tile < tile1; ++tile)
@@ -189,7 +196,8 @@ void rows_are_pixels(const Gather& g, const GatherPhase& phase, const Kernels<T>
             }
           prepared = chunk;
         }
-        const int64_t unit0 = first + (last - first) * split / splits, unit1 = first + (last - first) * (split + 1) / splits;
+        const int64_t unit0 = first + (last - first) * split / splits,
+                      unit1 = first + (last - first) * (split + 1) / splits;
         for (const Block& block : blocks)
           for (int64_t unit = unit0; unit < unit1; ++unit) {
             const int64_t group = unit / panels.count, panel = unit % panels.count;
@@ -216,7 +224,7 @@ void rows_are_pixels(const Gather& g, const GatherPhase& phase, const Kernels<T>
   }
 }
 
-// --- NCHW: columns are pixels -----------------------------------------------------------------------------------------
+// --- NCHW: columns are pixels ----------------------------------------------------------------------------------------
 
 // The runs that a panel of pixels [begin, begin + width) of one image is packed from, tap by tap.
 struct PanelRuns {
@@ -239,8 +247,8 @@ struct PanelRuns {
             if (d < 0 || h < 0)
               segments.push_back({0, 1, static_cast<int32_t>(i), static_cast<int32_t>(end - at.w), 0, 0});
             else
-              append_line(a[2], tw, d * g.from_stride.axis[0] + h * g.from_stride.axis[1], at.w, end, first_inside, last_inside,
-                          static_cast<int32_t>(i));
+              append_line(a[2], tw, d * g.from_stride.axis[0] + h * g.from_stride.axis[1], at.w, end, first_inside,
+                          last_inside, static_cast<int32_t>(i));
             i += end - at.w;
             at.w = end - 1;
             at.next();
@@ -255,9 +263,9 @@ struct PanelRuns {
                    int64_t last_inside, int32_t target) {
     const int64_t inside = std::clamp(first_inside, begin, end), outside = std::clamp(last_inside, inside, end);
     const auto append = [&](int64_t from, int64_t to) {
-      segments.push_back({line + axis.offset[t] + from * axis.from_step, axis.from_step, static_cast<int32_t>(target + from - begin),
-                          static_cast<int32_t>(to - from), static_cast<int32_t>(inside - from),
-                          static_cast<int32_t>(outside - from)});
+      segments.push_back({line + axis.offset[t] + from * axis.from_step, axis.from_step,
+                          static_cast<int32_t>(target + from - begin), static_cast<int32_t>(to - from),
+                          static_cast<int32_t>(inside - from), static_cast<int32_t>(outside - from)});
     };
     if (axis.mode == PaddingMode::kZeros) return append(begin, end);
     const auto border = [&](int64_t from, int64_t to) {
@@ -271,8 +279,8 @@ struct PanelRuns {
 };
 
 template <typename T>
-void columns_are_pixels(const Gather& g, const GatherPhase& phase, const Kernels<T>& kernels, const T* from, const T* weight,
-                        const T* bias, T* to, const Workspace& sizes, T* workspace, int threads) {
+void columns_are_pixels(const Gather& g, const GatherPhase& phase, const Kernels<T>& kernels, const T* from,
+                        const T* weight, const T* bias, T* to, const Workspace& sizes, T* workspace, int threads) {
   const int64_t taps = phase.taps(), depth = taps * g.from_per_group, channels = g.to_per_group;
   const std::vector<Block> blocks = reduction_blocks(g.from_per_group, taps, /*taps_inside=*/true);
   const Panels panels(phase.pixels(), kernels.lanes, kernels.vectors);
@@ -294,7 +302,8 @@ void columns_are_pixels(const Gather& g, const GatherPhase& phase, const Kernels
           const T* source = weight + i / count * g.weight_group_stride + (first + i % count) * g.weight_to_stride;
           for (int64_t t = 0; t < taps; ++t) {
             const T* tap = source + g.weight_tap_offset(phase, t);
-            for (int64_t c = 0; c < g.from_per_group; ++c) packed[i * depth + c * taps + t] = tap[c * g.weight_from_stride];
+            for (int64_t c = 0; c < g.from_per_group; ++c)
+              packed[i * depth + c * taps + t] = tap[c * g.weight_from_stride];
           }
         }
       });
@@ -314,12 +323,14 @@ void columns_are_pixels(const Gather& g, const GatherPhase& phase, const Kernels
       int64_t prepared = -1;
       for (int64_t i = begin; i < end; ++i) {
         const int64_t split = i % splits, group = i / splits % g.groups, n = i / (splits * g.groups) % g.batch;
-        const int64_t panel = i / (splits * g.groups * g.batch), pixel = panels.begin(panel), width = panels.size(panel);
+        const int64_t panel = i / (splits * g.groups * g.batch), pixel = panels.begin(panel),
+                      width = panels.size(panel);
         if (prepared != panel) {
           if (!in_place) runs.prepare(g, phase, pixel, width);
           if (scatter) {
             PixelCursor at(phase, pixel);
-            for (int64_t j = 0; j < width; ++j, at.next()) targets[j] = result_pixel(g, at, static_cast<T*>(nullptr)) - static_cast<T*>(nullptr);
+            for (int64_t j = 0; j < width; ++j, at.next())
+              targets[j] = result_pixel(g, at, static_cast<T*>(nullptr)) - static_cast<T*>(nullptr);
           }
           prepared = panel;
         }
@@ -329,8 +340,8 @@ void columns_are_pixels(const Gather& g, const GatherPhase& phase, const Kernels
         for (const Block& block : blocks) {
           const T* b = image + block.channel * from_pixels + pixel;
           if (!in_place) {
-            kernels.pack(block.channels, block.taps, image + block.channel * from_pixels, from_pixels, runs.segments.data(),
-                         runs.first.data() + block.tap, block_panel, panels.width);
+            kernels.pack(block.channels, block.taps, image + block.channel * from_pixels, from_pixels,
+                         runs.segments.data(), runs.first.data() + block.tap, block_panel, panels.width);
             b = block_panel;
           }
           for (int64_t tile = tile0; tile < tile1; ++tile) {
@@ -340,7 +351,8 @@ void columns_are_pixels(const Gather& g, const GatherPhase& phase, const Kernels
             for (int64_t r = 0; r < rows; ++r) {
               w[r] = in_rows ? weight + group * g.weight_group_stride + (first + row + r) * g.weight_to_stride
                              : packed + (group * count + row + r) * depth;
-              c[r] = scatter ? kept + (row - tile0 * kernels.rows + r) * panels.width : result + (row + r) * to_pixels + pixel;
+              c[r] = scatter ? kept + (row - tile0 * kernels.rows + r) * panels.width
+                             : result + (row + r) * to_pixels + pixel;
             }
             kernels.gemm[rows - 1]({.taps = 1,
                                     .depth = block.terms(),
@@ -377,7 +389,8 @@ void run(const ConvShape& s, Direction direction, const void* from, const void* 
       static_cast<T*>(to), sizes, static_cast<T*>(workspace), threads);
 }
 
-void run(const ConvShape& s, Direction direction, const void* from, const ConvPointers& p, void* workspace, int threads) {
+void run(const ConvShape& s, Direction direction, const void* from, const ConvPointers& p, void* workspace,
+         int threads) {
   const auto f = s.dtype == Dtype::kFloat32 ? run<float> : run<double>;
   f(s, direction, from, p.weight, p.bias, p.result, workspace, threads);
 }

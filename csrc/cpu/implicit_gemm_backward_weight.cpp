@@ -3,16 +3,16 @@
 //   rows (register tile)   columns (vectors)   depth     one product per group and tap
 //   out channels           in channels         pixels
 //
-// With few in channels (stems, grouped convolutions) a vector of them would be mostly empty. Then the taps are folded into the
-// columns: a row of [tap][in channel] is packed for each pixel of a chunk, and there is one product per group.
+// With few in channels (stems, grouped convolutions) a vector of them would be mostly empty. Then the taps are folded
+// into the columns: a row of [tap][in channel] is packed for each pixel of a chunk, and there is one product per group.
 //
-// Both operands are read with channels innermost: NHWC as they lie, through a pointer per pixel and tap (a row of zeros in the
-// padding). NCHW: the lines of x and gy that a chunk of pixels touches are transposed into strips that fit L2, each once per
-// chunk, not once per tap.
+// Both operands are read with channels innermost: NHWC as they lie, through a pointer per pixel and tap (a row of
+// zeros in the padding). NCHW: the lines of x and gy that a chunk of pixels touches are transposed into strips that
+// fit L2, each once per chunk, not once per tap.
 //
-// Sums: pixels in chunks of at most kSumLength, cut by the shape alone; a chunk is summed from a fresh accumulator and added
-// to the total in order. Threads split the result (groups, out channels, in channels, taps) and never a sum: no reduction between
-// threads, and the bits do not depend on their number.
+// Sums: pixels in chunks of at most kSumLength, cut by the shape alone; a chunk is summed from a fresh accumulator and
+// added to the total in order. Threads split the result (groups, out channels, in channels, taps) and never a sum: no
+// reduction between threads, and the bits do not depend on their number.
 // Declines: types other than float32 and float64, empty sums, kernels above kMaxTaps.
 #include <cstring>
 
@@ -41,10 +41,10 @@ struct Chunk {
 struct Plan {
   GatherAxis axis[3];
   bool folded;
-  int64_t columns, tap_steps;  // of one product, and how many products
-  int64_t lines, line_length;      // of gy
+  int64_t columns, tap_steps;                // of one product, and how many products
+  int64_t lines, line_length;                // of gy
   int64_t lines_per_chunk, pixels_per_line;  // the largest chunk
-  int64_t strip_lines, strip_length;  // what the largest chunk touches of x
+  int64_t strip_lines, strip_length;         // what the largest chunk touches of x
   int64_t chunks_per_line, chunks;
 
   explicit Plan(const ConvShape& s) : axis{forward_axis(s, 0), forward_axis(s, 1), forward_axis(s, 2)} {
@@ -53,7 +53,9 @@ struct Plan {
     pixels_per_line = std::min(line_length, kSumLength);
     const int64_t reach = (s.kernel[2] - 1) * std::min(s.dilation[2], s.in[2]) + 1;
     const int64_t channel_bytes = std::min<int64_t>(s.in_per_group, 48) * dtype_size(s.dtype);
-    const auto touched = [&](int64_t pixels) { return std::min(s.in[2], (pixels - 1) * std::min(s.stride[2], s.in[2]) + reach); };
+    const auto touched = [&](int64_t pixels) {
+      return std::min(s.in[2], (pixels - 1) * std::min(s.stride[2], s.in[2]) + reach);
+    };
     while (pixels_per_line > 16 && touched(pixels_per_line) * channel_bytes > kStripBytes) pixels_per_line /= 2;
     chunks_per_line = ceil_div(line_length, pixels_per_line);
     pixels_per_line = ceil_div(line_length, chunks_per_line);
@@ -93,7 +95,8 @@ struct Split {
       tap_tasks = std::min(plan.tap_steps, ceil_div(wanted, row_tasks * column_tasks));
       if (!s.channels_last()) {  // strips of one task have a size limit
         const int64_t row_fit = std::max<int64_t>(1, kTaskBytes / (plan.pixels() * tile_rows * size));
-        const int64_t column_fit = std::max<int64_t>(1, kTaskBytes / (plan.strip_lines * plan.strip_length * panels.width * size));
+        const int64_t column_fit =
+            std::max<int64_t>(1, kTaskBytes / (plan.strip_lines * plan.strip_length * panels.width * size));
         row_tasks = std::max(row_tasks, ceil_div(row_tiles, row_fit));
         if (!plan.folded) column_tasks = std::max(column_tasks, ceil_div(panels.count, column_fit));
       }
@@ -107,7 +110,8 @@ struct Split {
     const int64_t finest = row_tiles * (plan.folded ? 1 : panels.count) * plan.tap_steps;
     int64_t wanted = std::min<int64_t>(finest, ceil_div(2 * threads, s.groups));
     settle(wanted);
-    while (wanted < finest && threads * rows * columns * taps * size > kTotalBytes) settle(wanted = std::min(finest, 2 * wanted));
+    while (wanted < finest && threads * rows * columns * taps * size > kTotalBytes)
+      settle(wanted = std::min(finest, 2 * wanted));
     tasks = s.groups * row_tasks * column_tasks * tap_tasks;
   }
 };
@@ -207,15 +211,18 @@ void run(const ConvShape& s, const T* gy, const T* x, T* gw, T* workspace, int t
           for (int64_t line = chunk.first; line < chunk.last; ++line) {
             int64_t n, d, h;
             line_of(line, n, d, h);
-            pack_matrix(gy + n * y_stride.batch + k_first * y_stride.channel + d * y_stride.axis[0] + h * y_stride.axis[1] + chunk.begin,
-                        int64_t{1}, y_stride.channel, length, rows, gy_strip + (line - chunk.first) * length * rows, rows);
+            pack_matrix(gy + n * y_stride.batch + k_first * y_stride.channel + d * y_stride.axis[0] +
+                            h * y_stride.axis[1] + chunk.begin,
+                        int64_t{1}, y_stride.channel, length, rows, gy_strip + (line - chunk.first) * length * rows,
+                        rows);
           }
           a = gy_strip;
           lda = rows;
           int64_t lo = s.in[2], hi = 0;
           for (int64_t t = 0; t < axis[2].taps(); ++t)
             for (int64_t w = chunk.begin; w < chunk.end; ++w)
-              if (const int64_t source = axis[2].source(w, t); source >= 0) lo = std::min(lo, source), hi = std::max(hi, source + 1);
+              if (const int64_t source = axis[2].source(w, t); source >= 0)
+                lo = std::min(lo, source), hi = std::max(hi, source + 1);
           x_strip.start(x + c_first * x_stride.channel, std::min(lo, hi), hi);
         }
         // Where every pixel of the chunk reads tap t.
@@ -227,9 +234,10 @@ void run(const ConvShape& s, const T* gy, const T* x, T* gw, T* workspace, int t
             line_of(line, n, d, h);
             const int64_t sd = axis[0].source(d, td), sh = axis[1].source(h, th);
             const bool inside = sd >= 0 && sh >= 0;
-            const T* x_line = !inside             ? zeros
-                              : s.channels_last() ? x + n * x_stride.batch + sd * x_stride.axis[0] + sh * x_stride.axis[1] + c_first
-                                                  : x_strip.line(n, sd, sh, channels);
+            const T* x_line = !inside ? zeros
+                              : s.channels_last()
+                                  ? x + n * x_stride.batch + sd * x_stride.axis[0] + sh * x_stride.axis[1] + c_first
+                                  : x_strip.line(n, sd, sh, channels);
             const int64_t step = s.channels_last() ? x_stride.axis[2] : strip_channels;
             const int64_t first = inside ? std::clamp(axis[2].first_inside(tw), chunk.begin, chunk.end) : chunk.end;
             const int64_t last = inside ? std::clamp(axis[2].last_inside(tw), first, chunk.end) : chunk.end;
@@ -248,7 +256,8 @@ void run(const ConvShape& s, const T* gy, const T* x, T* gw, T* workspace, int t
         if (plan.folded) {
           for (int64_t t = 0; t < s.taps(); ++t) {
             find_sources(t);
-            kernels.copy_rows(sources.data(), chunk.pixels(), s.in_per_group, folded + t * s.in_per_group, plan.columns);
+            kernels.copy_rows(sources.data(), chunk.pixels(), s.in_per_group, folded + t * s.in_per_group,
+                              plan.columns);
           }
           for (int64_t p = 0; p < chunk.pixels(); ++p) sources[p] = folded + p * plan.columns;
         }

@@ -39,7 +39,8 @@ const Microkernels& best(const std::string& cap) {
 #ifndef MYCONV_X86
   known = known || cap == "avx2" || cap == "avx512";  // caps that this build is under anyway
 #endif
-  TORCH_CHECK_VALUE(known, "MYCONV_ISA: '", cap, "' is not an instruction set of this build; use portable, avx2 or avx512");
+  TORCH_CHECK_VALUE(known, "MYCONV_ISA: '", cap,
+                    "' is not an instruction set of this build; use portable, avx2 or avx512");
   return *found;
 }
 

@@ -1,4 +1,5 @@
-// The function table of one ISA. Microkernels work on one register tile; loops, packing and threads live in the algorithms.
+// The function table of one ISA. Microkernels work on one register tile; loops, packing and threads live in the
+// algorithms.
 //
 // Matrix names are GEMM's: rows x cols tiles of C, reduced over depth. What they stand for:
 //   algorithm                 rows            cols            depth
@@ -7,8 +8,8 @@
 //   backward_input            as forward, with in and out channels exchanged
 //   backward_weight           out channels    in channels     pixels
 //
-// This header and everything an ISA file includes hold plain structs only: a std:: template instantiated in a file that is
-// compiled for AVX-512 could be the copy that the linker keeps for every machine.
+// This header and everything an ISA file includes hold plain structs only: a std:: template instantiated in a file
+// that is compiled for AVX-512 could be the copy that the linker keeps for every machine.
 #pragma once
 
 #include <cstdint>
@@ -20,7 +21,8 @@ inline constexpr int kMaxVectors = 3;  // register tile columns of any ISA, in v
 inline constexpr int kMaxDepthwiseRows = 8;
 inline constexpr int kMaxDepthwiseTaps = 8;
 
-// C[row][0, cols) = sum over tap < taps, k < depth of  a[tap * rows + row][a_offset + k] * b[(tap * depth + k) * ldb + col]
+// C[row][0, cols) = sum over tap < taps, k < depth of  a[tap * rows + row][a_offset + k] * b[(tap * depth + k) * ldb +
+// col]
 //                   + (accumulate ? C : bias of the row or the column or 0)
 // The sum starts at zero and the other term is added last, so that a long reduction is a sum of short ones.
 template <typename T>
@@ -50,8 +52,8 @@ struct OuterTile {
   int64_t cols;
 };
 
-// A run of one packed row: length elements to target; those in [first, last) come from the plane at source + i * step, the
-// others are zero.
+// A run of one packed row: length elements to target; those in [first, last) come from the plane at source + i * step,
+// the others are zero.
 struct Segment {
   int64_t source, step;
   int32_t target, length, first, last;
@@ -93,9 +95,9 @@ struct DepthwiseWeightTile {
 
 template <typename T>
 struct Kernels {
-  int rows, lanes, vectors;  // register tile: rows x (vectors * lanes)
-  void (*gemm[kMaxRows])(const GemmTile<T>&);    // [rows - 1]
-  void (*outer[kMaxRows])(const OuterTile<T>&);  // [rows - 1]
+  int rows, lanes, vectors;                                              // register tile: rows x (vectors * lanes)
+  void (*gemm[kMaxRows])(const GemmTile<T>&);                            // [rows - 1]
+  void (*outer[kMaxRows])(const OuterTile<T>&);                          // [rows - 1]
   void (*depthwise_lines[kMaxDepthwiseRows])(const DepthwiseTile<T>&);   // [rows - 1], NCHW
   void (*depthwise_pixels[kMaxDepthwiseRows])(const DepthwiseTile<T>&);  // NHWC, all taps inside
   void (*depthwise_border[kMaxDepthwiseRows])(const DepthwiseTile<T>&);  // NHWC, by pointers

@@ -1,4 +1,5 @@
-// The microkernels compiled for avx2. The target is set here and not by a compiler flag: nothing outside may inherit it.
+// The microkernels compiled for avx2. The target is set here and not by a compiler flag: nothing outside may inherit
+// it.
 #include "cpu/microkernels.h"
 
 #ifdef MYCONV_X86

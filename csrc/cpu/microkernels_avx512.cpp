@@ -1,10 +1,12 @@
-// The microkernels compiled for avx512. The target is set here and not by a compiler flag: nothing outside may inherit it.
+// The microkernels compiled for avx512. The target is set here and not by a compiler flag: nothing outside may inherit
+// it.
 #include "cpu/microkernels.h"
 
 #ifdef MYCONV_X86
 #include <immintrin.h>
 #ifdef __clang__
-#pragma clang attribute push(__attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma"))), apply_to = function)
+#pragma clang attribute push(__attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma"))), \
+                             apply_to = function)
 #else
 #pragma GCC push_options
 #pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma")

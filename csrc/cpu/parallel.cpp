@@ -1,7 +1,8 @@
-// at::parallel_for is a header template: compiled without OpenMP it runs on one thread, and compiled with another OpenMP runtime
-// than torch's (clang's, or a second libgomp) it brings a second pool of threads that torch.set_num_threads does not reach.
-// So the parallel region is opened here, once, by the entry point that the runtime torch is linked with exports under
-// this name whether it is GNU's, LLVM's or Intel's: no compiler flag, no second runtime. Without it: one thread.
+// at::parallel_for is a header template: compiled without OpenMP it runs on one thread, and compiled with another
+// OpenMP runtime than torch's (clang's, or a second libgomp) it brings a second pool of threads that
+// torch.set_num_threads does not reach. So the parallel region is opened here, once, by the entry point that the
+// runtime torch is linked with exports under this name whether it is GNU's, LLVM's or Intel's: no compiler flag, no
+// second runtime. Without it: one thread.
 #include "cpu/parallel.h"
 
 #include <atomic>
@@ -26,7 +27,8 @@ struct Region {
 
 void piece(void* argument) {
   Region& region = *static_cast<Region*>(argument);
-  // The team has its usual size even if fewer pieces are worth it: a team of another size would cost the runtime new threads.
+  // The team has its usual size even if fewer pieces are worth it: a team of another size would cost the runtime new
+  // threads.
   const int64_t pieces = std::min<int64_t>(omp_get_num_threads(), (region.tasks + region.grain - 1) / region.grain);
   const int64_t length = (region.tasks + pieces - 1) / pieces, thread = omp_get_thread_num();
   const int64_t begin = thread * length, end = std::min(region.tasks, begin + length);

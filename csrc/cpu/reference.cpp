@@ -1,13 +1,14 @@
 // The specification: every legal call, every direction, one output element at a time.
 //
 //   forward:          y[n, k, o] = b[k] + sum of  x[n, c, at(o, t)] * w[k, c, t]    over c, t
-//   backward_input:   gx[n, c, i] = b[c] + sum of gy[n, k, o]       * w[k, c, t]    over k and all (o, t) with at(o, t) = i
+//   backward_input:   gx[n, c, i] = b[c] + sum of gy[n, k, o]       * w[k, c, t]    over k and all (o, t) with at(o,
+//   t) = i
 //   backward_weight:  gw[k, c, t] = sum of        gy[n, k, o]       * x[n, c, at(o, t)]    over n, o
 //   at(o, t) = padded_index(o * stride + t * dilation - pad)     (-1 reads zero)
 //
-// Groups cut channels into independent problems. The three axes are independent, so each has its own small index table and
-// the loops run over their product. In backward_input, zeros mode, a tap of the right phase whose o lies outside [0, out)
-// reads a zero that is multiplied like any value, which is what a dense kernel over a zero border computes.
+// Groups cut channels into independent problems. The three axes are independent, so each has its own small index table
+// and the loops run over their product. In backward_input, zeros mode, a tap of the right phase whose o lies outside
+// [0, out) reads a zero that is multiplied like any value, which is what a dense kernel over a zero border computes.
 //
 // Sums: float32 and float64 in double, 16-bit types in float32, integers wrap modulo 2**64 and are cut to their width.
 // Selected when nothing faster accepts; parallel over outputs, so that the order of a sum never depends on threads.
@@ -69,8 +70,8 @@ AxisTerms backward_input_terms(const ConvShape& s, int d) {
 // One loop nest for both gathers. "from" is what is read (x or gy), "to" what is written (y or gx).
 template <typename T, bool kForward>
 void gather(const ConvShape& s, const T* from, const T* weight, const T* bias, T* to) {
-  const int64_t(&from_extent)[3] = kForward ? s.in : s.out;
-  const int64_t(&to_extent)[3] = kForward ? s.out : s.in;
+  const int64_t (&from_extent)[3] = kForward ? s.in : s.out;
+  const int64_t (&to_extent)[3] = kForward ? s.out : s.in;
   const int64_t from_per_group = kForward ? s.in_per_group : s.out_per_group;
   const int64_t to_per_group = kForward ? s.out_per_group : s.in_per_group;
   const int64_t to_channels = s.groups * to_per_group;
@@ -89,9 +90,11 @@ void gather(const ConvShape& s, const T* from, const T* weight, const T* bias, T
       const int64_t n = row / (to_extent[1] * to_extent[0] * to_channels);
       const int64_t group = channel / to_per_group;
       const T* from_group = from + n * from_stride.batch + group * from_per_group * from_stride.channel;
-      const T* w_channel = kForward ? weight + channel * weight_to
-                                    : weight + group * s.out_per_group * weight_from + channel % to_per_group * weight_to;
-      T* to_row = to + n * to_stride.batch + channel * to_stride.channel + d * to_stride.axis[0] + h * to_stride.axis[1];
+      const T* w_channel = kForward
+                               ? weight + channel * weight_to
+                               : weight + group * s.out_per_group * weight_from + channel % to_per_group * weight_to;
+      T* to_row =
+          to + n * to_stride.batch + channel * to_stride.channel + d * to_stride.axis[0] + h * to_stride.axis[1];
       for (int64_t w = 0; w < to_extent[2]; ++w) {
         Accumulator<T> sum = bias ? static_cast<Accumulator<T>>(bias[channel]) : Accumulator<T>(0);
         for (const Term& td : terms[0][d])
@@ -100,7 +103,8 @@ void gather(const ConvShape& s, const T* from, const T* weight, const T* bias, T
               const bool inside = td.position >= 0 && th.position >= 0 && tw.position >= 0;
               const T* source = from_group + td.position * from_stride.axis[0] + th.position * from_stride.axis[1] +
                                 tw.position * from_stride.axis[2];
-              const T* tap = w_channel + td.tap * s.weight_stride[2] + th.tap * s.weight_stride[3] + tw.tap * s.weight_stride[4];
+              const T* tap =
+                  w_channel + td.tap * s.weight_stride[2] + th.tap * s.weight_stride[3] + tw.tap * s.weight_stride[4];
               for (int64_t c = 0; c < from_per_group; ++c)
                 sum += (inside ? static_cast<Accumulator<T>>(source[c * from_stride.channel]) : Accumulator<T>(0)) *
                        static_cast<Accumulator<T>>(tap[c * weight_from]);
@@ -132,9 +136,11 @@ void backward_weight(const ConvShape& s, const T* gy, const T* x, T* gw) {
           for (int64_t h = 0; h < s.out[1]; ++h)
             for (int64_t w = 0; w < s.out[2]; ++w) {
               const int64_t id = terms[0][d][td].position, ih = terms[1][h][th].position, iw = terms[2][w][tw].position;
-              const T* g = gy_channel + n * y_stride.batch + d * y_stride.axis[0] + h * y_stride.axis[1] + w * y_stride.axis[2];
+              const T* g =
+                  gy_channel + n * y_stride.batch + d * y_stride.axis[0] + h * y_stride.axis[1] + w * y_stride.axis[2];
               const bool inside = id >= 0 && ih >= 0 && iw >= 0;
-              const T* v = x_channel + n * x_stride.batch + id * x_stride.axis[0] + ih * x_stride.axis[1] + iw * x_stride.axis[2];
+              const T* v = x_channel + n * x_stride.batch + id * x_stride.axis[0] + ih * x_stride.axis[1] +
+                           iw * x_stride.axis[2];
               sum += static_cast<Accumulator<T>>(*g) * (inside ? static_cast<Accumulator<T>>(*v) : Accumulator<T>(0));
             }
       gw[k * s.weight_stride[0] + c * s.weight_stride[1] + td * s.weight_stride[2] + th * s.weight_stride[3] +
@@ -146,15 +152,24 @@ void backward_weight(const ConvShape& s, const T* gy, const T* x, T* gw) {
 template <typename F>
 void dispatch(Dtype dtype, const F& f) {
   switch (dtype) {
-    case Dtype::kFloat64: return f(double{});
-    case Dtype::kFloat32: return f(float{});
-    case Dtype::kBFloat16: return f(c10::BFloat16{});
-    case Dtype::kFloat16: return f(c10::Half{});
-    case Dtype::kInt64: return f(int64_t{});
-    case Dtype::kInt32: return f(int32_t{});
-    case Dtype::kInt16: return f(int16_t{});
-    case Dtype::kInt8: return f(int8_t{});
-    case Dtype::kUInt8: return f(uint8_t{});
+    case Dtype::kFloat64:
+      return f(double{});
+    case Dtype::kFloat32:
+      return f(float{});
+    case Dtype::kBFloat16:
+      return f(c10::BFloat16{});
+    case Dtype::kFloat16:
+      return f(c10::Half{});
+    case Dtype::kInt64:
+      return f(int64_t{});
+    case Dtype::kInt32:
+      return f(int32_t{});
+    case Dtype::kInt16:
+      return f(int16_t{});
+    case Dtype::kInt8:
+      return f(int8_t{});
+    case Dtype::kUInt8:
+      return f(uint8_t{});
   }
 }
 
@@ -171,15 +186,16 @@ void reference_forward(const ConvShape& s, const ConvPointers& p, void*, int) {
 void reference_backward_input(const ConvShape& s, const ConvPointers& p, void*, int) {
   dispatch(s.dtype, [&](auto zero) {
     using T = decltype(zero);
-    gather<T, false>(s, static_cast<const T*>(p.grad_output), static_cast<const T*>(p.weight), static_cast<const T*>(p.bias),
-                     static_cast<T*>(p.result));
+    gather<T, false>(s, static_cast<const T*>(p.grad_output), static_cast<const T*>(p.weight),
+                     static_cast<const T*>(p.bias), static_cast<T*>(p.result));
   });
 }
 
 void reference_backward_weight(const ConvShape& s, const ConvPointers& p, void*, int) {
   dispatch(s.dtype, [&](auto zero) {
     using T = decltype(zero);
-    backward_weight<T>(s, static_cast<const T*>(p.grad_output), static_cast<const T*>(p.input), static_cast<T*>(p.result));
+    backward_weight<T>(s, static_cast<const T*>(p.grad_output), static_cast<const T*>(p.input),
+                       static_cast<T*>(p.result));
   });
 }
 

@@ -33,7 +33,9 @@ struct F64 {
   using V = __m256d;
   using Mask = __m256i;
   static constexpr int kLanes = 4;
-  static Mask mask(int64_t lanes) { return _mm256_cmpgt_epi64(_mm256_set1_epi64x(lanes), _mm256_setr_epi64x(0, 1, 2, 3)); }
+  static Mask mask(int64_t lanes) {
+    return _mm256_cmpgt_epi64(_mm256_set1_epi64x(lanes), _mm256_setr_epi64x(0, 1, 2, 3));
+  }
   static V zero() { return _mm256_setzero_pd(); }
   static V broadcast(double value) { return _mm256_set1_pd(value); }
   static V load(const double* p) { return _mm256_loadu_pd(p); }

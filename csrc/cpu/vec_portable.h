@@ -1,4 +1,5 @@
-// Vectors of 16 bytes through the compiler's vector extension: SSE2 on any x86-64, NEON on AArch64, plain code elsewhere.
+// Vectors of 16 bytes through the compiler's vector extension: SSE2 on any x86-64, NEON on AArch64, plain code
+// elsewhere.
 #pragma once
 
 #include <cstdint>
