@@ -7,6 +7,8 @@ import math
 import torch
 from torch.utils.flop_counter import register_flop_formula
 
+from . import _C  # noqa: F401  loading it is what makes the operators exist
+
 ops = torch.ops.myconv
 
 
