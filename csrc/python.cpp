@@ -1,9 +1,10 @@
 // The only file that knows Python: the module myconv._C with the fast entries conv1d .. conv_transpose3d and
 // introspection.
 //
-// A fast entry reads the arguments of a plain call (exact tensors, ints and tuples of ints, no torch-function mode),
-// checks it and calls the operator through the dispatcher, with no Python frame and no argument parser in between. Any
-// other call goes, with its arguments untouched, to the Python function of the same name in myconv/functional.py.
+// A fast entry reads the arguments of a plain call (exact tensors, ints and tuples or lists of ints, no torch-function
+// mode), checks it and calls the operator through the dispatcher, with no Python frame and no argument parser in
+// between. Any other call goes, with its arguments untouched, to the Python function of the same name in
+// myconv/functional.py.
 #include <ATen/PythonTorchFunctionTLS.h>
 #include <pybind11/stl.h>
 #include <torch/csrc/Exceptions.h>
@@ -39,7 +40,7 @@ PyObject* general[2][3];  // the functions of functional.py, set by it
 
 using Ints = c10::SmallVector<int64_t, 3>;
 
-// One int for all axes or a tuple with one int each. False: not a plain value.
+// One int for all axes, or a tuple or list with one int each. False: not a plain value.
 bool read_ints(PyObject* value, int rank, int64_t standard, Ints& ints) {
   const auto read = [&](PyObject* item) {
     if (!PyLong_CheckExact(item)) return false;
@@ -51,11 +52,11 @@ bool read_ints(PyObject* value, int rank, int64_t standard, Ints& ints) {
     ints.assign(rank, standard);
     return true;
   }
-  if (PyTuple_CheckExact(value)) {
-    const Py_ssize_t n = PyTuple_GET_SIZE(value);
+  if (PyTuple_CheckExact(value) || PyList_CheckExact(value)) {
+    const Py_ssize_t n = PySequence_Fast_GET_SIZE(value);
     if (n != 1 && n != rank) return false;
     for (Py_ssize_t i = 0; i < n; ++i)
-      if (!read(PyTuple_GET_ITEM(value, i))) return false;
+      if (!read(PySequence_Fast_GET_ITEM(value, i))) return false;
   } else if (!read(value)) {
     return false;
   }

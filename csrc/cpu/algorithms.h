@@ -23,6 +23,14 @@ const char* implicit_gemm_backward_weight_decline(const ConvShape&);
 int64_t implicit_gemm_backward_weight_workspace(const ConvShape&, int threads);
 void implicit_gemm_backward_weight(const ConvShape&, const ConvPointers&, void* workspace, int threads);
 
+// direct.cpp
+const char* direct_forward_decline(const ConvShape&);
+int64_t direct_forward_workspace(const ConvShape&, int threads);
+void direct_forward(const ConvShape&, const ConvPointers&, void* workspace, int threads);
+const char* direct_backward_input_decline(const ConvShape&);
+int64_t direct_backward_input_workspace(const ConvShape&, int threads);
+void direct_backward_input(const ConvShape&, const ConvPointers&, void* workspace, int threads);
+
 // depthwise.cpp
 const char* depthwise_forward_decline(const ConvShape&);
 int64_t depthwise_forward_workspace(const ConvShape&, int threads);

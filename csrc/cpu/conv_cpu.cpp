@@ -20,11 +20,13 @@ int64_t no_workspace(const ConvShape&, int) { return 0; }
 
 const Algorithm kForward[] = {
     {"depthwise", depthwise_forward_decline, depthwise_forward_workspace, depthwise_forward},
+    {"direct", direct_forward_decline, direct_forward_workspace, direct_forward},
     {"implicit_gemm", implicit_gemm_forward_decline, implicit_gemm_forward_workspace, implicit_gemm_forward},
     {"reference", accept_all, no_workspace, reference_forward},
 };
 const Algorithm kBackwardInput[] = {
     {"depthwise", depthwise_backward_input_decline, depthwise_backward_input_workspace, depthwise_backward_input},
+    {"direct", direct_backward_input_decline, direct_backward_input_workspace, direct_backward_input},
     {"implicit_gemm", implicit_gemm_backward_input_decline, implicit_gemm_backward_input_workspace,
      implicit_gemm_backward_input},
     {"reference", accept_all, no_workspace, reference_backward_input},

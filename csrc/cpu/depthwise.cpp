@@ -19,105 +19,22 @@
 #include "cpu/gemm_blocks.h"
 #include "cpu/isa.h"
 #include "cpu/parallel.h"
+#include "cpu/strip.h"
 
 namespace myconv::cpu {
 namespace {
 
-constexpr int64_t kStripBytes = 256 << 10;  // the strip that is aimed at: L2
-constexpr int64_t kStripLimit = 1 << 20;    // a strip that does not fit here is declined
+constexpr int64_t kStripLimit = 1 << 20;  // a strip that does not fit here is declined
 constexpr int64_t kMaxTaps = 4096;
 
 // --- NCHW ------------------------------------------------------------------------------------------------------------
-
-// The padded strip of one phase.
-struct StripPlan {
-  int64_t low[3] = {0, 0, 0};              // smallest offset of each axis
-  int64_t reach[3] = {1, 1, 1};            // largest - smallest + 1
-  int64_t residues, span, pitch;           // of a line: classes, positions of a class, both together
-  int64_t block_lines, strip_lines, size;  // result lines of a block, lines of its strip, elements of the strip
-
-  StripPlan(const GatherPhase& phase, int64_t element_size) {
-    for (int d = 0; d < 3; ++d) {
-      const auto& offset = phase.axis[d].offset;
-      if (offset.empty()) continue;
-      const auto [least, most] = std::minmax_element(offset.begin(), offset.end());
-      low[d] = *least, reach[d] = *most - *least + 1;
-    }
-    const GatherAxis& w = phase.axis[2];
-    const GatherAxis& h = phase.axis[1];
-    residues = std::min(w.from_step, reach[2]);
-    span = w.count + (reach[2] - 1) / w.from_step;
-    pitch = residues * span;
-    const int64_t volumes = std::max<int64_t>(1, phase.axis[0].taps());
-    const int64_t fit = kStripBytes / element_size / volumes / std::max<int64_t>(pitch, 1);
-    block_lines = std::clamp<int64_t>((fit - reach[1]) / h.from_step + 1, 1, std::max<int64_t>(h.count, 1));
-    strip_lines = (block_lines - 1) * h.from_step + reach[1];
-    size = volumes * strip_lines * pitch;
-  }
-
-  // offsets[tap] of a result line, from where its line begins in the strip.
-  void tap_offsets(const GatherPhase& phase, int64_t* offsets) const {
-    const GatherAxis* a = phase.axis;
-    for (int64_t td = 0; td < a[0].taps(); ++td)
-      for (int64_t th = 0; th < a[1].taps(); ++th)
-        for (int64_t tw = 0; tw < a[2].taps(); ++tw) {
-          const int64_t w = a[2].offset[tw] - low[2];
-          *offsets++ =
-              (td * strip_lines + a[1].offset[th] - low[1]) * pitch + w % a[2].from_step * span + w / a[2].from_step;
-        }
-  }
-};
-
-// Fills the strip for result lines [h, h + lines) of depth d of one plane.
-template <typename T>
-void fill_strip(const GatherPhase& phase, const StripPlan& plan, const T* plane, int64_t d, int64_t h, int64_t lines,
-                const Kernels<T>& kernels, T* strip) {
-  const GatherAxis* a = phase.axis;
-  const int64_t from_lines = (lines - 1) * a[1].from_step + plan.reach[1];
-  const int64_t line_length = a[2].from_extent, step = a[2].from_step;
-  for (int64_t td = 0; td < a[0].taps(); ++td) {
-    const int64_t from_d = a[0].source(d, td);
-    for (int64_t l = 0; l < from_lines; ++l) {
-      T* target = strip + (td * plan.strip_lines + l) * plan.pitch;
-      const int64_t from_h = padded_index(h * a[1].from_step + plan.low[1] + l, a[1].from_extent, a[1].mode);
-      if (from_d < 0 || from_h < 0) {
-        std::fill_n(target, plan.pitch, T(0));
-        continue;
-      }
-      const T* line = plane + (from_d * a[1].from_extent + from_h) * line_length;
-      for (int64_t r = 0; r < plan.residues; ++r, target += plan.span) {
-        // Position i of this class is low + r + i * step; [inside0, inside1) of them lie in the line.
-        const int64_t base = plan.low[2] + r;
-        const int64_t inside0 = base >= 0 ? 0 : std::min(plan.span, (-base - 1) / step + 1);
-        const int64_t inside1 =
-            base >= line_length ? inside0 : std::clamp((line_length - 1 - base) / step + 1, inside0, plan.span);
-        const auto border = [&](int64_t begin, int64_t end) {
-          for (int64_t i = begin; i < end; ++i) {
-            // What no tap reads (a residue's last position) may lie beyond any padding mode's reach.
-            const int64_t source =
-                a[2].mode == PaddingMode::kZeros ? -1 : padded_index(base + i * step, line_length, a[2].mode);
-            target[i] = source >= 0 && source < line_length ? line[source] : T(0);
-          }
-        };
-        border(0, inside0);
-        if (inside1 > inside0) {
-          const int32_t length = static_cast<int32_t>(inside1 - inside0);
-          const Segment run{base + inside0 * step, step, static_cast<int32_t>(inside0), length, 0, length};
-          const int32_t first[] = {0, 1};
-          kernels.pack(1, 1, line, 0, &run, first, target, 0);
-        }
-        border(inside1, plan.span);
-      }
-    }
-  }
-}
 
 template <typename T>
 void gather_lines(const Gather& g, const GatherPhase& phase, const Kernels<T>& kernels, const T* from, const T* weight,
                   const T* bias, T* to, T* workspace) {
   const GatherAxis* a = phase.axis;
   const int64_t taps = phase.taps();
-  const StripPlan plan(phase, sizeof(T));
+  const StripPlan plan(phase, sizeof(T), kStripBytes);
   c10::SmallVector<int64_t, 64> offsets(taps), weight_offsets(taps);
   plan.tap_offsets(phase, offsets.data());
   for (int64_t t = 0; t < taps; ++t) weight_offsets[t] = g.weight_tap_offset(phase, t);
@@ -257,7 +174,7 @@ void gather(const ConvShape& s, Direction direction, const void* from, const Con
 template <typename T>
 void weight_lines(const ConvShape& s, const Kernels<T>& kernels, const T* gy, const T* x, T* gw, T* workspace) {
   const GatherPhase phase{{forward_axis(s, 0), forward_axis(s, 1), forward_axis(s, 2)}};
-  const StripPlan plan(phase, sizeof(T));
+  const StripPlan plan(phase, sizeof(T), kStripBytes);
   const int64_t taps = s.taps(), lanes = kernels.lanes, in_plane = s.in_pixels(), out_plane = s.out_pixels();
   c10::SmallVector<int64_t, 64> offsets(taps);
   plan.tap_offsets(phase, offsets.data());
@@ -366,7 +283,7 @@ const char* decline(const ConvShape& s, Direction direction) {
   for (int d = 0; d < 3; ++d)
     if ((s.kernel[d] - 1) > kStripLimit / s.dilation[d]) return "a strip of padded lines above 1 MiB";
   for (const GatherPhase& phase : make_gather(s, direction).phases)
-    if (StripPlan(phase, dtype_size(s.dtype)).size > kStripLimit / dtype_size(s.dtype))
+    if (StripPlan(phase, dtype_size(s.dtype), kStripBytes).size > kStripLimit / dtype_size(s.dtype))
       return "a strip of padded lines above 1 MiB";
   return nullptr;
 }
@@ -376,7 +293,7 @@ int64_t gather_workspace(const ConvShape& s, Direction direction, int threads) {
   if (!s.channels_last()) {
     elements = 0;
     for (const GatherPhase& phase : make_gather(s, direction).phases)
-      elements = std::max(elements, threads * (StripPlan(phase, dtype_size(s.dtype)).size + phase.taps() +
+      elements = std::max(elements, threads * (StripPlan(phase, dtype_size(s.dtype), kStripBytes).size + phase.taps() +
                                                kMaxDepthwiseRows * phase.axis[2].count));
   }
   return elements * dtype_size(s.dtype);

@@ -4,6 +4,7 @@
 #include <algorithm>
 #include <vector>
 
+#include "conv_shape.h"
 #include "cpu/microkernels.h"
 
 namespace myconv::cpu {
@@ -58,6 +59,17 @@ inline std::vector<Block> reduction_blocks(int64_t channels, int64_t taps, bool 
     for (int64_t o = 0; o < outer; o += step) add(o, std::min(step, outer - o), 0, inner);
   }
   return blocks;
+}
+
+// Whether each out channel's weights lie as [in channel][tap], which forward reads in place.
+inline bool lies_as_rows(const ConvShape& s) {
+  int64_t expected = 1;
+  for (int d = 4; d >= 1; --d) {
+    const int64_t extent = d == 1 ? s.in_per_group : s.kernel[d - 2];
+    if (extent != 1 && s.weight_stride[d] != expected) return false;
+    expected *= extent;
+  }
+  return true;
 }
 
 // to[r * width + c] = from[r * row_stride + c * column_stride]; the columns up to width are left alone.

@@ -24,6 +24,7 @@
 #include "cpu/gemm_blocks.h"
 #include "cpu/isa.h"
 #include "cpu/parallel.h"
+#include "cpu/strip.h"
 
 namespace myconv::cpu {
 namespace {
@@ -41,17 +42,6 @@ const char* decline(const ConvShape& s) {
     return "nothing to sum over";
   if (s.taps() > kMaxTaps) return "more than 16384 taps";
   return nullptr;
-}
-
-// Whether each out channel's weights lie as [in channel][tap], which NCHW forward reads in place.
-bool lies_as_rows(const ConvShape& s) {
-  int64_t expected = 1;
-  for (int d = 4; d >= 1; --d) {
-    const int64_t extent = d == 1 ? s.in_per_group : s.kernel[d - 2];
-    if (extent != 1 && s.weight_stride[d] != expected) return false;
-    expected *= extent;
-  }
-  return true;
 }
 
 // What one call needs, in elements. Packed weights are those of the pass that is being worked on.
@@ -210,7 +200,9 @@ void rows_are_pixels(const Gather& g, const GatherPhase& phase, const Kernels<T>
                                       .depth = block.channels,
                                       .a = sources.data() + slot * taps + block.tap * rows,
                                       .a_offset = group * g.from_per_group + block.channel,
+                                      .a_step = 1,
                                       .b = packed + (unit - first) * unit_size + block.start * panels.width,
+                                      .b_offsets = nullptr,
                                       .ldb = panels.width,
                                       .c = c,
                                       .cols = panels.size(panel),
@@ -358,7 +350,9 @@ void columns_are_pixels(const Gather& g, const GatherPhase& phase, const Kernels
                                     .depth = block.terms(),
                                     .a = w,
                                     .a_offset = block.start,
+                                    .a_step = 1,
                                     .b = b,
+                                    .b_offsets = nullptr,
                                     .ldb = in_place ? from_pixels : panels.width,
                                     .c = c,
                                     .cols = width,

@@ -21,16 +21,18 @@ inline constexpr int kMaxVectors = 3;  // register tile columns of any ISA, in v
 inline constexpr int kMaxDepthwiseRows = 8;
 inline constexpr int kMaxDepthwiseTaps = 8;
 
-// C[row][0, cols) = sum over tap < taps, k < depth of  a[tap * rows + row][a_offset + k] * b[(tap * depth + k) * ldb +
-// col]
+// C[row][0, cols) = sum over tap < taps, k < depth of
+//                     a[tap * rows + row][a_offset + k * a_step] * b[b_offset(tap) + k * ldb + col]
 //                   + (accumulate ? C : bias of the row or the column or 0)
-// The sum starts at zero and the other term is added last, so that a long reduction is a sum of short ones.
+// b_offset(tap) is b_offsets[tap], or tap * depth * ldb where there is no such list. The sum starts at zero and the
+// other term is added last, so that a long reduction is a sum of short ones.
 template <typename T>
 struct GemmTile {
   int64_t taps, depth;
-  const T* const* a;  // [taps][rows] pointers, each to depth contiguous elements at a_offset
-  int64_t a_offset;
+  const T* const* a;  // [taps][rows]
+  int64_t a_offset, a_step;
   const T* b;
+  const int64_t* b_offsets;  // [taps] or nullptr
   int64_t ldb;
   T* const* c;  // [rows] pointers, each to cols contiguous elements
   int64_t cols;
