@@ -92,7 +92,10 @@ struct ConvBackward : Node {
     const bool need_first = task_should_compute_output(0), need_second = task_should_compute_output(1);
     const bool need_bias = has_bias && task_should_compute_output(2);
     const Parameters& p = parameters;
-    const auto saved = [](const SavedVariable& v) { return v.unpack().conj(); };
+    const auto saved = [](const SavedVariable& v) {
+      const Tensor t = v.unpack();
+      return t.is_complex() ? t.conj() : t;
+    };
     if constexpr (direction == Direction::kForward) {
       if (need_first && need_second) {
         auto [gx, gw, gb] = conv_backward(g, saved(first), saved(second), p.stride, p.padding, p.dilation, p.groups,

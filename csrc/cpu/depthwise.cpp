@@ -14,6 +14,8 @@
 // Sums: forward and backward_input: the taps in order, then the bias. backward_weight: at most kSumLength terms a
 // lane, then added to the total in order; the lanes of NCHW last. Threads split planes, lines or channels, never a sum.
 // Declines: more than one channel a group, strips above kStripBytes, backward_input with a padding mode.
+#include <vector>
+
 #include "cpu/algorithms.h"
 #include "cpu/gather.h"
 #include "cpu/gemm_blocks.h"
@@ -29,6 +31,30 @@ constexpr int64_t kMaxTaps = 4096;
 
 // --- NCHW ------------------------------------------------------------------------------------------------------------
 
+// The runs of every block of result lines.
+class BlockRuns {
+ public:
+  BlockRuns(const GatherPhase& phase, const StripPlan& plan)
+      : plan_(plan), blocks_(ceil_div(phase.axis[1].count, plan.block_lines)), runs_(phase.axis[0].count * blocks_) {
+    for (int64_t i = 0; i < static_cast<int64_t>(runs_.size()); ++i) {
+      const int64_t h = i % blocks_ * plan.block_lines;
+      strip_runs(phase, plan, i / blocks_, h, std::min(plan.block_lines, phase.axis[1].count - h), runs_[i]);
+    }
+  }
+
+  template <typename T>
+  void fill(int64_t d, int64_t h, const T* plane, const Kernels<T>& kernels, T* strip) const {
+    const StripRuns& runs = runs_[d * blocks_ + h / plan_.block_lines];
+    const int32_t all[] = {0, static_cast<int32_t>(runs.size())};
+    kernels.pack(1, 1, plane, 0, runs.data(), all, strip, 0);
+  }
+
+ private:
+  const StripPlan& plan_;
+  int64_t blocks_;
+  std::vector<StripRuns> runs_;
+};
+
 template <typename T>
 void gather_lines(const Gather& g, const GatherPhase& phase, const Kernels<T>& kernels, const T* from, const T* weight,
                   const T* bias, T* to, T* workspace) {
@@ -40,6 +66,7 @@ void gather_lines(const Gather& g, const GatherPhase& phase, const Kernels<T>& k
   for (int64_t t = 0; t < taps; ++t) weight_offsets[t] = g.weight_tap_offset(phase, t);
   const bool scatter = a[2].to_step != 1;
   const int64_t per_thread = plan.size + taps + kMaxDepthwiseRows * a[2].count;
+  const BlockRuns runs(phase, plan);
 
   parallel_tasks(g.batch * g.groups, 2.0 * taps * phase.pixels(), [&](int64_t begin, int64_t end) {
     T* const strip = workspace + at::get_thread_num() * per_thread;
@@ -53,7 +80,7 @@ void gather_lines(const Gather& g, const GatherPhase& phase, const Kernels<T>& k
       for (int64_t d = 0; d < a[0].count; ++d)
         for (int64_t h = 0; h < a[1].count; h += plan.block_lines) {
           const int64_t lines = std::min(plan.block_lines, a[1].count - h);
-          fill_strip(phase, plan, plane, d, h, lines, kernels, strip);
+          runs.fill(d, h, plane, kernels, strip);
           for (int64_t l = 0; l < lines; l += kMaxDepthwiseRows) {
             const int64_t rows = std::min<int64_t>(kMaxDepthwiseRows, lines - l);
             T* const target = result + (a[0].to_start + d * a[0].to_step) * g.to_stride.axis[0] +
@@ -180,6 +207,7 @@ void weight_lines(const ConvShape& s, const Kernels<T>& kernels, const T* gy, co
   plan.tap_offsets(phase, offsets.data());
   const int64_t lines_per_sum = std::max<int64_t>(1, kSumLength / ceil_div(s.out[2], lanes));
   const int64_t per_thread = plan.size + taps * lanes;
+  const BlockRuns runs(phase, plan);
   parallel_tasks(s.groups, 2.0 * s.macs() / s.groups, [&](int64_t begin, int64_t end) {
     T* const strip = workspace + at::get_thread_num() * per_thread;
     T* const sums = strip + plan.size;
@@ -189,7 +217,7 @@ void weight_lines(const ConvShape& s, const Kernels<T>& kernels, const T* gy, co
         for (int64_t d = 0; d < s.out[0]; ++d)
           for (int64_t h = 0; h < s.out[1]; h += plan.block_lines) {
             const int64_t lines = std::min(plan.block_lines, s.out[1] - h);
-            fill_strip(phase, plan, x + (n * s.groups + c) * in_plane, d, h, lines, kernels, strip);
+            runs.fill(d, h, x + (n * s.groups + c) * in_plane, kernels, strip);
             const T* const g = gy + (n * s.groups + c) * out_plane + (d * s.out[1] + h) * s.out[2];
             for (int64_t l = 0; l < lines; l += lines_per_sum)
               for (int64_t t = 0; t < taps; t += kMaxDepthwiseTaps)

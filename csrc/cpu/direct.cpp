@@ -1,7 +1,7 @@
 // Direct convolution of small planes: forward with stride 1 and backward_input, NCHW, float32 and float64.
 //
 // Packing a panel for every tap, as implicit_gemm does, costs more than the arithmetic when there are few result
-// channels to share it. Here the padded plane of every in channel is copied once, and all taps read it at
+// channels to share it. Here the padded plane of every in channel is copied once (strip.h), and all taps read it at
 // constant offsets. The result plane is computed at the pitch of the padded plane, so that its lines are one run of
 // columns:
 //
@@ -23,12 +23,14 @@
 #include "cpu/gemm_blocks.h"
 #include "cpu/isa.h"
 #include "cpu/parallel.h"
+#include "cpu/strip.h"
 
 namespace myconv::cpu {
 namespace {
 
 constexpr int64_t kStripsBytes = 512 << 10;  // strips of all in channels of a group: they stay in L2
-constexpr int64_t kMaxPlane = 1156;  // padded: 32 x 32 and a border of 1. Above, lines are long enough for implicit_gemm
+constexpr int64_t kMaxPlane =
+    1156;  // padded: 32 x 32 and a border of 1. Above, lines are long enough for implicit_gemm
 
 // Values of the largest padded plane of any phase, and the result at its pitch, which is no larger.
 int64_t padded_plane(const ConvShape& s, Direction direction) {
@@ -58,58 +60,20 @@ struct Plan {
   int64_t elements(int threads) const { return packed + threads * (strips + kept); }
 };
 
-// The strip of one phase and the runs that fill it, the same for every plane.
-struct Strip {
-  int64_t low[2], pitch, lines, size;
-  c10::SmallVector<Segment, 48> runs;
-  c10::SmallVector<int64_t, 64> offsets;  // of the taps
-
-  explicit Strip(const GatherPhase& phase) {
-    const GatherAxis& h = phase.axis[1];
-    const GatherAxis& w = phase.axis[2];
-    const auto span = [](const GatherAxis& axis, int64_t& low) {
-      const auto [least, most] = std::minmax_element(axis.offset.begin(), axis.offset.end());
-      low = axis.taps() ? *least : 0;
-      return axis.count + (axis.taps() ? *most - *least : 0);
-    };
-    lines = span(h, low[0]), pitch = span(w, low[1]), size = lines * pitch;
-    for (const int64_t offset_h : h.offset)
-      for (const int64_t offset_w : w.offset) offsets.push_back((offset_h - low[0]) * pitch + offset_w - low[1]);
-    const auto run = [&](int64_t source, int64_t target, int64_t length, int64_t first, int64_t last) {
-      runs.push_back({source, 1, static_cast<int32_t>(target), static_cast<int32_t>(length), static_cast<int32_t>(first),
-                      static_cast<int32_t>(last)});
-    };
-    const int64_t first = std::clamp<int64_t>(-low[1], 0, pitch);
-    const int64_t last = std::clamp<int64_t>(w.from_extent - low[1], first, pitch);
-    for (int64_t line = 0; line < lines; ++line) {
-      const int64_t target = line * pitch, from_h = padded_index(low[0] + line, h.from_extent, h.mode);
-      if (from_h < 0) {
-        run(0, target, pitch, 0, 0);
-        continue;
-      }
-      const int64_t source = from_h * w.from_extent;
-      if (w.mode == PaddingMode::kZeros) {
-        run(source + low[1], target, pitch, first, last);
-        continue;
-      }
-      run(source + low[1] + first, target + first, last - first, 0, last - first);
-      for (int64_t i = 0; i < pitch; ++i)
-        if (i < first || i >= last) run(source + padded_index(low[1] + i, w.from_extent, w.mode), target + i, 1, 0, 1);
-    }
-  }
-};
-
 template <typename T>
 void run_phase(const Gather& g, const GatherPhase& phase, const Plan& sizes, const Kernels<T>& kernels, const T* from,
                const T* weight, const T* bias, T* to, T* workspace, int threads) {
   const GatherAxis* a = phase.axis;
   const int64_t taps = phase.taps(), depth = taps * g.from_per_group, channels = g.to_per_group;
   const int64_t lines = a[1].count, line = a[2].count;
-  const Strip strip(phase);
-  const int32_t all_runs[] = {0, static_cast<int32_t>(strip.runs.size())};
+  const StripPlan strip(phase, 1, kMaxPlane);
+  StripRuns runs;
+  strip_runs(phase, strip, 0, 0, lines, runs);
+  const int32_t all_runs[] = {0, static_cast<int32_t>(runs.size())};
   const std::vector<Block> blocks = reduction_blocks(g.from_per_group, taps, /*taps_inside=*/true);
   const Panels panels((lines - 1) * strip.pitch + line, kernels.lanes, kernels.vectors);
-  c10::SmallVector<int64_t, 64> weight_offsets(taps);
+  c10::SmallVector<int64_t, 64> offsets(taps), weight_offsets(taps);
+  strip.tap_offsets(phase, offsets.data());
   for (int64_t t = 0; t < taps; ++t) weight_offsets[t] = g.weight_tap_offset(phase, t);
   T* const packed = workspace;
   if (!sizes.in_rows)
@@ -134,7 +98,7 @@ void run_phase(const Gather& g, const GatherPhase& phase, const Plan& sizes, con
       const int64_t split = i % splits, problem = i / splits, group = problem % g.groups, n = problem / g.groups;
       if (filled != problem) {
         const T* const image = from + n * g.from_stride.batch + group * g.from_per_group * g.from_stride.channel;
-        kernels.pack(g.from_per_group, 1, image, g.from_stride.channel, strip.runs.data(), all_runs, strips, strip.size);
+        kernels.pack(g.from_per_group, 1, image, g.from_stride.channel, runs.data(), all_runs, strips, strip.size);
         filled = problem;
       }
       for (int64_t tile = row_tiles * split / splits; tile < row_tiles * (split + 1) / splits; ++tile) {
@@ -154,7 +118,7 @@ void run_phase(const Gather& g, const GatherPhase& phase, const Plan& sizes, con
                                     .a_offset = block.start,
                                     .a_step = taps,
                                     .b = strips + block.channel * strip.size + panels.begin(panel),
-                                    .b_offsets = strip.offsets.data(),
+                                    .b_offsets = offsets.data(),
                                     .ldb = strip.size,
                                     .c = c,
                                     .cols = panels.size(panel),

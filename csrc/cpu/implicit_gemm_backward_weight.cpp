@@ -187,6 +187,8 @@ void run(const ConvShape& s, const T* gy, const T* x, T* gw, T* workspace, int t
     const int64_t strip_channels = std::min(split.columns, s.in_per_group);
     Strip<T> x_strip(s, gy_strip + scratch.gy, strip_channels);
     std::vector<const T*> sources(plan.pixels());
+    const int64_t line_taps = s.kernel[0] * s.kernel[1];
+    std::vector<const T*> x_lines(plan.lines_per_chunk * line_taps);
 
     for (int64_t task = begin; task < end; ++task) {
       const int64_t t0 = task % split.tap_tasks * split.taps, t1 = std::min(plan.tap_steps, t0 + split.taps);
@@ -204,20 +206,7 @@ void run(const ConvShape& s, const T* gy, const T* x, T* gw, T* workspace, int t
         const int64_t length = chunk.end - chunk.begin;
         const T* a = gy + k_first + (chunk.first * plan.line_length + chunk.begin) * s.out_channels();
         int64_t lda = s.out_channels();
-        const auto line_of = [&](int64_t line, int64_t& n, int64_t& d, int64_t& h) {
-          h = line % s.out[1], d = line / s.out[1] % s.out[0], n = line / (s.out[1] * s.out[0]);
-        };
         if (!s.channels_last()) {
-          for (int64_t line = chunk.first; line < chunk.last; ++line) {
-            int64_t n, d, h;
-            line_of(line, n, d, h);
-            pack_matrix(gy + n * y_stride.batch + k_first * y_stride.channel + d * y_stride.axis[0] +
-                            h * y_stride.axis[1] + chunk.begin,
-                        int64_t{1}, y_stride.channel, length, rows, gy_strip + (line - chunk.first) * length * rows,
-                        rows);
-          }
-          a = gy_strip;
-          lda = rows;
           int64_t lo = s.in[2], hi = 0;
           for (int64_t t = 0; t < axis[2].taps(); ++t)
             for (int64_t w = chunk.begin; w < chunk.end; ++w)
@@ -225,31 +214,47 @@ void run(const ConvShape& s, const T* gy, const T* x, T* gw, T* workspace, int t
                 lo = std::min(lo, source), hi = std::max(hi, source + 1);
           x_strip.start(x + c_first * x_stride.channel, std::min(lo, hi), hi);
         }
+        // Where position 0 of the line of x is that each line of gy meets at each (td, th); nullptr in the padding.
+        const T** x_line = x_lines.data();
+        for (int64_t line = chunk.first; line < chunk.last; ++line) {
+          const int64_t h = line % s.out[1], d = line / s.out[1] % s.out[0], n = line / (s.out[1] * s.out[0]);
+          if (!s.channels_last())
+            pack_matrix(gy + n * y_stride.batch + k_first * y_stride.channel + d * y_stride.axis[0] +
+                            h * y_stride.axis[1] + chunk.begin,
+                        int64_t{1}, y_stride.channel, length, rows, gy_strip + (line - chunk.first) * length * rows,
+                        rows);
+          for (int64_t td = 0; td < s.kernel[0]; ++td)
+            for (int64_t th = 0; th < s.kernel[1]; ++th) {
+              const int64_t sd = axis[0].source(d, td), sh = axis[1].source(h, th);
+              *x_line++ = sd < 0 || sh < 0 ? nullptr
+                          : s.channels_last()
+                              ? x + n * x_stride.batch + sd * x_stride.axis[0] + sh * x_stride.axis[1] + c_first
+                              : x_strip.line(n, sd, sh, channels);
+            }
+        }
+        if (!s.channels_last()) a = gy_strip, lda = rows;
         // Where every pixel of the chunk reads tap t.
+        const int64_t step = s.channels_last() ? x_stride.axis[2] : strip_channels;
         const auto find_sources = [&](int64_t t) {
-          const int64_t tw = t % s.kernel[2], th = t / s.kernel[2] % s.kernel[1], td = t / (s.kernel[2] * s.kernel[1]);
+          const int64_t tw = t % s.kernel[2];
+          const int64_t first = std::clamp(axis[2].first_inside(tw), chunk.begin, chunk.end);
+          const int64_t last = std::clamp(axis[2].last_inside(tw), first, chunk.end);
           const T** source = sources.data();
-          for (int64_t line = chunk.first; line < chunk.last; ++line) {
-            int64_t n, d, h;
-            line_of(line, n, d, h);
-            const int64_t sd = axis[0].source(d, td), sh = axis[1].source(h, th);
-            const bool inside = sd >= 0 && sh >= 0;
-            const T* x_line = !inside ? zeros
-                              : s.channels_last()
-                                  ? x + n * x_stride.batch + sd * x_stride.axis[0] + sh * x_stride.axis[1] + c_first
-                                  : x_strip.line(n, sd, sh, channels);
-            const int64_t step = s.channels_last() ? x_stride.axis[2] : strip_channels;
-            const int64_t first = inside ? std::clamp(axis[2].first_inside(tw), chunk.begin, chunk.end) : chunk.end;
-            const int64_t last = inside ? std::clamp(axis[2].last_inside(tw), first, chunk.end) : chunk.end;
+          for (int64_t line = 0; line < chunk.last - chunk.first; ++line, source += length) {
+            const T* const origin = x_lines[line * line_taps + t / s.kernel[2]];
+            if (!origin) {
+              std::fill_n(source, length, zeros);
+              continue;
+            }
             const auto border = [&](int64_t w, int64_t end) {
               for (; w < end; ++w) {
-                const int64_t sw = inside ? axis[2].source(w, tw) : -1;
-                *source++ = sw < 0 ? zeros : x_line + sw * step;
+                const int64_t sw = axis[2].source(w, tw);
+                source[w - chunk.begin] = sw < 0 ? zeros : origin + sw * step;
               }
             };
             border(chunk.begin, first);
-            const T* inner = x_line + axis[2].offset[tw] * step;
-            for (int64_t w = first; w < last; ++w) *source++ = inner + w * axis[2].from_step * step;
+            const T* inner = origin + (axis[2].offset[tw] + first * axis[2].from_step) * step;
+            for (int64_t w = first; w < last; ++w, inner += axis[2].from_step * step) source[w - chunk.begin] = inner;
             border(last, chunk.end);
           }
         };

@@ -53,45 +53,45 @@ struct StripPlan {
   }
 };
 
-// Fills the strip for result lines [h, h + lines) of depth d of one plane.
-template <typename T>
-void fill_strip(const GatherPhase& phase, const StripPlan& plan, const T* plane, int64_t d, int64_t h, int64_t lines,
-                const Kernels<T>& kernels, T* strip) {
+// The runs that fill the strip for result lines [h, h + lines) of depth d: the same for every plane, so they are found
+// once a call and a strip is then one call of the pack microkernel.
+using StripRuns = c10::SmallVector<Segment, 48>;
+
+inline void strip_runs(const GatherPhase& phase, const StripPlan& plan, int64_t d, int64_t h, int64_t lines,
+                       StripRuns& runs) {
   const GatherAxis* a = phase.axis;
-  const int64_t from_lines = (lines - 1) * a[1].from_step + plan.reach[1];
   const int64_t line_length = a[2].from_extent, step = a[2].from_step;
+  const auto run = [&](int64_t source, int64_t target, int64_t length, int64_t first, int64_t last) {
+    runs.push_back({source, step, static_cast<int32_t>(target), static_cast<int32_t>(length),
+                    static_cast<int32_t>(first), static_cast<int32_t>(last)});
+  };
   for (int64_t td = 0; td < a[0].taps(); ++td) {
     const int64_t from_d = a[0].source(d, td);
-    for (int64_t l = 0; l < from_lines; ++l) {
-      T* target = strip + (td * plan.strip_lines + l) * plan.pitch;
+    for (int64_t l = 0; l < (lines - 1) * a[1].from_step + plan.reach[1]; ++l) {
       const int64_t from_h = padded_index(h * a[1].from_step + plan.low[1] + l, a[1].from_extent, a[1].mode);
+      int64_t target = (td * plan.strip_lines + l) * plan.pitch;
       if (from_d < 0 || from_h < 0) {
-        std::fill_n(target, plan.pitch, T(0));
+        run(0, target, plan.pitch, 0, 0);
         continue;
       }
-      const T* line = plane + (from_d * a[1].from_extent + from_h) * line_length;
+      const int64_t line = (from_d * a[1].from_extent + from_h) * line_length;
       for (int64_t r = 0; r < plan.residues; ++r, target += plan.span) {
-        // Position i of this class is low + r + i * step; [inside0, inside1) of them lie in the line.
+        // Position i of this residue is base + i * step; those in [first, last) lie in the line.
         const int64_t base = plan.low[2] + r;
-        const int64_t inside0 = base >= 0 ? 0 : std::min(plan.span, (-base - 1) / step + 1);
-        const int64_t inside1 =
-            base >= line_length ? inside0 : std::clamp((line_length - 1 - base) / step + 1, inside0, plan.span);
-        const auto border = [&](int64_t begin, int64_t end) {
-          for (int64_t i = begin; i < end; ++i) {
-            // What no tap reads (a residue's last position) may lie beyond any padding mode's reach.
-            const int64_t source =
-                a[2].mode == PaddingMode::kZeros ? -1 : padded_index(base + i * step, line_length, a[2].mode);
-            target[i] = source >= 0 && source < line_length ? line[source] : T(0);
-          }
-        };
-        border(0, inside0);
-        if (inside1 > inside0) {
-          const int32_t length = static_cast<int32_t>(inside1 - inside0);
-          const Segment run{base + inside0 * step, step, static_cast<int32_t>(inside0), length, 0, length};
-          const int32_t first[] = {0, 1};
-          kernels.pack(1, 1, line, 0, &run, first, target, 0);
+        const int64_t first = base >= 0 ? 0 : std::min(plan.span, (-base - 1) / step + 1);
+        const int64_t last =
+            base >= line_length ? first : std::clamp((line_length - 1 - base) / step + 1, first, plan.span);
+        if (a[2].mode == PaddingMode::kZeros) {
+          run(line + base, target, plan.span, first, last);
+          continue;
         }
-        border(inside1, plan.span);
+        run(line + base + first * step, target + first, last - first, 0, last - first);
+        for (int64_t i = 0; i < plan.span; ++i)
+          if (i < first || i >= last) {
+            // What no tap reads (the end of a residue) may lie beyond any padding mode's reach.
+            const int64_t source = padded_index(base + i * step, line_length, a[2].mode);
+            run(line + source, target + i, 1, 0, source >= 0 && source < line_length);
+          }
       }
     }
   }
