@@ -70,7 +70,7 @@ void run_phase(const Gather& g, const GatherPhase& phase, const Plan& sizes, con
   StripRuns runs;
   strip_runs(phase, strip, 0, 0, lines, runs);
   const int32_t all_runs[] = {0, static_cast<int32_t>(runs.size())};
-  const std::vector<Block> blocks = reduction_blocks(g.from_per_group, taps, /*taps_inside=*/true);
+  const Blocks blocks = reduction_blocks(g.from_per_group, taps, /*taps_inside=*/true);
   const Panels panels((lines - 1) * strip.pitch + line, kernels.lanes, kernels.vectors);
   c10::SmallVector<int64_t, 64> offsets(taps), weight_offsets(taps);
   strip.tap_offsets(phase, offsets.data());
@@ -129,14 +129,14 @@ void run_phase(const Gather& g, const GatherPhase& phase, const Plan& sizes, con
         for (int64_t r = 0; r < rows; ++r) {
           T* const target = to + n * g.to_stride.batch + (group * channels + first + r) * g.to_stride.channel +
                             a[1].to_start * g.to_stride.axis[1] + a[2].to_start;
-          for (int64_t h = 0; h < lines; ++h) {
-            const T* const source = kept + r * panels.columns + h * strip.pitch;
-            T* const target_line = target + h * a[1].to_step * g.to_stride.axis[1];
-            if (a[2].to_step == 1)
-              kernels.copy_rows(&source, 1, line, target_line, 0);
-            else
-              for (int64_t j = 0; j < line; ++j) target_line[j * a[2].to_step] = source[j];
+          const T* const source = kept + r * panels.columns;
+          const int64_t target_step = a[1].to_step * g.to_stride.axis[1];
+          if (a[2].to_step == 1) {
+            kernels.copy_rows(source, strip.pitch, lines, line, target, target_step);
+            continue;
           }
+          for (int64_t h = 0; h < lines; ++h)
+            for (int64_t j = 0; j < line; ++j) target[h * target_step + j * a[2].to_step] = source[h * strip.pitch + j];
         }
       }
     }

@@ -1,8 +1,9 @@
 // How GEMM operands are cut, shared by the implicit-GEMM algorithms. All of it depends on the shape alone.
 #pragma once
 
+#include <c10/util/SmallVector.h>
+
 #include <algorithm>
-#include <vector>
 
 #include "conv_shape.h"
 #include "cpu/microkernels.h"
@@ -39,10 +40,12 @@ struct Block {
 
 // Whole taps (or whole channels) together as long as they fit. The major index is the outer one in memory:
 // channels inside taps for NHWC, taps inside channels for NCHW. An empty reduction is one empty block.
-inline std::vector<Block> reduction_blocks(int64_t channels, int64_t taps, bool taps_inside) {
+using Blocks = c10::SmallVector<Block, 8>;
+
+inline Blocks reduction_blocks(int64_t channels, int64_t taps, bool taps_inside) {
   const int64_t inner = taps_inside ? taps : channels, outer = taps_inside ? channels : taps;
-  std::vector<Block> blocks;
-  if (inner == 0 || outer == 0) return {{0, 0, 0, 0, 0}};
+  Blocks blocks;
+  if (inner == 0 || outer == 0) return Blocks(1, Block{0, 0, 0, 0, 0});
   const auto add = [&](int64_t o, int64_t outers, int64_t i, int64_t inners) {
     const int64_t start = o * inner + i;
     if (taps_inside)

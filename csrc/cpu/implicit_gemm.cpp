@@ -17,7 +17,7 @@
 // order does not depend on the tile, so results do not depend on batch or threads.
 // Declines: types other than float32 and float64, empty sums, kernels above kMaxTaps, backward_input with a padding
 // mode.
-#include <cstring>
+#include <vector>
 
 #include "cpu/algorithms.h"
 #include "cpu/gather.h"
@@ -134,7 +134,7 @@ template <typename T>
 void rows_are_pixels(const Gather& g, const GatherPhase& phase, const Kernels<T>& kernels, const T* from,
                      const T* weight, const T* bias, T* to, const Workspace& sizes, T* workspace, int threads) {
   const int64_t taps = phase.taps(), depth = taps * g.from_per_group;
-  const std::vector<Block> blocks = reduction_blocks(g.from_per_group, taps, /*taps_inside=*/false);
+  const Blocks blocks = reduction_blocks(g.from_per_group, taps, /*taps_inside=*/false);
   const Panels panels(g.to_per_group, kernels.lanes, kernels.vectors);
   T* const packed = workspace;
   T* const zeros = packed + sizes.packed;
@@ -274,7 +274,7 @@ template <typename T>
 void columns_are_pixels(const Gather& g, const GatherPhase& phase, const Kernels<T>& kernels, const T* from,
                         const T* weight, const T* bias, T* to, const Workspace& sizes, T* workspace, int threads) {
   const int64_t taps = phase.taps(), depth = taps * g.from_per_group, channels = g.to_per_group;
-  const std::vector<Block> blocks = reduction_blocks(g.from_per_group, taps, /*taps_inside=*/true);
+  const Blocks blocks = reduction_blocks(g.from_per_group, taps, /*taps_inside=*/true);
   const Panels panels(phase.pixels(), kernels.lanes, kernels.vectors);
   const GatherAxis* a = phase.axis;
   const bool still = a[0].is_identity() && a[1].is_identity() && a[2].is_identity();

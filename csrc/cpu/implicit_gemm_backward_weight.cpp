@@ -14,7 +14,7 @@
 // added to the total in order. Threads split the result (groups, out channels, in channels, taps) and never a sum: no
 // reduction between threads, and the bits do not depend on their number.
 // Declines: types other than float32 and float64, empty sums, kernels above kMaxTaps.
-#include <cstring>
+#include <vector>
 
 #include "cpu/algorithms.h"
 #include "cpu/gather.h"
@@ -233,37 +233,40 @@ void run(const ConvShape& s, const T* gy, const T* x, T* gw, T* workspace, int t
             }
         }
         if (!s.channels_last()) a = gy_strip, lda = rows;
-        // Where every pixel of the chunk reads tap t.
+        // The pixels of the chunk in runs that read tap t evenly: f(first pixel, pixels, where the first reads, step).
         const int64_t step = s.channels_last() ? x_stride.axis[2] : strip_channels;
-        const auto find_sources = [&](int64_t t) {
+        const auto each_run = [&](int64_t t, const auto& f) {
           const int64_t tw = t % s.kernel[2];
           const int64_t first = std::clamp(axis[2].first_inside(tw), chunk.begin, chunk.end);
           const int64_t last = std::clamp(axis[2].last_inside(tw), first, chunk.end);
-          const T** source = sources.data();
-          for (int64_t line = 0; line < chunk.last - chunk.first; ++line, source += length) {
+          for (int64_t line = 0; line < chunk.last - chunk.first; ++line) {
             const T* const origin = x_lines[line * line_taps + t / s.kernel[2]];
+            const int64_t pixel = line * length - chunk.begin;
             if (!origin) {
-              std::fill_n(source, length, zeros);
+              f(pixel + chunk.begin, length, zeros, 0);
               continue;
             }
-            const auto border = [&](int64_t w, int64_t end) {
-              for (; w < end; ++w) {
-                const int64_t sw = axis[2].source(w, tw);
-                source[w - chunk.begin] = sw < 0 ? zeros : origin + sw * step;
-              }
+            const auto border = [&](int64_t begin, int64_t end) {
+              if (axis[2].mode == PaddingMode::kZeros) return f(pixel + begin, end - begin, zeros, 0);
+              for (int64_t w = begin; w < end; ++w) f(pixel + w, 1, origin + axis[2].source(w, tw) * step, 0);
             };
             border(chunk.begin, first);
-            const T* inner = origin + (axis[2].offset[tw] + first * axis[2].from_step) * step;
-            for (int64_t w = first; w < last; ++w, inner += axis[2].from_step * step) source[w - chunk.begin] = inner;
+            f(pixel + first, last - first, origin + (axis[2].offset[tw] + first * axis[2].from_step) * step,
+              axis[2].from_step * step);
             border(last, chunk.end);
           }
         };
+        const auto find_sources = [&](int64_t t) {
+          each_run(t, [&](int64_t pixel, int64_t count, const T* source, int64_t run_step) {
+            for (int64_t p = 0; p < count; ++p) sources[pixel + p] = source + p * run_step;
+          });
+        };
         if (plan.folded) {
-          for (int64_t t = 0; t < s.taps(); ++t) {
-            find_sources(t);
-            kernels.copy_rows(sources.data(), chunk.pixels(), s.in_per_group, folded + t * s.in_per_group,
-                              plan.columns);
-          }
+          for (int64_t t = 0; t < s.taps(); ++t)
+            each_run(t, [&](int64_t pixel, int64_t count, const T* source, int64_t run_step) {
+              kernels.copy_rows(source, run_step, count, channels, folded + pixel * plan.columns + t * channels,
+                                plan.columns);
+            });
           for (int64_t p = 0; p < chunk.pixels(); ++p) sources[p] = folded + p * plan.columns;
         }
         for (int64_t t = t0; t < t1; ++t) {

@@ -105,8 +105,8 @@ struct Kernels {
   void (*depthwise_border[kMaxDepthwiseRows])(const DepthwiseTile<T>&);  // NHWC, by pointers
   void (*depthwise_weight_lines[kMaxDepthwiseTaps])(const DepthwiseWeightTile<T>&);  // [taps - 1]
   void (*depthwise_weight_pixels[kMaxDepthwiseTaps])(const DepthwiseWeightTile<T>&);
-  // to[r * to_stride][0, length) = rows[r][0, length)
-  void (*copy_rows)(const T* const* rows, int64_t count, int64_t length, T* to, int64_t to_stride);
+  // to[r * to_step][0, length) = from[r * from_step][0, length)
+  void (*copy_rows)(const T* from, int64_t from_step, int64_t count, int64_t length, T* to, int64_t to_step);
   void (*add_row)(T* sums, const T* row, int64_t length);  // sums[i] += row[i]
   T (*sum_row)(const T* row, int64_t length);
   // panel row r holds channel r / taps and tap r % taps: segments[first[tap], first[tap + 1]) of that channel's plane.
