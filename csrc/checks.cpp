@@ -166,8 +166,10 @@ void check_storage(const at::Tensor& x, const at::Tensor& w, const std::optional
     const char* const quantized = " is quantized; convert it with dequantize()";
     if (&t == &x) TORCH_CHECK_NOT_IMPLEMENTED(!t.is_quantized(), name, quantized);
     TORCH_CHECK(!t.is_quantized(), name, quantized);
-    TORCH_CHECK(t.is_cpu() || t.is_cuda() || t.is_meta(), name, " is on ", t.device(),
-                "; myconv runs on cpu, cuda and meta tensors: move it with .to('cpu')");
+    TORCH_CHECK(!t.is_cuda(), name, " is on ", t.device(),
+                ", but this build has no CUDA kernels: move it with .to('cpu')");
+    TORCH_CHECK(t.is_cpu() || t.is_meta(), name, " is on ", t.device(),
+                "; myconv runs on cpu and meta tensors: move it with .to('cpu')");
     TORCH_CHECK(t.device() == x.device(),
                 "Expected all tensors to be on the same device, but found at least two devices, ", x.device(), " and ",
                 t.device(), "!");

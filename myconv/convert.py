@@ -23,7 +23,7 @@ _OURS: dict[type, type] = {getattr(nn, name): getattr(modules, name) for name in
 _TORCHS: dict[type, type] = {ours: torchs for torchs, ours in _OURS.items()}
 # A parametrized module has a class of its own, derived from this one.
 _own_class = parametrize.type_before_parametrizations
-_DEVICES = ("cpu", "cuda", "meta")
+_DEVICES = ("cpu", "meta")  # this build has no CUDA kernels
 
 
 @dataclass(frozen=True, repr=False)
@@ -70,7 +70,7 @@ def replace(
     with the reason in the report: subclasses of torch.nn's classes and modules whose ``forward`` was replaced
     (what they compute is not known); lazy modules before their first call; scripted modules; quantized
     modules and those prepared for it; modules with tensors that myconv does not take (sparse, nested,
-    quantized, tensor subclasses, devices other than CPU, CUDA and meta). Calls of ``torch.nn.functional`` in
+    quantized, tensor subclasses, devices other than CPU and meta). Calls of ``torch.nn.functional`` in
     other modules are not seen.
 
     Calling it again swaps what has not been swapped yet. :func:`restore` undoes it.

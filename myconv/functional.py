@@ -138,6 +138,7 @@ def _result_size(rank, transposed, input, weight, stride, padding, output_paddin
             size.append((extent - 1) * stride[i] - 2 * padding[i] + reach + output_padding[i] + 1)
         else:
             size.append((extent + 2 * padding[i] - reach - 1) // stride[i] + 1)
+        torch._check(size[i] > 0, lambda: "the kernel does not fit the input: the output size is too small")
     return size
 
 

@@ -102,8 +102,12 @@ def _scripted_conv(
     for i in range(len(stride)):
         reach = dilation[i] * (weight.size(i + 2) - 1) + 1
         size.append((x.size(i + 2) + low[i] + high[i] - reach) // stride[i] + 1)
+        if size[i] < 1:
+            raise RuntimeError("Kernel size can't be greater than actual input size")
     mode = ["zeros", "reflect", "replicate", "circular"].index(padding_mode)
     y = torch.ops.myconv.conv_forward(x, weight, bias, size, stride, low, dilation, groups, mode)
+    if x.size(1) == 0:
+        y = y.narrow(1, 0, 0)
     return y if batched else y.squeeze(0)
 
 
@@ -123,6 +127,8 @@ def _scripted_conv_transpose(
     for i in range(len(stride)):
         reach = dilation[i] * (weight.size(i + 2) - 1) + 1
         size.append((x.size(i + 2) - 1) * stride[i] - 2 * padding[i] + reach + output_padding[i])
+        if size[i] < 1:
+            raise RuntimeError("Output size is too small")
     y = torch.ops.myconv.conv_backward_input(x, weight, bias, size, stride, padding, dilation, groups)
     return y if batched else y.squeeze(0)
 

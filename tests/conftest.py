@@ -130,7 +130,10 @@ def kernels(direction: str, problem: Problem, operands: tuple[torch.Tensor, ...]
     A row is named only if it takes both layouts where the tensors do not tell which one they are in.
     """
     channels_last = layout == "channels_last" and operands[0].dim() in (4, 5)
-    unclear = operands[0].dim() in (4, 5) and any(map(layout_is_ambiguous, operands))
+    if operands[0].dim() == 3:  # in 1d the weight's strides decide, and not every stride tells
+        unclear = layout == "channels_last"
+    else:
+        unclear = any(map(layout_is_ambiguous, operands))
     layouts = {channels_last, not channels_last} if unclear else {channels_last}
     found = []
     for isa in myconv._C.isas():
