@@ -97,7 +97,7 @@ def as_case(layer: dict) -> Case:
     if layer["padding_mode"] != "zeros":
         raise ValueError(f"{layer['id']}: torch's functions have no padding mode to compare with")
     fields = {name: layer[name] for name in FIELDS if name in layer}
-    # Tuples, as the modules pass them: a list would take the slow way into myconv.
+    # Tuples, as the modules pass them.
     fields = {name: tuple(value) if isinstance(value, list) else value for name, value in fields.items()}
     return Case(layer["id"], FUNCTIONS[layer["op"]], tuple(layer["input"]), **fields)
 

@@ -127,6 +127,12 @@ TAILS = [
     *[Case(f"length_{n}", "conv1d", (2, 5, n), 9, 3, padding=1) for n in (1, 7, 16, 33)],
     Case("depth_tail", "conv3d", (2, 5, 7, 3, 17), 6, 3, padding=1),
     Case("all_tails", "conv2d", (3, 17, 13, 31), 15, 3, padding=1),
+    # Either side of where small planes end: a padded plane of 34 x 34, strips of 512 KiB (float32), 512 taps.
+    Case("plane_32", "conv2d", (1, 5, 32, 32), 9, 3, padding=1),
+    Case("plane_33", "conv2d", (1, 5, 32, 33), 9, 3, padding=1),
+    Case("strips_512k", "conv2d", (1, 1310, 8, 8), 3, 3, padding=1, groups=1),
+    Case("strips_above_512k", "conv2d", (1, 1312, 8, 8), 3, 3, padding=1, groups=1),
+    Case("taps_529", "conv2d", (1, 2, 24, 23), 3, 23, padding=1),
 ]
 
 STRIDES = [
@@ -139,6 +145,7 @@ STRIDES = [
     Case("stride_leaves_input_unread", "conv2d", (2, 3, 12, 13), 4, 3, stride=8),
     Case("stride_4_1d", "conv1d", (2, 6, 37), 8, 7, stride=4, padding=3),
     Case("stride_2_3d", "conv3d", (2, 3, 5, 6, 7), 4, 3, stride=2, padding=1),
+    Case("stride_16_phases", "conv2d", (1, 3, 33, 18), 4, (18, 17), stride=(16, 17), padding=(8, 1)),
     Case("stride_mixed_3d", "conv3d", (1, 3, 4, 9, 8), 4, 3, stride=(1, 3, 2), padding=(1, 0, 2)),
 ]
 

@@ -13,7 +13,7 @@
 //
 // Sums: forward and backward_input: the taps in order, then the bias. backward_weight: at most kSumLength terms a
 // lane, then added to the total in order; the lanes of NCHW last. Threads split planes, lines or channels, never a sum.
-// Declines: more than one channel a group, strips above kStripBytes, backward_input with a padding mode.
+// Declines: more than one channel a group, strips above kStripLimit, backward_input with a padding mode.
 #include <vector>
 
 #include "cpu/algorithms.h"

@@ -174,6 +174,8 @@ const char* decline(const ConvShape& s, Direction direction) {
   if (plane > kMaxPlane) return "planes above 1156 values";
   if ((forward ? s.in_per_group : s.out_per_group) * plane * dtype_size(s.dtype) > kStripsBytes)
     return "strips above 512 KiB";
+  if (s.groups * s.in_per_group * s.out_per_group * s.taps() > kPackedBytes / dtype_size(s.dtype))
+    return "weights above 32 MiB";
   return nullptr;
 }
 

@@ -24,7 +24,6 @@
 #include "cpu/gemm_blocks.h"
 #include "cpu/isa.h"
 #include "cpu/parallel.h"
-#include "cpu/strip.h"
 
 namespace myconv::cpu {
 namespace {

@@ -26,6 +26,7 @@ namespace myconv::cpu {
 namespace {
 
 constexpr int64_t kMaxTaps = 16384;
+constexpr int64_t kMaxCircular = 4096;      // a chunk touches both ends of a circular line, so its strip is the line
 constexpr int64_t kStripBytes = 512 << 10;  // transposed x of one chunk and one panel of in channels
 constexpr int64_t kTaskBytes = 1 << 20;     // strips of one task
 constexpr int64_t kTotalBytes = 16 << 20;   // totals of all threads together, unless one tile of each is more
@@ -39,7 +40,6 @@ struct Chunk {
 };
 
 struct Plan {
-  GatherAxis axis[3];
   bool folded;
   int64_t columns, tap_steps;                // of one product, and how many products
   int64_t lines, line_length;                // of gy
@@ -47,14 +47,15 @@ struct Plan {
   int64_t strip_lines, strip_length;         // what the largest chunk touches of x
   int64_t chunks_per_line, chunks;
 
-  explicit Plan(const ConvShape& s) : axis{forward_axis(s, 0), forward_axis(s, 1), forward_axis(s, 2)} {
+  explicit Plan(const ConvShape& s) {
     lines = s.batch * s.out[0] * s.out[1];
     line_length = s.out[2];
     pixels_per_line = std::min(line_length, kSumLength);
     const int64_t reach = (s.kernel[2] - 1) * std::min(s.dilation[2], s.in[2]) + 1;
     const int64_t channel_bytes = std::min<int64_t>(s.in_per_group, 48) * dtype_size(s.dtype);
+    const bool wraps = s.padding_mode == PaddingMode::kCircular;  // from either end to the other
     const auto touched = [&](int64_t pixels) {
-      return std::min(s.in[2], (pixels - 1) * std::min(s.stride[2], s.in[2]) + reach);
+      return wraps ? s.in[2] : std::min(s.in[2], (pixels - 1) * std::min(s.stride[2], s.in[2]) + reach);
     };
     while (pixels_per_line > 16 && touched(pixels_per_line) * channel_bytes > kStripBytes) pixels_per_line /= 2;
     chunks_per_line = ceil_div(line_length, pixels_per_line);
@@ -174,7 +175,7 @@ void run(const ConvShape& s, const T* gy, const T* x, T* gw, T* workspace, int t
   const Panels panels(plan.columns, kernels.lanes, kernels.vectors);
   const Split split(s, plan, kernels.rows, panels, threads);
   const Scratch scratch(s, plan, split);
-  const GatherAxis* axis = plan.axis;
+  const GatherAxis axis[3] = {forward_axis(s, 0), forward_axis(s, 1), forward_axis(s, 2)};
   const auto x_stride = activation_strides(s.layout, s.in_channels(), s.in);
   const auto y_stride = activation_strides(s.layout, s.out_channels(), s.out);
 
@@ -306,6 +307,7 @@ const char* implicit_gemm_backward_weight_decline(const ConvShape& s) {
   if (s.batch == 0 || s.in_pixels() == 0 || s.out_pixels() == 0) return "nothing to sum over";
   if (s.in_per_group == 0 || s.out_per_group == 0) return "nothing to sum over";
   if (s.taps() > kMaxTaps) return "more than 16384 taps";
+  if (s.padding_mode == PaddingMode::kCircular && s.in[2] > kMaxCircular) return "circular lines above 4096 values";
   return nullptr;
 }
 
