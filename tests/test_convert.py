@@ -605,6 +605,9 @@ def test_report_text():
     assert str(myconv.replace(nn.Linear(1, 1))) == "0 swapped, 0 left"
 
 
+@pytest.mark.skipif(
+    torch.__version__ < (2, 13), reason="Dynamo of torch 2.11 does not guard on a module's class: replace, then compile"
+)
 def test_compiled_model_sees_the_swap():
     torch._dynamo.reset()
     model, graphs = two_convs(), []

@@ -165,8 +165,9 @@ def test_compile(case, layout, seed):
     gy = torch.empty_like(expected).copy_(gy)  # the compiler brings it to these strides
     expected.backward(gy)
     actual.backward(gy)
-    for a, e in zip(leaves, eager, strict=True):
-        assert torch.equal(a.grad, e.grad)
+    for a, e, exact in zip(leaves, eager, (True, True, False), strict=True):
+        # The bias gradient follows gy's layout, and some compilers change that.
+        assert torch.equal(a.grad, e.grad) if exact else torch.allclose(a.grad, e.grad, rtol=1e-5, atol=1e-5)
         assert a.grad.stride() == e.grad.stride()
 
 
