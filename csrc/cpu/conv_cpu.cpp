@@ -6,6 +6,8 @@
 #include <c10/core/CPUAllocator.h>
 #include <torch/library.h>
 
+#include <cstddef>
+
 #include "checks.h"
 #include "complex.h"
 #include "cpu/algorithms.h"
@@ -38,11 +40,17 @@ const Algorithm kBackwardWeight[] = {
     {"reference", accept_all, no_workspace, reference_backward_weight},
 };
 
+constexpr int64_t kStackBytes = 16 << 10;  // up to here the allocator would cost more than it gives
+
 void run(Direction direction, const ConvShape& shape, const ConvPointers& pointers) {
   const Algorithm& algorithm = first_match(table(direction), direction, shape);
   const int threads = at::get_num_threads();
   const int64_t bytes = algorithm.workspace(shape, threads);
-  const c10::DataPtr workspace = bytes > 0 ? c10::GetCPUAllocator()->allocate(bytes) : c10::DataPtr();
+  if (bytes <= kStackBytes) {
+    alignas(64) std::byte workspace[kStackBytes];
+    return algorithm.run(shape, pointers, workspace, threads);
+  }
+  const c10::DataPtr workspace = c10::GetCPUAllocator()->allocate(bytes);
   algorithm.run(shape, pointers, workspace.get(), threads);
 }
 

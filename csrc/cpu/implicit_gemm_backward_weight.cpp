@@ -248,6 +248,7 @@ void run(const ConvShape& s, const T* gy, const T* x, T* gw, T* workspace, int t
               continue;
             }
             const auto border = [&](int64_t begin, int64_t end) {
+              if (begin == end) return;
               if (axis[2].mode == PaddingMode::kZeros) return f(pixel + begin, end - begin, zeros, 0);
               for (int64_t w = begin; w < end; ++w) f(pixel + w, 1, origin + axis[2].source(w, tw) * step, 0);
             };
@@ -292,9 +293,10 @@ void run(const ConvShape& s, const T* gy, const T* x, T* gw, T* workspace, int t
         const int64_t tw = t % s.kernel[2], th = t / s.kernel[2] % s.kernel[1], td = t / (s.kernel[2] * s.kernel[1]);
         T* const tap = gw + td * s.weight_stride[2] + th * s.weight_stride[3] + tw * s.weight_stride[4];
         const T* total = totals + (plan.folded ? t * s.in_per_group : (t - t0) * rows * columns);
-        for (int64_t k = 0; k < rows; ++k)
-          for (int64_t c = 0; c < channels; ++c)
-            tap[(k_first + k) * s.weight_stride[0] + (c0 + c) * s.weight_stride[1]] = total[k * columns + c];
+        for (int64_t k = 0; k < rows; ++k) {
+          T* const row = tap + (k_first + k) * s.weight_stride[0] + c0 * s.weight_stride[1];
+          for (int64_t c = 0; c < channels; ++c) row[c * s.weight_stride[1]] = total[k * columns + c];
+        }
       }
     }
   });
