@@ -222,10 +222,6 @@ Tensor differentiable(const Tensor& first, const Tensor& second, const OptionalT
   return result;
 }
 
-#define MYCONV_HANDLE(name)  \
-  static const auto handle = \
-      c10::Dispatcher::singleton().findSchemaOrThrow("myconv::" #name, "").typed<decltype(name)>()
-
 Tensor conv_forward_autograd(c10::DispatchKeySet keys, const Tensor& x, const Tensor& w, const OptionalTensor& bias,
                              c10::SymIntArrayRef size, c10::SymIntArrayRef stride, c10::SymIntArrayRef padding,
                              c10::SymIntArrayRef dilation, c10::SymInt groups, int64_t padding_mode) {

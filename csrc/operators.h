@@ -2,6 +2,7 @@
 #pragma once
 
 #include <ATen/core/Tensor.h>
+#include <ATen/core/dispatch/Dispatcher.h>
 #include <c10/core/SymIntArrayRef.h>
 
 #include <array>
@@ -39,5 +40,11 @@ Tensor empty_result(c10::SymIntArrayRef sizes, const at::TensorOptions& options,
 
 // The sum of grad_output over everything but channels: the gradient of a bias.
 Tensor bias_gradient(const Tensor& grad_output);
+
+// In a function of this namespace, `handle` of the operator `name`.
+// A handle is looked up once; a call is then one indirection into the dispatch table.
+#define MYCONV_HANDLE(name)  \
+  static const auto handle = \
+      c10::Dispatcher::singleton().findSchemaOrThrow("myconv::" #name, "").typed<decltype(name)>()
 
 }  // namespace myconv

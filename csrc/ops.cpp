@@ -120,11 +120,6 @@ Tensor bias_gradient(const Tensor& gy) {
   return half ? sum.to(gy.scalar_type()) : sum;
 }
 
-// A handle is looked up once; a call is then one indirection into the dispatch table.
-#define MYCONV_HANDLE(name)  \
-  static const auto handle = \
-      c10::Dispatcher::singleton().findSchemaOrThrow("myconv::" #name, "").typed<decltype(name)>()
-
 Tensor conv_forward(const Tensor& input, const Tensor& weight, const OptionalTensor& bias,
                     c10::SymIntArrayRef output_size, c10::SymIntArrayRef stride, c10::SymIntArrayRef padding,
                     c10::SymIntArrayRef dilation, c10::SymInt groups, int64_t padding_mode) {

@@ -1,8 +1,8 @@
 """Convolutions with the signatures of :mod:`torch.nn.functional`.
 
 ``conv1d`` .. ``conv_transpose3d`` are C functions. A plain call never enters Python; any other one (a padding string,
-a tensor subclass, a mode, a NumPy int as parameter) goes to the function of the same name below with a
-leading underscore, which is also what Dynamo traces. Both end in one of two operators::
+a tensor subclass, a mode, a NumPy int as parameter) goes to the Python function of the same name that is made and
+registered below, which is also what Dynamo traces. Both end in one of two operators::
 
     conv_forward(input, weight, bias, output_size, stride, padding, dilation, groups, padding_mode)
     conv_backward_input(input, weight, bias, output_size, ...)        # a transposed convolution

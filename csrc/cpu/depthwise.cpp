@@ -27,7 +27,7 @@ namespace myconv::cpu {
 namespace {
 
 constexpr int64_t kStripLimit = 1 << 20;  // a strip that does not fit here is declined
-constexpr int64_t kMaxTaps = 4096;
+constexpr int64_t kMaxDepthwiseKernel = 4096;
 
 // --- NCHW ------------------------------------------------------------------------------------------------------------
 
@@ -301,7 +301,7 @@ const char* decline(const ConvShape& s, Direction direction) {
   if (s.in_per_group != 1 || s.out_per_group != 1) return "more than one channel a group";
   if (s.dtype != Dtype::kFloat32 && s.dtype != Dtype::kFloat64) return "only float32 and float64";
   if (s.in_pixels() == 0 || s.out_pixels() == 0) return "nothing to sum over";
-  if (s.taps() > kMaxTaps) return "more than 4096 taps";
+  if (s.taps() > kMaxDepthwiseKernel) return "more than 4096 taps";
   if (direction == Direction::kBackwardInput) {
     if (s.padding_mode != PaddingMode::kZeros) return "the adjoint of a padding mode";
     for (int d = 0; d < 3; ++d)

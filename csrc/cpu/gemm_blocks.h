@@ -17,6 +17,9 @@ inline constexpr int64_t kSumLength = 512;
 // Packed operands are made in passes of about this size, so that the workspace does not grow with the weight.
 inline constexpr int64_t kPackedBytes = int64_t{32} << 20;
 
+// Taps of an implicit GEMM: bounds the list of pointers of one register tile to 1 MiB.
+inline constexpr int64_t kMaxTaps = 16384;
+
 inline constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 inline constexpr int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
 

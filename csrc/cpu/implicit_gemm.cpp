@@ -28,7 +28,6 @@
 namespace myconv::cpu {
 namespace {
 
-constexpr int64_t kMaxTaps = 16384;          // bounds the pointer list of one tile: 1 MiB
 constexpr int64_t kMaxPhases = 65536;        // of backward_input: each costs a little set-up
 constexpr int64_t kPointerBytes = 64 << 10;  // pointer list of the tiles that one task works on
 constexpr int64_t kMaxTilesPerTask = 16;

@@ -25,7 +25,6 @@
 namespace myconv::cpu {
 namespace {
 
-constexpr int64_t kMaxTaps = 16384;
 constexpr int64_t kMaxCircular = 4096;      // a chunk touches both ends of a circular line, so its strip is the line
 constexpr int64_t kStripBytes = 512 << 10;  // transposed x of one chunk and one panel of in channels
 constexpr int64_t kTaskBytes = 1 << 20;     // strips of one task
