@@ -5,6 +5,11 @@
 // count.
 #pragma once
 
+#include <cstdint>
+#include <string>
+#include <utility>
+#include <vector>
+
 #include "conv_shape.h"
 
 namespace myconv {
@@ -25,8 +30,41 @@ struct AlgorithmTable {
 // acceptor. Defined with the flags in selection.cpp.
 const Algorithm& first_match(const AlgorithmTable& table, Direction direction, const ConvShape& shape);
 
-// Forces the row called `name` for a direction on the calling thread's future calls; nullptr lifts it.
+// Every row of the table and why it does not take `shape` ("": it does).
+std::vector<std::pair<std::string, std::string>> reasons(const AlgorithmTable& table, const ConvShape& shape);
+
+// --- flags: each holds for the calling thread's future calls ---------------------------------------------------------
+
+// Forces the row called `name`; nullptr lifts it.
 void force_algorithm(Direction direction, const char* name);
 const char* forced_algorithm(Direction direction);
+
+// Takes rows out of every table (the last row of a table cannot be taken out).
+void exclude_algorithms(std::vector<std::string> names);
+const std::vector<std::string>& excluded_algorithms();
+
+// float32 and bfloat16 calls treat denormals as zeros. On by default.
+void set_flush_denormals(bool on);
+bool flush_denormals();
+
+// --- explain: while a thread records, its calls are checked, laid out and matched, but their kernels do not run ------
+
+struct Choice {
+  Direction direction;
+  ConvShape shape;
+  const Algorithm* algorithm;
+  std::vector<std::pair<std::string, std::string>> rows;  // as reasons() gives them
+  const char* isa;
+  int64_t workspace;                                    // bytes
+  std::vector<std::pair<const char*, int64_t>> copies;  // tensors copied into the layout of the call, in bytes
+};
+
+struct Recording {
+  std::vector<Choice> choices;
+  std::vector<std::pair<const char*, int64_t>> copies;  // of the choice that comes next
+};
+
+void record_into(Recording* recording);  // nullptr: stop
+Recording* recording();
 
 }  // namespace myconv

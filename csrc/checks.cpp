@@ -60,11 +60,11 @@ void check_channels(bool transposed, c10::ArrayRef<Int> input, c10::ArrayRef<Int
   }
 }
 
-Sizes expanded(const Call& call, c10::IntArrayRef values, const char* argument) {
+Sizes expanded(const Call& call, c10::IntArrayRef values, const char* argument, const char* hint = "") {
   const size_t axes = call.weight.size() - 2;
   TORCH_CHECK(values.size() == axes || values.size() == 1, "expected ", argument,
               " to be a single integer value or a list of ", axes,
-              " values to match the convolution dimensions, but got ", argument, "=", values);
+              " values to match the convolution dimensions, but got ", argument, "=", values, hint);
   Sizes full(values.begin(), values.end());
   full.resize(axes, values[0]);
   return full;
@@ -75,11 +75,11 @@ void check_kernel(c10::IntArrayRef weight) {
     TORCH_CHECK(k > 0, "kernel size should be greater than zero, but got weight of size ", weight);
 }
 
-Sizes conv_size(const Call& call, const Sizes& stride, const Sizes& padding, const Sizes& dilation) {
+Sizes conv_size(const Call& call, const Sizes& stride, const Sizes& low, const Sizes& high, const Sizes& dilation) {
   c10::SmallVector<Wide, 3> padded, kernel;
   bool fits = true;
   for (const auto d : c10::irange(stride.size())) {
-    padded.push_back(Wide(call.input[d + 2]) + 2 * Wide(padding[d]));
+    padded.push_back(Wide(call.input[d + 2]) + low[d] + high[d]);
     kernel.push_back(Wide(dilation[d]) * (call.weight[d + 2] - 1) + 1);
     fits = fits && kernel[d] <= padded[d];
   }
@@ -95,8 +95,8 @@ Sizes conv_size(const Call& call, const Sizes& stride, const Sizes& padding, con
   return size;
 }
 
-Sizes conv_transpose_size(const Call& call, const Sizes& stride, const Sizes& padding, const Sizes& output_padding,
-                          const Sizes& dilation) {
+Sizes conv_transpose_size(const Call& call, const Sizes& stride, const Sizes& low, const Sizes& high,
+                          const Sizes& output_padding, const Sizes& dilation) {
   for (const auto d : c10::irange(stride.size()))
     TORCH_CHECK(output_padding[d] < stride[d] || output_padding[d] < dilation[d],
                 "output padding must be smaller than either stride or dilation, but got output_padding=",
@@ -105,7 +105,7 @@ Sizes conv_transpose_size(const Call& call, const Sizes& stride, const Sizes& pa
   bool large_enough = true;
   for (const auto d : c10::irange(stride.size())) {
     in.push_back(call.input[d + 2]);
-    out.push_back((in[d] - 1) * stride[d] - 2 * Wide(padding[d]) + Wide(dilation[d]) * (call.weight[d + 2] - 1) +
+    out.push_back((in[d] - 1) * stride[d] - low[d] - high[d] + Wide(dilation[d]) * (call.weight[d + 2] - 1) +
                   output_padding[d] + 1);
     large_enough = large_enough && out[d] >= 1;
   }
@@ -117,6 +117,19 @@ Sizes conv_transpose_size(const Call& call, const Sizes& stride, const Sizes& pa
     size.push_back(static_cast<int64_t>(o));
   }
   return size;
+}
+
+// The border that an index map fills must lie where the map is defined. `padded` is the size of what is padded.
+template <typename Int>
+void check_border(PaddingMode mode, c10::ArrayRef<Int> padded, const Int& low, const Int& high, size_t dimension) {
+  const Int& extent = padded[dimension];
+  if (mode == PaddingMode::kReflect)
+    TORCH_CHECK(low < extent && high < extent,
+                "Padding size should be less than the corresponding input dimension, but got: padding (", low, ", ",
+                high, ") at dimension ", dimension, " of input ", padded);
+  if (mode == PaddingMode::kCircular)
+    TORCH_CHECK(low <= extent && high <= extent, "Padding value causes wrapping around more than once: padding (", low,
+                ", ", high, ") at dimension ", dimension, " of input ", padded);
 }
 
 }  // namespace
@@ -134,26 +147,39 @@ Sizes check_call(const Call& call) {
               call.weight.size(), "-dimensional weight ", call.weight, ", but got ", dims,
               "-dimensional input of size ", batched, " instead");
   const Sizes stride = expanded(call, call.stride, "stride");
-  const Sizes padding = expanded(call, call.padding, "padding");
+  const Sizes low =
+      expanded(call, call.padding, "padding",
+               call.padding.size() == 2 ? "; the low and high side of one axis are written ((low, high),)" : "");
+  const Sizes high = expanded(call, call.padding_high, "padding");
   const Sizes dilation = expanded(call, call.dilation, "dilation");
   Sizes output_padding;
   if (call.transposed) output_padding = expanded(call, call.output_padding, "output_padding");
-  check_signs<int64_t>(stride, padding, output_padding, dilation);
+  check_signs<int64_t>(stride, low, output_padding, dilation);
+  check_signs<int64_t>({}, high, {}, {});
   Call full = call;
   full.input = batched;
   check_channels<int64_t>(call.transposed, batched, call.weight, call.bias, call.groups);
-  for (const auto d : c10::irange(padding.size()))
-    TORCH_CHECK(padding[d] <= kMostPadding, "Given padding=", padding[d], " at dimension ", d,
-                " , expected padding to be at most ", kMostPadding);
+  for (const auto d : c10::irange(low.size())) {
+    const int64_t most = std::max(low[d], high[d]);
+    TORCH_CHECK(most <= kMostPadding, "Given padding=", most, " at dimension ", d, " , expected padding to be at most ",
+                kMostPadding);
+  }
   check_kernel(call.weight);
   TORCH_CHECK(!call.transposed || call.weight[1] > 0, "expected weight to have out channels, but got weight of size ",
               call.weight);
-  const Sizes size = call.transposed ? conv_transpose_size(full, stride, padding, output_padding, dilation)
-                                     : conv_size(full, stride, padding, dilation);
+  const Sizes size = call.transposed ? conv_transpose_size(full, stride, low, high, output_padding, dilation)
+                                     : conv_size(full, stride, low, high, dilation);
   if (batched[0] != 0 && batched[1] != 0)
     for (const auto d : c10::irange(2, dims))
       TORCH_CHECK(batched[d] != 0,
                   "Only zero batch or zero channel inputs are supported, but got input shape: ", call.input);
+  // What is declared must fit, also where no tap reaches it. The padded side is the convolution's input.
+  Sizes padded = batched;
+  if (call.transposed) {
+    padded.resize(2);
+    padded.append(size.begin(), size.end());
+  }
+  for (const auto d : c10::irange(low.size())) check_border<int64_t>(call.padding_mode, padded, low[d], high[d], d + 2);
   return size;
 }
 
@@ -234,13 +260,7 @@ void check_operator(const OperatorCall<Int>& call) {
     const Int high = last - (in - 1);
     TORCH_CHECK(in > 0 || call.input[0] == 0 || call.output[d + 2] == 0, call.name,
                 ": cannot pad an empty dimension, got input of size ", call.input);
-    if (mode == PaddingMode::kReflect)
-      TORCH_CHECK(pad < in && high < in,
-                  "Padding size should be less than the corresponding input dimension, but got: padding (", pad, ", ",
-                  high, ") at dimension ", d + 2, " of input ", call.input);
-    if (mode == PaddingMode::kCircular)
-      TORCH_CHECK(pad <= in && high <= in, "Padding value causes wrapping around more than once: padding (", pad, ", ",
-                  high, ") at dimension ", d + 2, " of input ", call.input);
+    check_border<Int>(mode, call.input, pad, high, d + 2);
   }
 }
 

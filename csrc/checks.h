@@ -24,8 +24,9 @@ struct Call {
   bool transposed;
   c10::IntArrayRef input, weight;
   std::optional<c10::IntArrayRef> bias;
-  c10::IntArrayRef stride, padding, output_padding, dilation;  // padding: both sides, as torch has it
+  c10::IntArrayRef stride, padding, padding_high, output_padding, dilation;  // padding: the low side
   int64_t groups;
+  PaddingMode padding_mode;
 };
 
 // The spatial size of the result. Throws as torch does for any illegal size or parameter.

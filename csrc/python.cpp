@@ -17,22 +17,25 @@
 
 #include "checks.h"
 #include "cpu/isa.h"
+#include "cpu/parallel.h"
 #include "cpu/tables.h"
 #include "operators.h"
 
 namespace py = pybind11;
+using namespace pybind11::literals;
 
 namespace myconv {
 namespace {
 
 // The arguments of all functions; the two orders say which position is which.
-enum Slot { kInput, kWeight, kBias, kStride, kPadding, kDilation, kGroups, kOutputPadding, kSlots };
+enum Slot { kInput, kWeight, kBias, kStride, kPadding, kDilation, kGroups, kOutputPadding, kPaddingMode, kSlots };
 
 constexpr std::array<Slot, 8> kConvOrder = {kInput, kWeight, kBias, kStride, kPadding, kDilation, kGroups, kSlots};
 constexpr std::array<Slot, 8> kTransposeOrder = {kInput,   kWeight,        kBias,   kStride,
                                                  kPadding, kOutputPadding, kGroups, kDilation};
-constexpr std::array<const char*, kSlots> kNames = {"input",   "weight",   "bias",   "stride",
-                                                    "padding", "dilation", "groups", "output_padding"};
+constexpr std::array<const char*, kSlots> kNames = {"input",    "weight", "bias",           "stride",      "padding",
+                                                    "dilation", "groups", "output_padding", "padding_mode"};
+constexpr std::array<const char*, 4> kModes = {"zeros", "reflect", "replicate", "circular"};  // in PaddingMode's order
 constexpr const char* kFunctions[2][3] = {{"conv1d", "conv2d", "conv3d"},
                                           {"conv_transpose1d", "conv_transpose2d", "conv_transpose3d"}};
 
@@ -64,6 +67,33 @@ bool read_ints(PyObject* value, int rank, int64_t standard, Ints& ints) {
   return true;
 }
 
+// Padding: as above, and an entry may be a pair of its low and high side.
+bool read_sides(PyObject* value, int rank, Ints& low, Ints& high) {
+  if (read_ints(value, rank, 0, low)) return high = low, true;
+  low.clear();
+  if (!PyTuple_CheckExact(value) && !PyList_CheckExact(value)) return false;
+  const Py_ssize_t n = PySequence_Fast_GET_SIZE(value);
+  if (n != 1 && n != rank) return false;
+  for (Py_ssize_t i = 0; i < n; ++i) {
+    PyObject* entry = PySequence_Fast_GET_ITEM(value, i);
+    Ints sides;
+    if (PyTuple_CheckExact(entry) && PyTuple_GET_SIZE(entry) != 2) return false;
+    if (!read_ints(entry, 2, 0, sides)) return false;
+    low.push_back(sides[0]);
+    high.push_back(sides[1]);
+  }
+  if (n == 1) low.resize(rank, low[0]), high.resize(rank, high[0]);
+  return true;
+}
+
+bool read_mode(PyObject* value, PaddingMode& mode) {
+  if (!value) return true;
+  if (!PyUnicode_CheckExact(value)) return false;
+  for (size_t i = 0; i < kModes.size(); ++i)
+    if (PyUnicode_CompareWithASCIIString(value, kModes[i]) == 0) return mode = static_cast<PaddingMode>(i), true;
+  return false;
+}
+
 bool is_plain_tensor(PyObject* object) {
   if (!object || !THPVariable_CheckTypeExact(Py_TYPE(object))) return false;
   const Tensor& tensor = THPVariable_Unpack(object);
@@ -78,7 +108,8 @@ Tensor convolve(const Call& call, const Tensor& input, const Tensor& weight, con
   const Tensor x = batched ? input : input.unsqueeze(0);
   const auto sym = [](c10::IntArrayRef ints) { return c10::fromIntArrayRefKnownNonNegative(ints); };
   const auto op = call.transposed ? conv_backward_input : conv_forward;
-  Tensor y = op(x, weight, bias, sym(size), sym(call.stride), sym(call.padding), sym(call.dilation), call.groups, 0);
+  Tensor y = op(x, weight, bias, sym(size), sym(call.stride), sym(call.padding), sym(call.dilation), call.groups,
+                static_cast<int64_t>(call.padding_mode));
   // Torch gives a convolution over no channels no channels.
   if (!call.transposed && x.size(1) == 0) y = y.narrow(1, 0, 0);
   return batched ? y : y.squeeze(0);
@@ -102,12 +133,14 @@ PyObject* entry(PyObject*, PyObject* const* args, Py_ssize_t count, PyObject* ke
   }
   if (slots[kBias] == Py_None) slots[kBias] = nullptr;
 
-  Ints stride, padding, dilation, output_padding, groups;
+  Ints stride, low, high, dilation, output_padding, groups;
+  PaddingMode mode = PaddingMode::kZeros;
   plain = plain && is_plain_tensor(slots[kInput]) && is_plain_tensor(slots[kWeight]) &&
           (!slots[kBias] || is_plain_tensor(slots[kBias])) && read_ints(slots[kStride], rank, 1, stride) &&
-          read_ints(slots[kPadding], rank, 0, padding) && read_ints(slots[kDilation], rank, 1, dilation) &&
+          read_sides(slots[kPadding], rank, low, high) && read_ints(slots[kDilation], rank, 1, dilation) &&
           read_ints(slots[kOutputPadding], rank, 0, output_padding) &&
-          (!slots[kGroups] || PyLong_CheckExact(slots[kGroups])) && read_ints(slots[kGroups], 1, 1, groups);
+          (!slots[kGroups] || PyLong_CheckExact(slots[kGroups])) && read_ints(slots[kGroups], 1, 1, groups) &&
+          read_mode(slots[kPaddingMode], mode);
   if (!plain) return PyObject_Vectorcall(general[transposed][rank - 1], args, count, keywords);
 
   const Tensor& input = THPVariable_Unpack(slots[kInput]);
@@ -123,10 +156,12 @@ PyObject* entry(PyObject*, PyObject* const* args, Py_ssize_t count, PyObject* ke
                     weight.sizes(),
                     bias ? std::make_optional(bias->sizes()) : std::nullopt,
                     stride,
-                    padding,
+                    low,
+                    high,
                     output_padding,
                     dilation,
-                    groups[0]};
+                    groups[0],
+                    mode};
     y = convolve(call, input, weight, bias);
   }
   return THPVariable_Wrap(std::move(y));
@@ -141,8 +176,9 @@ PyCFunction as_c_function(_PyCFunctionFastWithKeywords f) {
 #define MYCONV_CONV_DOC(name)                                                               \
   name "($module, input, weight, bias=None, stride=1, padding=0, dilation=1, groups=1, *, " \
        "padding_mode='zeros')\n--\n\n"
-#define MYCONV_TRANSPOSE_DOC(name) \
-  name "($module, input, weight, bias=None, stride=1, padding=0, output_padding=0, groups=1, dilation=1)\n--\n\n"
+#define MYCONV_TRANSPOSE_DOC(name)                                                                            \
+  name "($module, input, weight, bias=None, stride=1, padding=0, output_padding=0, groups=1, dilation=1, *, " \
+       "padding_mode='zeros')\n--\n\n"
 
 PyMethodDef kEntries[] = {
     {"conv1d", as_c_function(entry<1, false>), METH_FASTCALL | METH_KEYWORDS, MYCONV_CONV_DOC("conv1d")},
@@ -157,10 +193,11 @@ PyMethodDef kEntries[] = {
     {nullptr, nullptr, 0, nullptr},
 };
 
+constexpr const char* kDirectionNames[] = {"forward", "backward_input", "backward_weight"};  // in Direction's order
+
 Direction direction_named(const std::string& name) {
-  if (name == "forward") return Direction::kForward;
-  if (name == "backward_input") return Direction::kBackwardInput;
-  if (name == "backward_weight") return Direction::kBackwardWeight;
+  for (int d = 0; d < kDirections; ++d)
+    if (name == kDirectionNames[d]) return static_cast<Direction>(d);
   throw py::value_error("direction must be 'forward', 'backward_input' or 'backward_weight', got '" + name + "'");
 }
 
@@ -173,17 +210,21 @@ std::optional<c10::IntArrayRef> as_ref(const OptionalList& list) {
 
 IntList check_call_lists(const std::string& name, int rank, bool transposed, const IntList& input,
                          const IntList& weight, const OptionalList& bias, const IntList& stride, const IntList& padding,
-                         const IntList& output_padding, const IntList& dilation, int64_t groups) {
-  const Sizes size = check_call(
-      {name.c_str(), rank, transposed, input, weight, as_ref(bias), stride, padding, output_padding, dilation, groups});
+                         const IntList& padding_high, const IntList& output_padding, const IntList& dilation,
+                         int64_t groups, int64_t padding_mode) {
+  const Sizes size =
+      check_call({name.c_str(), rank, transposed, input, weight, as_ref(bias), stride, padding, padding_high,
+                  output_padding, dilation, groups, static_cast<PaddingMode>(padding_mode)});
   return IntList(size.begin(), size.end());
 }
 
-// Every row of a direction's table and why it declines the given convolution (None: it accepts).
-std::vector<std::pair<std::string, std::optional<std::string>>> selection(
-    const std::string& direction, const IntList& input_size, const IntList& weight_size, const IntList& output_size,
-    const IntList& stride, const IntList& padding, const IntList& dilation, int64_t groups, int64_t padding_mode,
-    at::ScalarType dtype, bool channels_last) {
+// Every row of a direction's table and why it does not take the given convolution ("": it does).
+std::vector<std::pair<std::string, std::string>> selection(const std::string& direction, const IntList& input_size,
+                                                           const IntList& weight_size, const IntList& output_size,
+                                                           const IntList& stride, const IntList& padding,
+                                                           const IntList& dilation, int64_t groups,
+                                                           int64_t padding_mode, at::ScalarType dtype,
+                                                           bool channels_last) {
   IntList output{input_size.at(0), weight_size.at(0)}, weight_strides(weight_size.size(), 1);
   output.insert(output.end(), output_size.begin(), output_size.end());
   for (int64_t d = static_cast<int64_t>(weight_size.size()) - 2; d >= 0; --d)
@@ -193,13 +234,27 @@ std::vector<std::pair<std::string, std::optional<std::string>>> selection(
                                    stride,      padding, dilation,   groups,      padding_mode};
   check_operator(call);
   const ConvShape shape = make_conv_shape(call, weight_strides, dtype, channels_last);
-  std::vector<std::pair<std::string, std::optional<std::string>>> rows;
-  const AlgorithmTable& table = cpu::table(d);
-  for (int i = 0; i < table.size; ++i) {
-    const char* reason = table.rows[i].decline(shape);
-    rows.emplace_back(table.rows[i].name, reason ? std::make_optional<std::string>(reason) : std::nullopt);
+  return reasons(cpu::table(d), shape);
+}
+
+// What explain() is told of the convolutions that f() calls; their kernels do not run.
+py::list record(const py::function& f) {
+  Recording recorded;
+  record_into(&recorded);
+  try {
+    f();
+  } catch (...) {
+    record_into(nullptr);
+    throw;
   }
-  return rows;
+  record_into(nullptr);
+  py::list choices;
+  for (const Choice& c : recorded.choices)
+    choices.append(py::dict("direction"_a = kDirectionNames[static_cast<int>(c.direction)],
+                            "algorithm"_a = c.algorithm->name, "rows"_a = c.rows, "isa"_a = c.isa,
+                            "channels_last"_a = c.shape.channels_last(), "workspace"_a = c.workspace,
+                            "copies"_a = c.copies));
+  return choices;
 }
 
 }  // namespace
@@ -225,6 +280,7 @@ PYBIND11_MODULE(_C, m) {
   m.def("isa", &cpu::isa_in_force);
   m.def("cap_isa", &cpu::cap_isa);
   m.def("isa_cap", &cpu::isa_cap);
+  m.def("openmp", [] { return cpu::parallel_regions(); });
   m.def("algorithms", [](const std::string& direction) {
     const AlgorithmTable& table = cpu::table(direction_named(direction));
     std::vector<std::string> names;
@@ -238,5 +294,10 @@ PYBIND11_MODULE(_C, m) {
     const char* name = forced_algorithm(direction_named(direction));
     return name ? std::make_optional<std::string>(name) : std::nullopt;
   });
+  m.def("exclude_algorithms", &exclude_algorithms);
+  m.def("excluded_algorithms", &excluded_algorithms);
+  m.def("set_flush_denormals", &set_flush_denormals);
+  m.def("flush_denormals", &flush_denormals);
   m.def("selection", &selection);
+  m.def("record", &record);
 }

@@ -5,6 +5,8 @@
 >>> report = myconv.replace(model)
 """
 
+from typing import Any
+
 import torch
 
 from ._version import __version__
@@ -29,9 +31,32 @@ def _check_build() -> None:
 
 _check_build()
 
+
+def build_info() -> dict[str, Any]:
+    """What this build is and what it runs on, for bug reports.
+
+    ``version`` of myconv; ``torch`` and ``compiler`` it was built with; ``isas`` it has and this machine runs, worst
+    first, and the ``isa`` in force; whether it has kernels for ``cuda``; whether ``openmp``, the thread pool of torch,
+    was found (without it, kernels run on one thread); ``threads``, as of now.
+    """
+    from . import _C, _build
+
+    return {
+        "version": __version__,
+        "torch": _build.TORCH_VERSION,
+        "compiler": _build.COMPILER,
+        "isas": _C.isas(),
+        "isa": _C.isa(),
+        "cuda": False,
+        "openmp": _C.openmp(),
+        "threads": torch.get_num_threads(),
+    }
+
+
 from . import _register as _register  # noqa: E402, PLC0414
 from . import flags, functional  # noqa: E402
 from .convert import replace, restore  # noqa: E402
+from .explain import explain  # noqa: E402
 from .modules import Conv1d, Conv2d, Conv3d, ConvTranspose1d, ConvTranspose2d, ConvTranspose3d  # noqa: E402
 
 __all__ = [
@@ -42,6 +67,8 @@ __all__ = [
     "ConvTranspose2d",
     "ConvTranspose3d",
     "__version__",
+    "build_info",
+    "explain",
     "flags",
     "functional",
     "replace",

@@ -1,4 +1,9 @@
-"""Switches for tests and curiosity. Each is a context manager and holds for the calling thread."""
+"""Switches: which algorithm and instruction set run, and what happens to denormals.
+
+Each is a context manager, also usable as a decorator, and holds for the convolutions that the calling thread runs
+inside it. A backward pass reads the switches when it runs, not when its forward ran. Threads that are started inside do
+not inherit them. Compiled graphs and exported programs obey them, since the operators read them at run time.
+"""
 
 from __future__ import annotations
 
@@ -7,14 +12,19 @@ from collections.abc import Iterator
 
 from . import _C
 
+__all__ = ["algorithm", "exclude", "flush_denormals", "isa", "winograd"]
+
+DIRECTIONS = ("forward", "backward_input", "backward_weight")
+
 
 @contextlib.contextmanager
 def algorithm(direction: str, name: str) -> Iterator[None]:
     """Force one row of a selection table.
 
     Args:
-        direction: ``"forward"``, ``"backward_input"`` or ``"backward_weight"``.
-        name: one of ``myconv._C.algorithms(direction)``.
+        direction: of the operator that runs: ``"forward"``, ``"backward_input"`` or ``"backward_weight"``. The
+            output of a transposed convolution is made by ``backward_input``.
+        name: a row of that table, as :func:`myconv.explain` names them.
 
     Raises:
         ValueError: the direction or the name is unknown.
@@ -32,6 +42,48 @@ def algorithm(direction: str, name: str) -> Iterator[None]:
 
 
 @contextlib.contextmanager
+def exclude(*names: str) -> Iterator[None]:
+    """Take rows out of all selection tables, so that the next row that accepts a convolution runs it.
+
+    Args:
+        names: rows of any table but ``"reference"``, which takes what no other row does. Inside another ``exclude``,
+            rows are added to those that it takes out. A row that :func:`algorithm` forces runs all the same.
+
+    Raises:
+        ValueError: a name is unknown, or is ``"reference"``.
+    """
+    known = {name for direction in DIRECTIONS for name in _C.algorithms(direction)[:-1]}
+    for name in names:
+        if name not in known:
+            raise ValueError(f"there is no algorithm {name!r} to exclude; there are {', '.join(sorted(known))}")
+    with _excluded({*_C.excluded_algorithms(), *names}):
+        yield
+
+
+@contextlib.contextmanager
+def winograd(enabled: bool) -> Iterator[None]:
+    """Allow or exclude the rows that compute by Winograd's minimal filtering: the rows named ``winograd*``.
+
+    They do less arithmetic than the definition of the convolution and round differently (their error against exact
+    results is larger by a small factor). This version has no such row yet: nothing changes.
+    """
+    rows = {n for direction in DIRECTIONS for n in _C.algorithms(direction) if n.startswith("winograd")}
+    excluded = set(_C.excluded_algorithms())
+    with _excluded(excluded - rows if enabled else excluded | rows):
+        yield
+
+
+@contextlib.contextmanager
+def _excluded(names: set[str]) -> Iterator[None]:
+    before = _C.excluded_algorithms()
+    _C.exclude_algorithms(sorted(names))
+    try:
+        yield
+    finally:
+        _C.exclude_algorithms(before)
+
+
+@contextlib.contextmanager
 def isa(name: str) -> Iterator[None]:
     """Run on no better instruction set than ``"portable"``, ``"avx2"`` or ``"avx512"``.
 
@@ -46,3 +98,20 @@ def isa(name: str) -> Iterator[None]:
         yield
     finally:
         _C.cap_isa(before)
+
+
+@contextlib.contextmanager
+def flush_denormals(enabled: bool) -> Iterator[None]:
+    """Whether float32 and bfloat16 convolutions (and complex64 ones) treat denormals as zeros, which is the default.
+
+    A denormal, in float32 a number below 1.2e-38, can take a processor a hundred times as long as another. Flushed,
+    denormal values of input, weight and gradient count as zeros, and results that would be denormal are zeros, in all
+    threads of the call. ``flush_denormals(False)`` gives torch's values: the thread's own mode, set by
+    :func:`torch.set_flush_denormal`, decides, for all threads of the call. myconv never flushes float64 and float16.
+    """
+    before = _C.flush_denormals()
+    _C.set_flush_denormals(bool(enabled))
+    try:
+        yield
+    finally:
+        _C.set_flush_denormals(before)

@@ -1,4 +1,9 @@
-"""Convolutions with the signatures of :mod:`torch.nn.functional`.
+"""Convolutions with the signatures of :mod:`torch.nn.functional`, and more kinds of padding.
+
+``padding`` is an int, or has an entry for each axis: an int, or a pair ``(low, high)`` of amounts for its two sides.
+``conv1d`` .. ``conv3d`` also take ``'valid'`` and ``'same'``, and ``conv1d`` takes ``'causal'``, which pads
+``dilation * (kernel_size - 1)`` on the low side alone. ``padding_mode`` is ``'zeros'``, ``'reflect'``, ``'replicate'``
+or ``'circular'``; a transposed convolution with a mode is the adjoint of the convolution with that mode.
 
 ``conv1d`` .. ``conv_transpose3d`` are C functions. A plain call never enters Python; any other one (a padding string,
 a tensor subclass, a mode, a NumPy int as parameter) goes to the Python function of the same name that is made and
@@ -7,8 +12,8 @@ registered below, which is also what Dynamo traces. Both end in one of two opera
     conv_forward(input, weight, bias, output_size, stride, padding, dilation, groups, padding_mode)
     conv_backward_input(input, weight, bias, output_size, ...)        # a transposed convolution
 
-The operators are told the spatial size of their result, so ``padding`` is only the low side: ``'same'`` with an even
-kernel and ``output_padding`` need no padding copy.
+The operators are told the spatial size of their result, so their ``padding`` is only the low side, and no kind of
+padding needs a padded copy.
 """
 
 from __future__ import annotations
@@ -41,17 +46,33 @@ def _integer(function: str, argument: str, value, legal: str = "int or tuple of 
     raise TypeError(f"{function}(): argument '{argument}' must be {legal}, not {type(value).__name__}")
 
 
-def _axes(function: str, argument: str, value, rank: int) -> list[int]:
+def _axes(function: str, argument: str, value, rank: int, legal: str = "int or tuple of ints") -> list[int]:
     """The value of one parameter as a list: of one entry for each axis where the caller's length allows it."""
     if isinstance(value, (tuple, list)):
-        entries = [int(v) if isinstance(v, bool) else _integer(function, argument, v) for v in value]
+        entries = [int(v) if isinstance(v, bool) else _integer(function, argument, v, legal) for v in value]
     else:
-        entries = [_integer(function, argument, value)]
+        entries = [_integer(function, argument, value, legal)]
     for entry in entries:
         if isinstance(entry, int) and not -(2**63) < entry < 2**63:
             error = TypeError if isinstance(value, (tuple, list)) else ValueError
             raise error(f"{function}(): argument '{argument}': Overflow when unpacking long long, got {entry}")
     return entries * rank if len(entries) == 1 else entries
+
+
+def _sides(function: str, value, rank: int) -> tuple[list[int], list[int]]:
+    """The low and high sides of ``padding``, each as from :func:`_axes`."""
+    if not isinstance(value, (tuple, list)) or not any(isinstance(entry, (tuple, list)) for entry in value):
+        low = _axes(function, "padding", value, rank)
+        return low, low
+    legal = "int or tuple of ints and (low, high) pairs of ints"
+    pairs = [
+        _axes(function, "padding", entry, 2, legal) if not isinstance(entry, (tuple, list)) or len(entry) == 2 else None
+        for entry in value
+    ]
+    if None in pairs:
+        raise TypeError(f"{function}(): argument 'padding' must be {legal}, not {value!r}")
+    low, high = ([pair[side] for pair in pairs] for side in (0, 1))
+    return (low * rank, high * rank) if len(pairs) == 1 else (low, high)
 
 
 def _tensor(function: str, argument: str, value) -> None:
@@ -68,18 +89,32 @@ def _concrete(*sizes: Sequence[int]) -> bool:
     return all(type(entry) is int for size in sizes for entry in size)
 
 
-def _same_padding(name, rank, input, weight, stride, dilation) -> tuple[list[int], list[int]]:
-    """Low sides and sizes of padding='same': the size stays, and an odd total has its larger half on the high side."""
-    if input.dim() not in (rank + 1, rank + 2) or weight.dim() != rank + 2:
-        return [0] * rank, []  # the check that follows refuses the call
+def _named_padding(name, rank, padding: str, input, weight, stride, dilation) -> tuple[list[int], list[int]]:
+    """The sides of ``'valid'``, ``'same'`` (an odd total has its larger half on the high side) and ``'causal'``."""
+    nothing = [0] * rank
+    if input.dim() not in (rank + 1, rank + 2):
+        return nothing, nothing  # the check that follows refuses the call
+    if padding == "causal" and rank > 1:
+        raise RuntimeError(
+            f"padding='causal' is for conv1d: {name} has {rank} axes and cannot know which is time. Give (low, high) "
+            f"pairs, for example padding=((dilation * (kernel_size - 1), 0){', (0, 0)' * (rank - 1)})"
+        )
+    if padding not in ("valid", "same", "causal"):
+        legal = "'same', 'valid', 'causal'" if rank == 1 else "'same', 'valid'"
+        raise RuntimeError(f"Invalid padding string: '{padding}', should be one of {legal}")
+    if padding == "valid" or weight.dim() != rank + 2:
+        return nothing, nothing
     for argument, values in (("stride", stride), ("dilation", dilation)):
         if len(values) != rank:
             raise RuntimeError(f"{argument} cannot broadcast to {rank} dimensions: got {argument}={tuple(values)}")
+    # max: a negative dilation is for the check to refuse, in its own words
+    total = [max(0, d * (k - 1)) for d, k in zip(dilation, _shape(weight)[2:])]
+    if padding == "causal":
+        return total, nothing
     if any(s != 1 for s in stride):
         raise RuntimeError(f"padding='same' is not supported for strided convolutions, got stride={tuple(stride)}")
-    # max: a negative dilation is for the check to refuse, in its own words
-    low = [max(0, d * (k - 1) // 2) for d, k in zip(dilation, _shape(weight)[2:])]
-    return low, list(_shape(input)[-rank:])
+    low = [t // 2 for t in total]
+    return low, [t - before for t, before in zip(total, low)]
 
 
 def _convolve(
@@ -98,46 +133,37 @@ def _convolve(
     stride = _axes(name, "stride", stride, rank)
     dilation = _axes(name, "dilation", dilation, rank)
     output_padding = _axes(name, "output_padding", output_padding, rank)
-    size = None
     if isinstance(padding, str) and not transposed:
-        if input.dim() not in (rank + 1, rank + 2):
-            size = []
-        elif padding not in ("same", "valid"):
-            raise RuntimeError(f"Invalid padding string: '{padding}', should be one of 'same', 'valid'")
-        if padding == "same":
-            padding, size = _same_padding(name, rank, input, weight, stride, dilation)
-            check_padding = [max(0, -(-d * (k - 1) // 2)) for d, k in zip(dilation, weight.shape[2:])] or padding
-        else:
-            padding = check_padding = [0] * rank
+        low, high = _named_padding(name, rank, padding, input, weight, stride, dilation)
     else:
-        padding = check_padding = _axes(name, "padding", padding, rank)
+        low, high = _sides(name, padding, rank)
 
+    mode = PADDING_MODES[padding_mode]
     shapes = [_shape(input), _shape(weight), None if bias is None else _shape(bias)]
-    parameters = [stride, check_padding, output_padding, dilation]
+    parameters = [stride, low, high, output_padding, dilation]
     if not torch.compiler.is_compiling() and _concrete(*(s or () for s in shapes), *parameters, [groups]):
-        checked = _C.check_call(name, rank, transposed, *shapes, *parameters, groups)
-        size = size or checked
-    if not size:
-        size = _result_size(rank, transposed, input, weight, stride, padding, output_padding, dilation)
+        size = _C.check_call(name, rank, transposed, *shapes, *parameters, groups, mode)
+    else:
+        size = _result_size(rank, transposed, input, weight, *parameters)
 
     batched = input.dim() == rank + 2
     x = input if batched else input.unsqueeze(0)
     op = torch.ops.myconv.conv_backward_input if transposed else torch.ops.myconv.conv_forward
-    y = op(x, weight, bias, size, stride, padding, dilation, groups, PADDING_MODES[padding_mode])
+    y = op(x, weight, bias, size, stride, low, dilation, groups, mode)
     if not transposed and x.shape[1] == 0:
         y = y.narrow(1, 0, 0)  # torch gives a convolution over no channels no channels
     return y if batched else y.squeeze(0)
 
 
-def _result_size(rank, transposed, input, weight, stride, padding, output_padding, dilation) -> list[int]:
+def _result_size(rank, transposed, input, weight, stride, low, high, output_padding, dilation) -> list[int]:
     """The formula of csrc/checks.cpp for sizes that only Python can follow: symbolic ones."""
     size = []
     for i in range(rank):
         extent, reach = input.shape[i - rank], dilation[i] * (weight.shape[i + 2] - 1)
         if transposed:
-            size.append((extent - 1) * stride[i] - 2 * padding[i] + reach + output_padding[i] + 1)
+            size.append((extent - 1) * stride[i] - low[i] - high[i] + reach + output_padding[i] + 1)
         else:
-            size.append((extent + 2 * padding[i] - reach - 1) // stride[i] + 1)
+            size.append((extent + low[i] + high[i] - reach - 1) // stride[i] + 1)
         torch._check(size[i] > 0, lambda: "the kernel does not fit the input: the output size is too small")
     return size
 
@@ -159,14 +185,15 @@ def _conv_function(rank: int, entry):
 def _conv_transpose_function(rank: int, entry):
     name = entry.__name__
 
-    def conv_transpose(input, weight, bias=None, stride=1, padding=0, output_padding=0, groups=1, dilation=1):
+    def conv_transpose(
+        input, weight, bias=None, stride=1, padding=0, output_padding=0, groups=1, dilation=1, *, padding_mode="zeros"
+    ):
         tensors = (input, weight, bias)
         if has_torch_function(tensors):
-            return handle_torch_function(
-                entry, tensors, input, weight, bias, stride, padding, output_padding, groups, dilation
-            )
+            arguments = (input, weight, bias, stride, padding, output_padding, groups, dilation)
+            return handle_torch_function(entry, tensors, *arguments, padding_mode=padding_mode)
         return _convolve(
-            name, rank, True, input, weight, bias, stride, padding, output_padding, dilation, groups, "zeros"
+            name, rank, True, input, weight, bias, stride, padding, output_padding, dilation, groups, padding_mode
         )
 
     return conv_transpose

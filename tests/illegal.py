@@ -3,7 +3,8 @@
 CALLS       torch refuses them; myconv refuses them with the same exception type, and with torch's words where those are
             clear.
 TORCH_UNSAFE  torch crashes, answers nonsense, or returns memory it never wrote; myconv refuses them.
-EXTENSIONS  what myconv.functional has and torch.nn.functional has not: `padding_mode`.
+ACCEPTED    calls that torch refuses and myconv runs: kinds of padding. docs/padding.md lists the same calls.
+EXTENSIONS  illegal calls with what myconv.functional has and torch.nn.functional has not.
 OPERATORS   torch.ops.myconv.* called directly. Each row changes one argument of a legal call, see LEGAL.
 
 A call is an expression over `vocabulary(library)`, so a failing row prints what to type. `#` in a call and its words
@@ -68,6 +69,12 @@ class Unsafe(NamedTuple):
     torch_does: str
 
 
+class Accepted(NamedTuple):
+    id: str
+    call: str
+    error: type[Exception]  # of torch
+
+
 class Operator(NamedTuple):
     id: str
     op: str
@@ -87,6 +94,13 @@ def with_(module: torch.nn.Module, **tensors: torch.Tensor) -> torch.nn.Module:
     return module
 
 
+def set_(module: torch.nn.Module, **attributes: object) -> torch.nn.Module:
+    """`module` with attributes assigned after its construction."""
+    for name, value in attributes.items():
+        setattr(module, name, value)
+    return module
+
+
 def vocabulary(library: Mapping[str, Any]) -> dict[str, Any]:
     """The names a call may use; `library` gives conv1d .. ConvTranspose3d. x#, w#, v# are the input, the weight and the
     weight of the transposed convolution of a legal call of that rank: 4 channels, 6 for w# and v# to produce, kernel 3.
@@ -96,7 +110,7 @@ def vocabulary(library: Mapping[str, Any]) -> dict[str, Any]:
         names[f"x{rank}"] = t(2, 4, *(8,) * rank)
         names[f"w{rank}"] = t(6, 4, *(3,) * rank)
         names[f"v{rank}"] = t(4, 6, *(3,) * rank)
-    return {**names, **DTYPES, "t": t, "with_": with_, "torch": torch, "np": np}
+    return {**names, **DTYPES, "t": t, "with_": with_, "set_": set_, "torch": torch, "np": np}
 
 
 def each_rank(rows: list) -> list:
@@ -505,7 +519,6 @@ SIGNATURE = [
     Row("no-weight", "conv_transpose2d(x2)", TypeError, ("conv_transpose2d() missing 1 required positional argument", "weight")),
     Row("no-input", "conv_transpose2d(weight=v2)", TypeError, ("missing", "input")),
     Row("unknown", "conv_transpose#d(x#, v#, bogus=1)", TypeError, "conv_transpose#d() got an unexpected keyword argument 'bogus'"),
-    Row("unknown-padding-mode", "conv_transpose1d(x1, v1, padding_mode='zeros')", TypeError, "conv_transpose1d() got an unexpected keyword argument 'padding_mode'"),
     Row("unknown-output-size", "conv_transpose2d(x2, v2, output_size=(10, 10))", TypeError, "got an unexpected keyword argument 'output_size'"),
     Row("too-many", "conv_transpose2d(x2, v2, None, 1, 0, 0, 1, 1, 1)", TypeError, "conv_transpose2d() takes from 2 to 8 positional arguments but 9 were given"),
     Row("dilation-twice", "conv_transpose2d(x2, v2, None, 1, 0, 0, 1, 1, dilation=1)", TypeError, "conv_transpose2d() got multiple values for argument 'dilation'"),
@@ -637,10 +650,7 @@ CONSTRUCTORS = [
     Row("dtype-int", "Conv2d(4, 6, 3, dtype=i64)", RuntimeError, "floating point"),
     Row("dtype-str", "Conv2d(4, 6, 3, dtype='float32')", TypeError, "dtype"),
     Row("device", "Conv2d(4, 6, 3, device='nowhere')", RuntimeError, "nowhere"),
-    Row("padding-mode", "ConvTranspose1d(4, 6, 3, padding_mode='reflect')", ValueError, 'Only "zeros" padding mode is supported for ConvTranspose1d'),
-    Row("padding-mode", "ConvTranspose2d(4, 6, 3, padding_mode='circular')", ValueError, 'Only "zeros" padding mode is supported for ConvTranspose2d'),
-    Row("padding-mode", "ConvTranspose3d(4, 6, 3, padding_mode='replicate')", ValueError, 'Only "zeros" padding mode is supported for ConvTranspose3d'),
-    Row("padding-mode-unknown", "ConvTranspose2d(4, 6, 3, padding_mode='bogus')", ValueError, 'Only "zeros" padding mode is supported'),
+    Row("padding-mode-unknown", "ConvTranspose2d(4, 6, 3, padding_mode='bogus')", ValueError, (), ("padding_mode must be one of", "bogus")),
     Row("in-channels-groups", "ConvTranspose#d(4, 6, 3, groups=3)", ValueError, "in_channels must be divisible by groups"),
     Row("out-channels-groups", "ConvTranspose#d(4, 6, 3, groups=4)", ValueError, "out_channels must be divisible by groups"),
     Row("groups-0", "ConvTranspose#d(4, 6, 3, groups=0)", ValueError, "groups must be a positive integer"),
@@ -766,8 +776,60 @@ TORCH_UNSAFE = each_rank(
 # ---- padding_mode, a keyword of myconv's functions alone
 
 MODES = (ValueError, TypeError)
+ACCEPTED = each_rank(
+    [
+        Accepted("pair", "conv#d(x#, w#, padding=((1, 2),))", TypeError),
+        Accepted("pairs", "conv2d(x2, w2, padding=((1, 2), (0, 3)))", TypeError),
+        Accepted("pair-and-number", "conv2d(x2, w2, padding=(1, (0, 2)))", TypeError),
+        Accepted("causal", "conv1d(x1, w1, padding='causal')", RuntimeError),
+        Accepted("padding-mode", "conv#d(x#, w#, padding=1, padding_mode='reflect')", TypeError),
+        Accepted("pair", "conv_transpose#d(x#, v#, padding=((1, 2),))", TypeError),
+        Accepted("padding-mode", "conv_transpose#d(x#, v#, padding=1, padding_mode='circular')", TypeError),
+        Accepted("pair", "Conv#d(4, 6, 3, padding=((1, 2),))(x#)", TypeError),
+        Accepted("pair-padding-mode", "Conv#d(4, 6, 3, padding=((1, 2),), padding_mode='reflect')(x#)", TypeError),
+        Accepted("causal", "Conv1d(4, 6, 3, padding='causal')", ValueError),
+        Accepted("pair", "ConvTranspose#d(4, 6, 3, padding=((1, 2),))(x#)", TypeError),
+        Accepted("padding-mode", "ConvTranspose#d(4, 6, 3, padding_mode='reflect')", ValueError),
+        Accepted("padding-mode-set-later", "set_(ConvTranspose#d(4, 6, 3), padding_mode='circular')(x#)", ValueError),
+    ]
+)
+
 EXTENSIONS = each_rank(
     [
+        Row("one-pair-unwrapped", "conv1d(x1, w1, padding=(1, 2))", RuntimeError, (), (numbers("padding", "1", "[1, 2]"), "((low, high),)")),
+        Row("pair-negative-low", "conv#d(x#, w#, padding=((-1, 2),))", RuntimeError, (), PADDING),
+        Row("pair-negative-high", "conv#d(x#, w#, padding=((1, -2),))", RuntimeError, (), PADDING),
+        Row("pair-negative-high", "conv_transpose#d(x#, v#, padding=((1, -2),))", RuntimeError, (), PADDING),
+        Row("pair-of-three", "conv2d(x2, w2, padding=((1, 2, 3), (1, 2)))", TypeError, (), ("padding", "(low, high) pairs")),
+        Row("pair-of-one", "conv2d(x2, w2, padding=((1,), (1, 2)))", TypeError, (), ("padding", "(low, high) pairs")),
+        Row("pair-empty", "conv2d(x2, w2, padding=((), ()))", TypeError, (), ("padding", "(low, high) pairs")),
+        Row("pair-float", "conv2d(x2, w2, padding=((1, 2.5), 1))", TypeError, (), ("padding", "float")),
+        Row("pair-and-string", "conv2d(x2, w2, padding=((1, 2), 'same'))", TypeError, (), ("padding", "(low, high) pairs", "str")),
+        Row("pairs-too-many", "conv1d(x1, w1, padding=((1, 2), (1, 2)))", RuntimeError, (), numbers("padding", "1", "[1, 1]")),
+        Row("pairs-too-few", "conv3d(x3, w3, padding=((1, 2), (1, 2)))", RuntimeError, (), numbers("padding", "3", "[1, 1]")),
+        Row("pair-high-2**62", "conv#d(x#, w#, padding=((0, 2**62),))", RuntimeError, (), ("padding", "4611686018427387904", "at most")),
+        Row("pair-2**63", "conv2d(x2, w2, padding=((0, 2**63), 1))", TypeError, (), "verflow"),
+        Row("pair-kernel-larger", "conv2d(t(2, 4, 2, 2), w2, padding=((0, 1), 0))", RuntimeError, (), "(3 x 2). Kernel size: (3 x 3)"),
+        Row("pair-output-small", "conv_transpose2d(x2, v2, padding=((9, 2), 0))", RuntimeError, (), "(-1 x 10). Output size is too small"),
+        Row("pair-reflect-high", "conv2d(x2, w2, padding=((0, 8), 0), padding_mode='reflect')", RuntimeError, (), "got: padding (0, 8)"),
+        Row("pair-reflect-unreached", "conv2d(x2, w2, padding=((0, 8), 0), stride=20, padding_mode='reflect')", RuntimeError, (), "got: padding (0, 8)"),
+        Row("pair-circular-high", "conv1d(x1, w1, padding=((0, 9),), padding_mode='circular')", RuntimeError, (), CIRCULAR),
+        Row("transposed-reflect", "conv_transpose1d(t(2, 4, 1), t(4, 6, 7), padding=3, padding_mode='reflect')", RuntimeError, (), REFLECT),
+        Row("transposed-unknown", "conv_transpose#d(x#, v#, padding_mode='bogus')", ValueError, (), ("padding_mode", "bogus", "reflect")),
+        Row("transposed-same", "conv_transpose#d(x#, v#, padding='same', padding_mode='reflect')", TypeError, (), ("padding", "str")),
+        Row("transposed-causal", "conv_transpose1d(x1, v1, padding='causal')", TypeError, (), ("padding", "str")),
+        Row("causal-2d", "conv2d(x2, w2, padding='causal')", RuntimeError, (), ("'causal' is for conv1d", "pairs", "((dilation * (kernel_size - 1), 0), (0, 0))")),
+        Row("causal-3d", "conv3d(x3, w3, padding='causal')", RuntimeError, (), ("'causal' is for conv1d", "pairs", "(0, 0), (0, 0))")),
+        Row("causal-dilation-0", "conv1d(x1, w1, padding='causal', dilation=0)", RuntimeError, (), "non-positive dilation"),
+        Row("causal-stride-0", "conv1d(x1, w1, padding='causal', stride=0)", RuntimeError, (), STRIDE),
+        Row("causal-reflect", "conv1d(x1, w1, padding='causal', dilation=4, padding_mode='reflect')", RuntimeError, (), REFLECT),
+        Row("unknown-string-1d", "conv1d(x1, w1, padding='full')", RuntimeError, (), "should be one of 'same', 'valid', 'causal'"),
+        Row("causal", "Conv2d(4, 6, 3, padding='causal')", ValueError, (), ("'causal' is for Conv1d", "pairs")),
+        Row("causal", "Conv3d(4, 6, 3, padding='causal')", ValueError, (), ("'causal' is for Conv1d", "pairs")),
+        Row("pair-of-three", "Conv2d(4, 6, 3, padding=((1, 2, 3), 1))", ValueError, (), ("padding must have 2 entries", "(low, high)")),
+        Row("pairs-too-many", "Conv1d(4, 6, 3, padding=((1, 2), (1, 2)))", ValueError, (), "padding must have 1 entries"),
+        Row("pair-negative", "Conv#d(4, 6, 3, padding=((1, -2),))(x#)", RuntimeError, (), PADDING),
+        Row("padding-mode-unknown", "set_(ConvTranspose2d(4, 6, 3), padding_mode='bogus')(x2)", ValueError, (), ("padding_mode", "bogus")),
         Row("unknown", "conv#d(x#, w#, padding_mode='bogus')", ValueError, (), ("padding_mode", "bogus", "zeros", "reflect", "replicate", "circular")),
         Row("upper-case", "conv2d(x2, w2, padding_mode='Reflect')", ValueError, (), ("padding_mode", "Reflect")),
         Row("none", "conv2d(x2, w2, padding_mode=None)", MODES, (), ("padding_mode", "None")),

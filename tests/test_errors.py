@@ -1,5 +1,6 @@
 """Illegal calls: the same exception type as torch, words that tell what is wrong, and never a crash."""
 
+import pathlib
 import re
 from collections.abc import Callable
 
@@ -81,8 +82,18 @@ def test_myconv_refuses_what_torch_does_not(row):
 
 
 @rows(illegal.EXTENSIONS)
-def test_myconv_refuses_padding_mode(row):
+def test_myconv_refuses_extensions(row):
     refusal(row, f"myconv: {row.call}", evaluate(row, MYCONV), row.error, [row.ours])
+
+
+@rows(illegal.ACCEPTED)
+def test_myconv_accepts(row):
+    """What torch refuses and myconv runs is this list and no more, and the documentation has all of it."""
+    assert isinstance(evaluate(row, MYCONV)(), (torch.Tensor, torch.nn.Module))
+    with pytest.raises(row.error):
+        evaluate(row, TORCH)()
+    page = (pathlib.Path(__file__).parent.parent / "docs" / "padding.md").read_text(encoding="utf-8")
+    assert any(f"`{row.call}`" in page.replace("#", rank) for rank in "0123"), "docs/padding.md does not list it"
 
 
 # ---- the operators
@@ -142,7 +153,7 @@ def test_base_calls_are_legal():
 
 
 def test_tables_are_what_they_say():
-    tables = (illegal.CALLS, illegal.TORCH_UNSAFE, illegal.EXTENSIONS, *illegal.OPERATORS.values())
+    tables = (illegal.CALLS, illegal.TORCH_UNSAFE, illegal.ACCEPTED, illegal.EXTENSIONS, *illegal.OPERATORS.values())
     for table in tables:
         names = [row.id for row in table]
         assert len(names) == len(set(names)), sorted({name for name in names if names.count(name) > 1})

@@ -132,9 +132,12 @@ def test_same_state(name, case):
 
 @pytest.mark.parametrize(
     "name, kwargs",
-    [(n, kwargs) for n in CLASSES for kwargs in ({"groups": 0}, {"groups": 3}, {"padding_mode": "mirror"})]
-    + [(n, kwargs) for n in CONVS for kwargs in ({"padding": "full"}, {"padding": "same", "stride": 2})]
-    + [(n, {"padding_mode": mode}) for n in TRANSPOSED for mode in PADDED_MODES],
+    [(n, kwargs) for n in CLASSES for kwargs in ({"groups": 0}, {"groups": 3})]
+    + [
+        (n, kwargs)
+        for n in CONVS
+        for kwargs in ({"padding": "full"}, {"padding": "same", "stride": 2}, {"padding_mode": "mirror"})
+    ],
     ids=str,
 )
 def test_same_constructor_errors(name, kwargs):
@@ -230,13 +233,11 @@ def test_output_size(name, batch):
 
 @pytest.mark.parametrize("name", TRANSPOSED)
 def test_transposed_errors_after_construction(name):
-    for attribute, value, error in (("padding_mode", "reflect", ValueError), ("padding", 1, AssertionError)):
-        theirs, ours = pair_of_case(name)
-        setattr(theirs, attribute, value)
-        setattr(ours, attribute, value)
-        expected = outcome(lambda theirs=theirs: theirs(sample(name)))
-        assert expected[0] is error
-        assert outcome(lambda ours=ours: ours(sample(name))) == expected
+    theirs, ours = pair_of_case(name)
+    theirs.padding = ours.padding = 1
+    expected = outcome(lambda: theirs(sample(name)))
+    assert expected[0] is AssertionError
+    assert outcome(lambda: ours(sample(name))) == expected
 
 
 @pytest.mark.parametrize("name", CLASSES)

@@ -8,10 +8,14 @@
 
 #include <cstddef>
 #include <cstdlib>
+#include <cstring>
 
 #include "checks.h"
 #include "complex.h"
 #include "cpu/algorithms.h"
+#include "cpu/microkernels.h"
+#include "cpu/isa.h"
+#include "cpu/parallel.h"
 #include "cpu/tables.h"
 #include "operators.h"
 
@@ -43,10 +47,20 @@ const Algorithm kBackwardWeight[] = {
 
 constexpr int64_t kStackBytes = 16 << 10;  // up to here the allocator would cost more than it gives
 
-void run(Direction direction, const ConvShape& shape, const ConvPointers& pointers) {
+// `result` is dense, or the weight gradient, whose strides are in the shape.
+void run(Direction direction, const ConvShape& shape, ConvPointers pointers, const Tensor& result) {
   const Algorithm& algorithm = first_match(table(direction), direction, shape);
   const int threads = at::get_num_threads();
   const int64_t bytes = algorithm.workspace(shape, threads);
+  if (Recording* r = recording()) {
+    r->choices.push_back({direction, shape, &algorithm, reasons(table(direction), shape), microkernels().isa, bytes,
+                          std::exchange(r->copies, {})});
+    result.zero_();
+    return;
+  }
+  pointers.result = result.data_ptr();
+  // Float16 denormals are ordinary numbers in float32, in which they are summed.
+  const DenormalMode mode(flush_denormals() && (shape.dtype == Dtype::kFloat32 || shape.dtype == Dtype::kBFloat16));
   // MYCONV_WORKSPACE=heap is for tests that watch the allocator's memory.
   static const bool heap_only = std::getenv("MYCONV_WORKSPACE") != nullptr;
   if (bytes <= kStackBytes && !heap_only) {
@@ -93,8 +107,13 @@ Tensor empty_result_cpu(c10::IntArrayRef sizes, at::ScalarType dtype, bool chann
   return Tensor(at::detail::empty_cpu(sizes, dtype, /*pin_memory=*/false, format));
 }
 
-Tensor dense(const Tensor& t, bool channels_last) {
+void note_copy(const char* name, const Tensor& t) {
+  if (Recording* r = recording()) r->copies.emplace_back(name, static_cast<int64_t>(t.nbytes()));
+}
+
+Tensor dense(const char* name, const Tensor& t, bool channels_last) {
   if (is_dense(t, channels_last)) return t;
+  note_copy(name, t);
   return empty_result_cpu(t.sizes(), t.scalar_type(), channels_last).copy_(t);
 }
 
@@ -111,6 +130,7 @@ Tensor with_result(c10::IntArrayRef sizes, at::ScalarType dtype, bool channels_l
     return result;
   }
   const Tensor computed = empty_result_cpu(sizes, dtype, computed_channels_last);
+  note_copy("result", computed);
   f(computed);
   return result.copy_(computed), result;
 }
@@ -154,10 +174,10 @@ Tensor forward(const Tensor& x, const Tensor& w, const OptionalTensor& bias, c10
   const bool computed = x.dim() == 3 ? channels_last : sample_is_channels_last(x) || sample_is_channels_last(w);
   const ConvShape shape = make_conv_shape(call, w.strides(), x.scalar_type(), computed);
   return with_result(size, x.scalar_type(), channels_last, computed, [&](const Tensor& y) {
-    const Tensor xd = dense(x, computed);
+    const Tensor xd = dense("input", x, computed);
     const OptionalTensor b = bias ? OptionalTensor(bias->contiguous()) : std::nullopt;
-    run(Direction::kForward, shape,
-        {.input = xd.const_data_ptr(), .weight = w.const_data_ptr(), .bias = data_of(b), .result = y.data_ptr()});
+    run(Direction::kForward, shape, {.input = xd.const_data_ptr(), .weight = w.const_data_ptr(), .bias = data_of(b)},
+        y);
   });
 }
 
@@ -190,13 +210,10 @@ Tensor backward_input(const Tensor& gy, const Tensor& w, const OptionalTensor& b
   const bool computed = gy.dim() == 3 ? channels_last : sample_is_channels_last(gy) || sample_is_channels_last(w);
   const ConvShape shape = make_conv_shape(call, w.strides(), gy.scalar_type(), computed);
   return with_result(size, gy.scalar_type(), channels_last, computed, [&](const Tensor& gx) {
-    const Tensor gyd = dense(gy, computed);
+    const Tensor gyd = dense("grad_output", gy, computed);
     const OptionalTensor b = bias ? OptionalTensor(bias->contiguous()) : std::nullopt;
     run(Direction::kBackwardInput, shape,
-        {.weight = w.const_data_ptr(),
-         .bias = data_of(b),
-         .grad_output = gyd.const_data_ptr(),
-         .result = gx.data_ptr()});
+        {.weight = w.const_data_ptr(), .bias = data_of(b), .grad_output = gyd.const_data_ptr()}, gx);
   });
 }
 
@@ -206,11 +223,10 @@ void backward_weight_into(const Tensor& gw, const Tensor& gb, const Tensor& gy, 
   const bool computed =
       x.dim() == 3 ? result_is_channels_last(x, gy) : sample_is_channels_last(x) || sample_is_channels_last(gy);
   const ConvShape shape = make_conv_shape(call, gw.strides(), gw.scalar_type(), computed);
-  const Tensor gyd = dense(gy, computed), xd = dense(x, computed);
+  const Tensor gyd = dense("grad_output", gy, computed), xd = dense("input", x, computed);
   if (gb.defined()) bias_backward(shape, gyd.const_data_ptr(), gb.data_ptr());
   if (gw.numel() == 0) return;
-  run(Direction::kBackwardWeight, shape,
-      {.input = xd.const_data_ptr(), .grad_output = gyd.const_data_ptr(), .result = gw.data_ptr()});
+  run(Direction::kBackwardWeight, shape, {.input = xd.const_data_ptr(), .grad_output = gyd.const_data_ptr()}, gw);
 }
 
 Tensor backward_weight(const Tensor& gy, const Tensor& x, c10::IntArrayRef kernel_size, c10::IntArrayRef stride,

@@ -7,6 +7,9 @@
 
 #include <atomic>
 #include <exception>
+#if defined(__x86_64__)
+#include <xmmintrin.h>
+#endif
 
 extern "C" {
 void GOMP_parallel(void (*body)(void*), void* context, unsigned threads, unsigned flags) __attribute__((weak));
@@ -17,10 +20,21 @@ int omp_get_num_threads() __attribute__((weak));
 namespace myconv::cpu {
 namespace {
 
+#if defined(__x86_64__)
+constexpr uint32_t kFlush = 0x8040;  // flush to zero (results), denormals are zeros (operands)
+uint32_t float_mode() { return _mm_getcsr(); }
+void set_float_mode(uint32_t mode) { _mm_setcsr(mode); }
+#else
+constexpr uint32_t kFlush = 0;
+uint32_t float_mode() { return 0; }
+void set_float_mode(uint32_t) {}
+#endif
+
 struct Region {
   int64_t tasks, grain;
   void (*body)(void*, int64_t, int64_t);
   void* context;
+  uint32_t mode;
   std::atomic_flag failed = ATOMIC_FLAG_INIT;
   std::exception_ptr error;
 };
@@ -33,15 +47,26 @@ void piece(void* argument) {
   const int64_t length = (region.tasks + pieces - 1) / pieces, thread = omp_get_thread_num();
   const int64_t begin = thread * length, end = std::min(region.tasks, begin + length);
   if (begin >= end) return;
+  const uint32_t mode = float_mode();
+  set_float_mode(region.mode);
   try {
     const at::internal::ThreadIdGuard guard(static_cast<int>(thread));
     region.body(region.context, begin, end);
   } catch (...) {
     if (!region.failed.test_and_set()) region.error = std::current_exception();
   }
+  set_float_mode(mode);
 }
 
 }  // namespace
+
+DenormalMode::DenormalMode(bool flush) : before_(float_mode()) {
+  if (flush) set_float_mode(before_ | kFlush);
+}
+
+DenormalMode::~DenormalMode() { set_float_mode(before_); }
+
+bool parallel_regions() { return GOMP_parallel != nullptr; }
 
 void run_parallel(int64_t tasks, int64_t grain, void (*body)(void*, int64_t, int64_t), void* context) {
   if (tasks <= 0) return;
@@ -50,7 +75,7 @@ void run_parallel(int64_t tasks, int64_t grain, void (*body)(void*, int64_t, int
     const at::internal::ThreadIdGuard guard(0);
     return body(context, 0, tasks);
   }
-  Region region{tasks, grain, body, context};
+  Region region{tasks, grain, body, context, float_mode()};
   GOMP_parallel(piece, &region, 0, 0);
   if (region.error) std::rethrow_exception(region.error);
 }
