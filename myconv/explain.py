@@ -143,7 +143,9 @@ def explain(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Explanat
     """
     calls: list[Call] = []
     by_torch: list[str] = []
-    with ModuleTracker() as tracker, _Watch(tracker, calls, by_torch):
+    # Left to itself, a compiler that meets a dispatch mode gives up on the code for good.
+    eager = torch.compiler.set_stance("force_eager")
+    with eager, ModuleTracker() as tracker, _Watch(tracker, calls, by_torch):
         function(*args, **kwargs)
     return Explanation(calls, by_torch, torch.get_num_threads())
 
