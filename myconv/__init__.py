@@ -31,8 +31,22 @@ _check_build()
 
 from . import _register as _register  # noqa: E402, PLC0414
 from . import flags, functional  # noqa: E402
-from .convert import replace, restore  # noqa: E402
-from .modules import Conv1d, Conv2d, Conv3d, ConvTranspose1d, ConvTranspose2d, ConvTranspose3d  # noqa: E402
+from .convert import patch, replace, restore  # noqa: E402
+from .modules import (  # noqa: E402
+    Conv1d,
+    Conv2d,
+    Conv3d,
+    ConvTranspose1d,
+    ConvTranspose2d,
+    ConvTranspose3d,
+    LazyConv1d,
+    LazyConv2d,
+    LazyConv3d,
+    LazyConvTranspose1d,
+    LazyConvTranspose2d,
+    LazyConvTranspose3d,
+)
+from .reroute import override  # noqa: E402
 
 __all__ = [
     "Conv1d",
@@ -41,9 +55,17 @@ __all__ = [
     "ConvTranspose1d",
     "ConvTranspose2d",
     "ConvTranspose3d",
+    "LazyConv1d",
+    "LazyConv2d",
+    "LazyConv3d",
+    "LazyConvTranspose1d",
+    "LazyConvTranspose2d",
+    "LazyConvTranspose3d",
     "__version__",
     "flags",
     "functional",
+    "override",
+    "patch",
     "replace",
     "restore",
 ]
