@@ -379,6 +379,7 @@ NORMS = {
         parametrizations.spectral_norm,
         lambda m: parametrize.remove_parametrizations(m, "weight"),
     ),
+    "orthogonal": (parametrizations.orthogonal, lambda m: parametrize.remove_parametrizations(m, "weight")),
     "old_weight_norm": (nn.utils.weight_norm, nn.utils.remove_weight_norm),
     "old_spectral_norm": (nn.utils.spectral_norm, nn.utils.remove_spectral_norm),
     "prune": (lambda m: prune.l1_unstructured(m, "weight", 0.4), lambda m: prune.remove(m, "weight")),
