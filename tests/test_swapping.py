@@ -11,8 +11,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch._dynamo.backends.common import aot_autograd
+from torch._functorch.aot_autograd import make_boxed_func
 from torch.ao import quantization
 from torch.ao.nn.intrinsic import ConvReLU2d
+from torch.ao.quantization.quantize_fx import prepare_fx
 from torch.fx.experimental.optimization import fuse as fx_fuse
 from torch.nn.utils import parametrizations
 from torch.optim import swa_utils
@@ -27,6 +30,7 @@ from test_convert import EAGER, LAZY, LEFT, NORMS, OURS, Custom, Tagged, kind
 pytestmark = [
     pytest.mark.filterwarnings("ignore::DeprecationWarning"),
     pytest.mark.filterwarnings("ignore:.*deprecated:FutureWarning"),
+    pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning"),
     pytest.mark.filterwarnings("ignore:Lazy modules are a new feature:UserWarning"),
 ]
 
@@ -75,7 +79,8 @@ def outcome(model, x):
     x = x.detach().requires_grad_()
     y = model(x)
     weights = torch.linspace(-1, 1, y.numel(), dtype=y.dtype).view(y.shape)
-    return [y, *torch.autograd.grad((y * weights).sum(), [x, *model.parameters()])]
+    leaves = [x, *(p for p in model.parameters() if p.requires_grad)]  # fusion makes parameters that do not
+    return [y, *torch.autograd.grad((y * weights).sum(), leaves)]
 
 
 def assert_same(ours, theirs, x, way):
@@ -183,7 +188,7 @@ def test_patch_takes_subclasses_that_inherit():
     assert_same(model[0], myconv.restore(model[0], inplace=False).model, x, "patch")
 
 
-LEFT_BY_PATCH = [case for case in LEFT if "subclass" not in case or "tensor" in case]
+LEFT_BY_PATCH = [case for case, (_, reason) in LEFT.items() if not reason.startswith("a subclass")]
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning")
@@ -238,7 +243,7 @@ def test_fuse_modules(way, order):
     if order == "swap first":
         WAYS[way][0](ours)
         if way == "replace":
-            with pytest.raises(NotImplementedError, match="Cannot fuse modules"):
+            with pytest.raises((AssertionError, NotImplementedError), match="did not find fuser method"):
                 quantization.fuse_modules(ours, PARTS)
             return
     ours = quantization.fuse_modules(ours, PARTS)
@@ -272,8 +277,9 @@ def test_fx_fuse(way):
 # ---- reparametrizations
 
 
-@EACH_WAY
-@pytest.mark.parametrize("order", ["swap first", "norm first"])
+@pytest.mark.parametrize(
+    "order, way", [(o, w) for o in ("swap first", "norm first") for w in ("replace", "patch")] + [(None, "override")]
+)
 @pytest.mark.parametrize("norm", NORMS)
 @pytest.mark.parametrize("cls", [nn.Conv2d, nn.ConvTranspose2d], ids=lambda cls: cls.__name__)
 def test_reparametrized(cls, norm, order, way):
@@ -302,7 +308,7 @@ def test_parametrized_and_patched_is_copied():
     ours = myconv.patch(parametrizations.weight_norm(nn.Conv2d(4, 4, 3))).model
     clone, x = copy.deepcopy(ours), torch.randn(1, 4, 5, 5)
     with torch.no_grad():
-        clone.parametrizations.weight.original1.mul_(2)
+        clone.parametrizations.weight.original0.mul_(2)
     assert spaces(clone, x) == {"myconv"} and not torch.allclose(clone(x), ours(x))
     assert myconv.restore(clone).swapped == [""] and kind(clone) is nn.Conv2d
 
@@ -312,12 +318,10 @@ def test_parametrized_and_patched_is_copied():
 
 @CONVERTED
 def test_prepared_for_quantization_is_left(way):
-    by_name, model = [], net().float()
+    model, x = net().float(), image().float()
     model.qconfig = quantization.default_qconfig
-    by_name.append(quantization.prepare(model))
     mapping = quantization.QConfigMapping().set_global(quantization.default_qconfig)
-    by_name.append(quantization.quantize_fx.prepare_fx(net().float(), mapping, (image().float(),)))
-    for prepared in by_name:
+    for prepared in (quantization.prepare(model), prepare_fx(net().float(), mapping, (x,))):
         report = WAYS[way][0](prepared)
         assert report.swapped == []
         assert [reason for _, reason in report.left] == ["prepared for quantization"] * 3
@@ -525,7 +529,7 @@ def test_override_leaves_what_myconv_does_not_take():
     tagged = x.as_subclass(Tagged)
     with myconv.override():
         assert spaces(conv, tagged, w) == {"aten"} and type(conv(tagged, w)) is Tagged
-        assert spaces(lambda: conv(x, weight=w, b=None) if False else F.conv2d(input=tagged, weight=w)) == {"aten"}
+        assert spaces(lambda: F.conv2d(input=tagged, weight=w)) == {"aten"}
         if torch.backends.mkldnn.is_available():
             y = conv(x.to_mkldnn(), w.to_mkldnn(), b.to_mkldnn())
             assert y.is_mkldnn
@@ -595,10 +599,10 @@ def graphs_of(run, x):
     names = []
 
     def note(graph, inputs):
-        names.append([name for name in targets(graph) if "conv" in name])
-        return torch._functorch.aot_autograd.make_boxed_func(graph)
+        names.append(targets(graph))
+        return make_boxed_func(graph)
 
-    compiler = torch._dynamo.backends.common.aot_autograd(fw_compiler=note, bw_compiler=note)
+    compiler = aot_autograd(fw_compiler=note, bw_compiler=note)
     compile = functools.partial(torch.compile, backend=compiler, fullgraph=True)
     y = run(compile, x.requires_grad_())
     y.square().mean().backward()
@@ -665,8 +669,7 @@ def test_compiled_model_enters_and_leaves_the_region():
         return torch.stack(results)
 
     y, graphs = graphs_of(run, x)
-    forward = [{name.split(".")[0] for name in graph} for graph in graphs if "backward" not in str(graph)]
-    assert {"aten"} in forward and {"myconv"} in forward
+    assert [{name.split(".")[0] for name in graph} for graph in graphs[:2]] == [{"aten"}, {"myconv"}]
     torch.testing.assert_close(y, torch.stack([model(x)] * 3))
 
 
