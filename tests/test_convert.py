@@ -606,10 +606,20 @@ def test_report_text():
     assert str(myconv.replace(nn.Linear(1, 1))) == "0 swapped, 0 left"
 
 
-@pytest.mark.skipif(
-    torch.__version__ < (2, 13), reason="Dynamo of torch 2.11 does not guard on a module's class: replace, then compile"
+@pytest.mark.parametrize(
+    "convert",
+    [
+        pytest.param(
+            myconv.replace,
+            marks=pytest.mark.skipif(
+                torch.__version__ < (2, 13),
+                reason="Dynamo of torch 2.11 does not guard on a module's class: replace, then compile",
+            ),
+        ),
+        myconv.patch,
+    ],
 )
-def test_compiled_model_sees_the_swap():
+def test_compiled_model_sees_the_swap(convert):
     torch._dynamo.reset()
     model, graphs = two_convs(), []
 
@@ -620,8 +630,8 @@ def test_compiled_model_sees_the_swap():
     compiled = torch.compile(model, backend=backend)
     x = torch.randn(1, 4, 6, 6, dtype=torch.float64)
     expected = compiled(x)
-    assert myconv.replace(compiled).swapped == ["_orig_mod.0", "_orig_mod.1"]
+    assert convert(compiled).swapped == ["_orig_mod.0", "_orig_mod.1"]
     torch.testing.assert_close(compiled(x), expected)
-    assert len(graphs) == 2
+    assert len(graphs) == 2 and [name for name in graphs[1] if "conv" in name] == ["myconv.conv_forward"] * 2
     myconv.restore(compiled)
     assert torch.equal(compiled(x), expected)
