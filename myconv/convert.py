@@ -109,8 +109,8 @@ def patch(
     attribute of its own, ``_conv_forward`` (``forward`` if it is transposed), that hides the method of its class.
     Deep copies and pickles of it are patched too. TorchScript refuses it; ``torch.jit.trace`` does not.
 
-    Takes and leaves the modules that :func:`replace` does, with two differences: subclasses that inherit
-    ``forward`` and ``_conv_forward`` from torch.nn are patched, and modules of myconv's own classes are left.
+    Takes and leaves the modules that :func:`replace` does, but takes subclasses too if they inherit ``forward`` and
+    ``_conv_forward`` from torch.nn.
 
     Calling it again patches what has not been patched yet. :func:`restore` undoes it.
 
@@ -154,7 +154,7 @@ def restore(model: nn.Module, *, inplace: bool = True) -> Report:
     """Turn every myconv convolution of ``model`` into its torch.nn namesake: undoes :func:`replace` and :func:`patch`.
 
     Works on copies of a swapped model and on models built from myconv's classes too. Subclasses of these,
-    and modules whose ``forward`` was replaced, are left.
+    and modules whose ``forward`` or ``_conv_forward`` was replaced, are left.
 
     Args:
         model: any module, also a single convolution.
@@ -165,8 +165,9 @@ def restore(model: nn.Module, *, inplace: bool = True) -> Report:
     """
 
     def why_not(module: nn.Module, aliases: list[str]) -> str | None:
-        if _patches(module):
-            return None
+        patches = _patches(module)
+        if patches:
+            return None if set(patches) & set(_METHODS) else _method_replaced(module)
         if _own_class(module) not in _TORCHS:
             ours = isinstance(module, tuple(_TORCHS))
             return f"a subclass: {_class_name(module)}" if ours else "not a myconv module"

@@ -188,6 +188,19 @@ def test_patch_takes_subclasses_that_inherit():
     assert_same(model[0], myconv.restore(model[0], inplace=False).model, x, "patch")
 
 
+@pytest.mark.parametrize("cls, left", [(nn.Conv2d, False), (nn.ConvTranspose2d, True)], ids=["conv", "transposed"])
+def test_forward_wrapped_after_patch(cls, left):
+    """A wrapper around a patched ``forward`` keeps it; the forward of a convolution is torch's."""
+    module, x = myconv.patch(cls(3, 4, 3).double()).model, image()
+    module.forward = functools.partial(lambda forward, x: forward(x) + 1, module.forward)
+    assert spaces(module, x) == {"myconv"}
+    assert myconv.restore(module).left == ([("", "its forward was replaced")] if left else [])
+    assert spaces(module, x) == ({"myconv"} if left else {"aten"})
+    del module.forward
+    myconv.restore(module)
+    assert vars(module).keys() == vars(cls(3, 4, 3)).keys()
+
+
 LEFT_BY_PATCH = [case for case, (_, reason) in LEFT.items() if not reason.startswith("a subclass")]
 
 
