@@ -55,9 +55,23 @@ def build_info() -> dict[str, Any]:
 
 from . import _register as _register  # noqa: E402, PLC0414
 from . import flags, functional  # noqa: E402
-from .convert import replace, restore  # noqa: E402
+from .convert import patch, replace, restore  # noqa: E402
 from .explain import explain  # noqa: E402
-from .modules import Conv1d, Conv2d, Conv3d, ConvTranspose1d, ConvTranspose2d, ConvTranspose3d  # noqa: E402
+from .modules import (  # noqa: E402
+    Conv1d,
+    Conv2d,
+    Conv3d,
+    ConvTranspose1d,
+    ConvTranspose2d,
+    ConvTranspose3d,
+    LazyConv1d,
+    LazyConv2d,
+    LazyConv3d,
+    LazyConvTranspose1d,
+    LazyConvTranspose2d,
+    LazyConvTranspose3d,
+)
+from .reroute import override  # noqa: E402
 
 __all__ = [
     "Conv1d",
@@ -66,11 +80,19 @@ __all__ = [
     "ConvTranspose1d",
     "ConvTranspose2d",
     "ConvTranspose3d",
+    "LazyConv1d",
+    "LazyConv2d",
+    "LazyConv3d",
+    "LazyConvTranspose1d",
+    "LazyConvTranspose2d",
+    "LazyConvTranspose3d",
     "__version__",
     "build_info",
     "explain",
     "flags",
     "functional",
+    "override",
+    "patch",
     "replace",
     "restore",
 ]

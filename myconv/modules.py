@@ -18,6 +18,8 @@ from torch import Tensor, nn
 from myconv import functional
 
 __all__ = ["Conv1d", "Conv2d", "Conv3d", "ConvTranspose1d", "ConvTranspose2d", "ConvTranspose3d"]
+__all__ += ["LazyConv1d", "LazyConv2d", "LazyConv3d"]
+__all__ += ["LazyConvTranspose1d", "LazyConvTranspose2d", "LazyConvTranspose3d"]
 
 
 # ---- what the classes share
@@ -334,3 +336,42 @@ class ConvTranspose3d(nn.ConvTranspose3d):
 
 
 _CLASSES = frozenset({Conv1d, Conv2d, Conv3d, ConvTranspose1d, ConvTranspose2d, ConvTranspose3d})
+
+
+# ---- lazy ones: torch's until the first call, which makes them one of the classes above
+
+
+class LazyConv1d(nn.LazyConv1d, Conv1d):
+    """:class:`torch.nn.LazyConv1d`; the first call makes it a :class:`Conv1d`."""
+
+    cls_to_become = Conv1d
+
+
+class LazyConv2d(nn.LazyConv2d, Conv2d):
+    """:class:`torch.nn.LazyConv2d`; the first call makes it a :class:`Conv2d`."""
+
+    cls_to_become = Conv2d
+
+
+class LazyConv3d(nn.LazyConv3d, Conv3d):
+    """:class:`torch.nn.LazyConv3d`; the first call makes it a :class:`Conv3d`."""
+
+    cls_to_become = Conv3d
+
+
+class LazyConvTranspose1d(nn.LazyConvTranspose1d, ConvTranspose1d):
+    """:class:`torch.nn.LazyConvTranspose1d`; the first call makes it a :class:`ConvTranspose1d`."""
+
+    cls_to_become = ConvTranspose1d
+
+
+class LazyConvTranspose2d(nn.LazyConvTranspose2d, ConvTranspose2d):
+    """:class:`torch.nn.LazyConvTranspose2d`; the first call makes it a :class:`ConvTranspose2d`."""
+
+    cls_to_become = ConvTranspose2d
+
+
+class LazyConvTranspose3d(nn.LazyConvTranspose3d, ConvTranspose3d):
+    """:class:`torch.nn.LazyConvTranspose3d`; the first call makes it a :class:`ConvTranspose3d`."""
+
+    cls_to_become = ConvTranspose3d

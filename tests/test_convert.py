@@ -14,6 +14,8 @@ import myconv
 from conftest import SEED
 
 OURS = {getattr(nn, name): getattr(myconv, name) for name in myconv.modules.__all__}
+LAZY = [cls for cls in OURS if issubclass(cls, nn.modules.lazy.LazyModuleMixin)]
+EAGER = [cls for cls in OURS if cls not in LAZY]
 
 
 @pytest.fixture(autouse=True)
@@ -191,7 +193,7 @@ def test_repeated():
     assert myconv.replace(net).swapped == NET_CONVOLUTIONS
 
 
-@pytest.mark.parametrize("cls", OURS, ids=lambda cls: cls.__name__)
+@pytest.mark.parametrize("cls", EAGER, ids=lambda cls: cls.__name__)
 def test_model_that_is_a_convolution(cls):
     model = cls(2, 4, 3, padding=1, dtype=torch.float64)
     x = torch.randn(1, 2, *[5] * int(cls.__name__[-2]), dtype=torch.float64)
@@ -265,7 +267,7 @@ def test_choice(chosen, expected):
 
 def test_filter_sees_only_what_could_be_swapped():
     seen = []
-    net = nn.Sequential(nn.Conv2d(1, 1, 1), nn.LazyConv2d(1, 1), nn.Linear(1, 1), nn.Conv1d(1, 1, 1))
+    net = nn.Sequential(nn.Conv2d(1, 1, 1), Custom(1, 1, 1), nn.Linear(1, 1), nn.Conv1d(1, 1, 1))
     myconv.replace(net, types=nn.Conv2d, filter=lambda name, module: seen.append((name, module)))
     assert seen == [("0", net[0])]
 
@@ -377,6 +379,7 @@ NORMS = {
         parametrizations.spectral_norm,
         lambda m: parametrize.remove_parametrizations(m, "weight"),
     ),
+    "orthogonal": (parametrizations.orthogonal, lambda m: parametrize.remove_parametrizations(m, "weight")),
     "old_weight_norm": (nn.utils.weight_norm, nn.utils.remove_weight_norm),
     "old_spectral_norm": (nn.utils.spectral_norm, nn.utils.remove_spectral_norm),
     "prune": (lambda m: prune.l1_unstructured(m, "weight", 0.4), lambda m: prune.remove(m, "weight")),
@@ -458,6 +461,10 @@ class Custom(nn.Conv2d):
     pass
 
 
+class CustomLazy(nn.LazyConv2d):
+    pass
+
+
 class Tagged(torch.Tensor):
     pass
 
@@ -499,8 +506,7 @@ LEFT = {
         "a subclass: .*ParametrizedCustom",
     ),
     "derived_from_parametrized": (with_derived_class, "a subclass: .*Sharded"),
-    "lazy": (lambda: nn.LazyConv2d(4, 1), "lazy and not run yet"),
-    "lazy_transposed": (lambda: nn.LazyConvTranspose1d(4, 1), "lazy and not run yet"),
+    "lazy_subclass": (lambda: CustomLazy(4, 1), rf"a subclass: {__name__}\.CustomLazy"),
     "scripted": (lambda: torch.jit.script(nn.Conv2d(4, 4, 1)), "a scripted module"),
     "qat": (
         lambda: torch.ao.nn.qat.Conv2d(4, 4, 1, qconfig=torch.ao.quantization.default_qat_qconfig),
@@ -509,6 +515,10 @@ LEFT = {
     "quantized": (lambda: torch.ao.nn.quantized.Conv2d(4, 4, 1), "a quantized module.*"),
     "prepared": (lambda: with_attribute("qconfig", object()), "prepared for quantization"),
     "forward_replaced": (lambda: with_attribute("forward", lambda x: x), "its forward was replaced"),
+    "conv_forward_replaced": (
+        lambda: with_attribute("_conv_forward", lambda x, w, b: x),
+        "its _conv_forward was replaced",
+    ),
     "sparse": (lambda: with_weight(lambda w: w.to_sparse()), r"weight has layout torch\.sparse_coo"),
     "mkldnn": (lambda: with_weight(lambda w: w.to_mkldnn()), r"weight has layout torch\._mkldnn"),
     "quantized_weight": (
@@ -543,15 +553,6 @@ def test_left_on_other_devices(monkeypatch):
     monkeypatch.setattr(myconv.convert, "_DEVICES", ("cpu",))
     report = myconv.replace(two_convs(device="meta"))
     assert report.left == [("0", "weight is on device meta"), ("1", "weight is on device meta")]
-
-
-def test_lazy_is_swapped_after_its_first_call():
-    model = nn.Sequential(nn.LazyConv2d(4, 3), nn.LazyConvTranspose2d(2, 3))
-    assert myconv.replace(model).swapped == []
-    x = torch.randn(1, 3, 6, 6)
-    expected = model(x)
-    assert myconv.replace(model).swapped == ["0", "1"]
-    torch.testing.assert_close(model(x), expected)
 
 
 def test_wrapped_instance_forward_is_left_alone():
@@ -592,23 +593,33 @@ def test_restore_of_models_built_from_ours():
 
 
 def test_report_text():
-    model = nn.Sequential(nn.Conv2d(1, 1, 1), nn.Conv1d(1, 1, 1), nn.LazyConv2d(1, 1), nn.LazyConv2d(1, 1))
+    model = nn.Sequential(nn.Conv2d(1, 1, 1), nn.Conv1d(1, 1, 1), myconv.Conv1d(1, 1, 1), myconv.Conv2d(1, 1, 1))
     report = myconv.replace(model, types=nn.Conv2d)
     lines = [
         "1 swapped, 3 left",
         "  swapped: 0",
         "  left (not among types): 1",
-        "  left (lazy and not run yet): 2, 3",
+        "  left (already a myconv module): 2, 3",
     ]
     assert str(report) == repr(report) == "\n".join(lines)
     assert str(myconv.restore(model[0])) == "1 swapped, 0 left\n  swapped: (the model itself)"
     assert str(myconv.replace(nn.Linear(1, 1))) == "0 swapped, 0 left"
 
 
-@pytest.mark.skipif(
-    torch.__version__ < (2, 13), reason="Dynamo of torch 2.11 does not guard on a module's class: replace, then compile"
+@pytest.mark.parametrize(
+    "convert",
+    [
+        pytest.param(
+            myconv.replace,
+            marks=pytest.mark.skipif(
+                torch.__version__ < (2, 13),
+                reason="Dynamo of torch 2.11 does not guard on a module's class: replace, then compile",
+            ),
+        ),
+        myconv.patch,
+    ],
 )
-def test_compiled_model_sees_the_swap():
+def test_compiled_model_sees_the_swap(convert):
     torch._dynamo.reset()
     model, graphs = two_convs(), []
 
@@ -619,8 +630,8 @@ def test_compiled_model_sees_the_swap():
     compiled = torch.compile(model, backend=backend)
     x = torch.randn(1, 4, 6, 6, dtype=torch.float64)
     expected = compiled(x)
-    assert myconv.replace(compiled).swapped == ["_orig_mod.0", "_orig_mod.1"]
+    assert convert(compiled).swapped == ["_orig_mod.0", "_orig_mod.1"]
     torch.testing.assert_close(compiled(x), expected)
-    assert len(graphs) == 2
+    assert len(graphs) == 2 and [name for name in graphs[1] if "conv" in name] == ["myconv.conv_forward"] * 2
     myconv.restore(compiled)
     assert torch.equal(compiled(x), expected)
