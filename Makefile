@@ -6,6 +6,7 @@
 #   make test-slow    the long tests
 #   make bench        a short benchmark against torch
 #   make lint         check style                       make format   repair it
+#   make types        check type hints
 #   make wheel        a wheel for the torch in use, in dist/
 #   make clean        remove what was built (rm -rf .venv removes the rest)
 #
@@ -35,7 +36,7 @@ EXTENSION := $(wildcard myconv/_C.*.so)
 CXX_FILES := $(wildcard csrc/*.h csrc/*.cpp csrc/*/*.h csrc/*/*.cpp csrc/*/*.inc)
 
 .DEFAULT_GOAL := test
-.PHONY: demo test test-slow bench lint format wheel clean build FORCE
+.PHONY: demo test test-slow bench lint types format wheel clean build FORCE
 .DELETE_ON_ERROR:
 FORCE:
 
@@ -55,6 +56,11 @@ lint: $(STAMPS)/lint
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/clang-format --dry-run -Werror $(CXX_FILES)
+
+# stubtest holds _C.pyi to the module that was built.
+types: $(BUILD) $(STAMPS)/types
+	$(VENV)/bin/mypy
+	$(VENV)/bin/stubtest myconv._C --mypy-config-file pyproject.toml
 
 format: $(STAMPS)/lint
 	$(VENV)/bin/ruff check --fix .
@@ -113,6 +119,10 @@ $(STAMPS)/bench: $(STAMPS)/venv requirements.txt | $(TORCH_STAMP)
 
 $(STAMPS)/lint: $(STAMPS)/venv requirements.txt
 	$(INSTALL) ruff clang-format
+	@touch $@
+
+$(STAMPS)/types: $(STAMPS)/venv requirements.txt
+	$(INSTALL) mypy
 	@touch $@
 
 # A missing extension, or a build record newer than the stamp (a build by hand), also asks for a build.

@@ -10,6 +10,7 @@ import fnmatch
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from types import MethodType
+from typing import Any
 
 import torch
 from torch import nn
@@ -252,7 +253,7 @@ class _Patch:
     what it is bound to, and in the module that name is torch's method.
     """
 
-    def __init__(self, module: nn.Module, ours: type):
+    def __init__(self, module: nn.Module, ours: Any):
         self.module, self.ours = module, ours
 
     def _conv_forward(self, input: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None):
@@ -270,7 +271,7 @@ def _patches(module: nn.Module) -> list[str]:
     return [name for name, method in methods.items() if isinstance(method.__self__, _Patch)]
 
 
-def _torch_class(module: nn.Module) -> type | None:
+def _torch_class(module: nn.Module) -> Any:
     """The first of torch.nn's classes that the module derives from."""
     return next((cls for cls in type(module).__mro__ if cls in _OURS), None)
 
@@ -326,7 +327,7 @@ def _overrides(module: nn.Module) -> str | None:
     return None
 
 
-def _beyond_torch(module: nn.Module) -> str | None:
+def _beyond_torch(module: Any) -> str | None:
     if module.transposed and module.padding_mode != "zeros":
         return f"has padding_mode={module.padding_mode!r}, which torch.nn lacks in transposed convolutions"
     if module.padding == "causal" or any(isinstance(entry, tuple) for entry in module.padding):
@@ -343,7 +344,8 @@ def _tensors(module: nn.Module) -> str | None:
     # weight_norm, spectral_norm and pruning keep the tensor that is used as a plain attribute.
     named += [(name, vars(module)[name]) for name in ("weight", "bias") if vars(module).get(name) is not None]
     if parametrize.is_parametrized(module):
-        for name, originals in module.parametrizations.items():
+        parametrizations: Any = module.parametrizations
+        for name, originals in parametrizations.items():
             named += [(name, t) for t in originals.parameters(recurse=False)]
             named += [(name, t) for t in originals.buffers(recurse=False)]
     for name, tensor in named:

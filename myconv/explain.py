@@ -207,7 +207,9 @@ def _direction(func, args) -> Direction:
     copies: dict[str, int] = {}
     for tensor, count in (copy for choice in choices for copy in choice["copies"]):
         copies[tensor] = copies.get(tensor, 0) + count
-    first = choices[0] if choices else {"algorithm": "nothing", "rows": [], "isa": "", "channels_last": False}
+    first: dict[str, Any] = (
+        choices[0] if choices else {"algorithm": "nothing", "rows": [], "isa": "", "channels_last": False}
+    )
     return Direction(
         func.overloadpacket.__name__,
         first["algorithm"],

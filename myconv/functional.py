@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import SymInt, Tensor
@@ -35,7 +36,7 @@ conv_transpose1d, conv_transpose2d, conv_transpose3d = _C.conv_transpose1d, _C.c
 PADDING_MODES = {"zeros": 0, "reflect": 1, "replicate": 2, "circular": 3}  # the values of csrc/conv_shape.h
 
 
-def _integer(function: str, argument: str, value, legal: str = "int or tuple of ints") -> int:
+def _integer(function: str, argument: str, value, legal: str = "int or tuple of ints") -> Any:
     if isinstance(value, (int, SymInt)) and not isinstance(value, bool):
         return value
     try:
@@ -65,12 +66,9 @@ def _sides(function: str, value, rank: int) -> tuple[list[int], list[int]]:
         low = _axes(function, "padding", value, rank)
         return low, low
     legal = "int or tuple of ints and (low, high) pairs of ints"
-    pairs = [
-        _axes(function, "padding", entry, 2, legal) if not isinstance(entry, (tuple, list)) or len(entry) == 2 else None
-        for entry in value
-    ]
-    if None in pairs:
+    if any(isinstance(entry, (tuple, list)) and len(entry) != 2 for entry in value):
         raise TypeError(f"{function}(): argument 'padding' must be {legal}, not {value!r}")
+    pairs = [_axes(function, "padding", entry, 2, legal) for entry in value]
     low, high = ([pair[side] for pair in pairs] for side in (0, 1))
     return (low * rank, high * rank) if len(pairs) == 1 else (low, high)
 

@@ -4,13 +4,13 @@ Each class subclasses its namesake in torch.nn and inherits everything (attribut
 state_dict, pickling); only the functional call differs. ``padding_mode`` is applied inside the operator, so no
 padded copy of the input is made.
 
-The constructors have torch's arguments and take more kinds of padding: see :func:`_constructor`.
+The constructors have torch's arguments and take more kinds of padding (docs/padding.md): a pair ``(low, high)`` for an
+axis, ``padding='causal'`` in ``Conv1d``, and every ``padding_mode`` in transposed convolutions too. The attribute
+``padding`` then has a pair for every axis, or is ``'causal'``.
 """
 
-import functools
-import inspect
-from collections.abc import Callable
-from typing import Concatenate, ParamSpec, TypeVar
+from collections.abc import Callable, Sequence
+from typing import Any, Literal, TypeAlias, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -25,7 +25,7 @@ __all__ += ["LazyConvTranspose1d", "LazyConvTranspose2d", "LazyConvTranspose3d"]
 # ---- what the classes share
 
 
-def _weight_and_bias(module: nn.Module) -> tuple[Tensor, Tensor | None]:
+def _weight_and_bias(module: Any) -> tuple[Tensor, Tensor | None]:
     """``module.weight, module.bias``, read where they are.
 
     nn.Module finds a parameter only after the ordinary lookup has failed, in ``__getattr__``: that costs
@@ -88,67 +88,20 @@ def _convolve_transposed(convolve, module, input: Tensor, output_size: list[int]
     return convolve(input, weight, bias, *parameters)
 
 
-P = ParamSpec("P")
-M = TypeVar("M", bound=nn.modules.conv._ConvNd)
-
-
-def _constructor(init: Callable[Concatenate[M, P], None]) -> Callable[Concatenate[M, P], None]:
-    """Torch's constructor ``init``, with padding that torch's does not take.
-
-    ``padding`` may hold a pair ``(low, high)`` for an axis, ``Conv1d`` takes ``padding='causal'``, and transposed
-    convolutions take every ``padding_mode``. The attribute ``padding`` then has a pair for every axis, or
-    ``'causal'``.
-    """
-    signature = inspect.signature(init)
-
-    @functools.wraps(init)
-    def __init__(self: M, *args: P.args, **kwargs: P.kwargs) -> None:
-        try:
-            call = signature.bind(self, *args, **kwargs)
-        except TypeError:
-            return init(self, *args, **kwargs)  # raises in torch's words
-        padding = call.arguments.get("padding", 0)
-        mode = call.arguments.get("padding_mode", "zeros")
-        transposed = isinstance(self, nn.modules.conv._ConvTransposeNd)
-        pairs = isinstance(padding, (tuple, list)) and any(isinstance(entry, (tuple, list)) for entry in padding)
-        causal = padding == "causal" and not transposed
-        if causal and not isinstance(self, nn.Conv1d):
-            raise ValueError(
-                "padding='causal' is for Conv1d: more axes do not tell which is time. Give (low, high) pairs, for "
-                "example padding=((dilation * (kernel_size - 1), 0), (0, 0)) for Conv2d"
-            )
-        if causal or pairs:
-            call.arguments["padding"] = 0
-        if transposed:
-            call.arguments["padding_mode"] = "zeros"
-            if mode not in functional.PADDING_MODES:
-                modes = ", ".join(map(repr, functional.PADDING_MODES))
-                raise ValueError(f"padding_mode must be one of {modes}, but got padding_mode={mode!r}")
-        init(*call.args, **call.kwargs)
-        self.padding_mode = mode
-        rank = len(self.kernel_size)
-        if pairs:
-            sides = [entry if isinstance(entry, (tuple, list)) else (entry, entry) for entry in padding]
-            if len(sides) not in (1, rank) or any(len(pair) != 2 for pair in sides):
-                raise ValueError(
-                    f"padding must have {rank} entries, each an int or a (low, high) pair, got {padding!r}"
-                )
-            self.padding = tuple(map(tuple, sides * (rank // len(sides))))
-        elif causal:
-            self.padding = padding
-            sides = [(self.dilation[0] * (self.kernel_size[0] - 1), 0)]
-        if pairs or causal:
-            self._reversed_padding_repeated_twice = [
-                side for pair in reversed(self.padding if pairs else sides) for side in pair
-            ]
-
-    return __init__
-
-
 # ---- TorchScript
 # It cannot compile the methods below, but it compiles a method from the source of its __wrapped__, if it has
 # one. So these functions are what a scripted module runs; eager calls never reach them and need no
 # is_scripting() branch.
+
+_Method = TypeVar("_Method", bound=Callable[..., Any])
+
+
+def _scripted_as(twin: Callable[..., Any]) -> Callable[[_Method], _Method]:
+    def mark(method: _Method) -> _Method:
+        method.__wrapped__ = twin  # type: ignore[attr-defined]
+        return method
+
+    return mark
 
 
 def _scripted_conv(
@@ -249,90 +202,157 @@ def _scripted_forward_transposed(self, input: Tensor, output_size: list[int] | N
     )
 
 
+# ---- constructors
+
+_Size: TypeAlias = int | Sequence[int]
+_Padding: TypeAlias = int | Sequence[int | Sequence[int]]
+_PaddingMode: TypeAlias = Literal["zeros", "reflect", "replicate", "circular"]
+
+
+def _plain_padding(module: Any, padding: Any) -> Any:
+    """``padding``, or 0 in place of what torch's constructors do not take."""
+    if padding == "causal":
+        if not isinstance(module, nn.Conv1d):
+            raise ValueError(
+                "padding='causal' is for Conv1d: more axes do not tell which is time. Give (low, high) pairs, for "
+                "example padding=((dilation * (kernel_size - 1), 0), (0, 0)) for Conv2d"
+            )
+        return 0
+    pairs = isinstance(padding, (tuple, list)) and any(isinstance(entry, (tuple, list)) for entry in padding)
+    return 0 if pairs else padding
+
+
+def _set_padding(module: Any, padding: Any) -> None:
+    """Sets what torch's constructor would set for a padding that it does not take."""
+    rank = len(module.kernel_size)
+    sides: list[tuple[int, ...]]
+    if padding == "causal":
+        sides = [(module.dilation[0] * (module.kernel_size[0] - 1), 0)]
+    else:
+        sides = [tuple(entry) if isinstance(entry, (tuple, list)) else (entry, entry) for entry in padding]
+        if len(sides) not in (1, rank) or any(len(pair) != 2 for pair in sides):
+            raise ValueError(f"padding must have {rank} entries, each an int or a (low, high) pair, got {padding!r}")
+        sides = sides * (rank // len(sides))
+    module.padding = padding if padding == "causal" else tuple(sides)
+    module._reversed_padding_repeated_twice = [side for pair in reversed(sides) for side in pair]
+
+
+class _Conv:
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: _Size,
+        stride: _Size = 1,
+        padding: str | _Padding = 0,
+        dilation: _Size = 1,
+        groups: int = 1,
+        bias: bool = True,
+        padding_mode: _PaddingMode = "zeros",
+        device: Any = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        plain = _plain_padding(self, padding)
+        sizes = (in_channels, out_channels, kernel_size, stride, plain, dilation, groups)
+        super().__init__(*sizes, bias, padding_mode, device, dtype)  # type: ignore[call-arg]
+        if plain is not padding:
+            _set_padding(self, padding)
+
+
+class _ConvTranspose:
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: _Size,
+        stride: _Size = 1,
+        padding: _Padding = 0,
+        output_padding: _Size = 0,
+        groups: int = 1,
+        bias: bool = True,
+        dilation: _Size = 1,
+        padding_mode: _PaddingMode = "zeros",
+        device: Any = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        if padding_mode not in functional.PADDING_MODES:
+            modes = ", ".join(map(repr, functional.PADDING_MODES))
+            raise ValueError(f"padding_mode must be one of {modes}, but got padding_mode={padding_mode!r}")
+        plain = padding if isinstance(padding, str) else _plain_padding(self, padding)
+        sizes = (in_channels, out_channels, kernel_size, stride, plain, output_padding, groups)
+        super().__init__(*sizes, bias, dilation, "zeros", device, dtype)  # type: ignore[call-arg]
+        self.padding_mode = padding_mode
+        if plain is not padding:
+            _set_padding(self, padding)
+
+
 # ---- the classes
 
 
+@_scripted_as(_scripted_forward)
 def _forward(self, input: Tensor) -> Tensor:
     weight, bias = _weight_and_bias(self)
     return self._conv_forward(input, weight, bias)  # looked up by name: subclasses and users replace it
 
 
-_forward.__wrapped__ = _scripted_forward
-
-
-class Conv1d(nn.Conv1d):
+class Conv1d(_Conv, nn.Conv1d):
     """:class:`torch.nn.Conv1d`, with its arguments, state and errors, computed by myconv."""
 
-    __init__ = _constructor(nn.Conv1d.__init__)
     forward = _forward
 
+    @_scripted_as(_scripted_conv_forward)
     def _conv_forward(self, input: Tensor, weight: Tensor, bias: Tensor | None):
         if self.padding_mode != "zeros":
             return _convolve_padded(functional.conv1d, self, input, weight, bias)
         return functional.conv1d(input, weight, bias, self.stride, self.padding, self.dilation, self.groups)
 
-    _conv_forward.__wrapped__ = _scripted_conv_forward
 
-
-class Conv2d(nn.Conv2d):
+class Conv2d(_Conv, nn.Conv2d):
     """:class:`torch.nn.Conv2d`, with its arguments, state and errors, computed by myconv."""
 
-    __init__ = _constructor(nn.Conv2d.__init__)
     forward = _forward
 
+    @_scripted_as(_scripted_conv_forward)
     def _conv_forward(self, input: Tensor, weight: Tensor, bias: Tensor | None):
         if self.padding_mode != "zeros":
             return _convolve_padded(functional.conv2d, self, input, weight, bias)
         return functional.conv2d(input, weight, bias, self.stride, self.padding, self.dilation, self.groups)
 
-    _conv_forward.__wrapped__ = _scripted_conv_forward
 
-
-class Conv3d(nn.Conv3d):
+class Conv3d(_Conv, nn.Conv3d):
     """:class:`torch.nn.Conv3d`, with its arguments, state and errors, computed by myconv."""
 
-    __init__ = _constructor(nn.Conv3d.__init__)
     forward = _forward
 
+    @_scripted_as(_scripted_conv_forward)
     def _conv_forward(self, input: Tensor, weight: Tensor, bias: Tensor | None):
         if self.padding_mode != "zeros":
             return _convolve_padded(functional.conv3d, self, input, weight, bias)
         return functional.conv3d(input, weight, bias, self.stride, self.padding, self.dilation, self.groups)
 
-    _conv_forward.__wrapped__ = _scripted_conv_forward
 
-
-class ConvTranspose1d(nn.ConvTranspose1d):
+class ConvTranspose1d(_ConvTranspose, nn.ConvTranspose1d):
     """:class:`torch.nn.ConvTranspose1d`, with its arguments, state and errors, computed by myconv."""
 
-    __init__ = _constructor(nn.ConvTranspose1d.__init__)
-
+    @_scripted_as(_scripted_forward_transposed)
     def forward(self, input: Tensor, output_size: list[int] | None = None) -> Tensor:
         return _convolve_transposed(functional.conv_transpose1d, self, input, output_size, 1)
 
-    forward.__wrapped__ = _scripted_forward_transposed
 
-
-class ConvTranspose2d(nn.ConvTranspose2d):
+class ConvTranspose2d(_ConvTranspose, nn.ConvTranspose2d):
     """:class:`torch.nn.ConvTranspose2d`, with its arguments, state and errors, computed by myconv."""
 
-    __init__ = _constructor(nn.ConvTranspose2d.__init__)
-
+    @_scripted_as(_scripted_forward_transposed)
     def forward(self, input: Tensor, output_size: list[int] | None = None) -> Tensor:
         return _convolve_transposed(functional.conv_transpose2d, self, input, output_size, 2)
 
-    forward.__wrapped__ = _scripted_forward_transposed
 
-
-class ConvTranspose3d(nn.ConvTranspose3d):
+class ConvTranspose3d(_ConvTranspose, nn.ConvTranspose3d):
     """:class:`torch.nn.ConvTranspose3d`, with its arguments, state and errors, computed by myconv."""
 
-    __init__ = _constructor(nn.ConvTranspose3d.__init__)
-
+    @_scripted_as(_scripted_forward_transposed)
     def forward(self, input: Tensor, output_size: list[int] | None = None) -> Tensor:
         return _convolve_transposed(functional.conv_transpose3d, self, input, output_size, 3)
-
-    forward.__wrapped__ = _scripted_forward_transposed
 
 
 _CLASSES = frozenset({Conv1d, Conv2d, Conv3d, ConvTranspose1d, ConvTranspose2d, ConvTranspose3d})
@@ -341,37 +361,37 @@ _CLASSES = frozenset({Conv1d, Conv2d, Conv3d, ConvTranspose1d, ConvTranspose2d, 
 # ---- lazy ones: torch's until the first call, which makes them one of the classes above
 
 
-class LazyConv1d(nn.LazyConv1d, Conv1d):
+class LazyConv1d(nn.LazyConv1d, Conv1d):  # type: ignore[misc]
     """:class:`torch.nn.LazyConv1d`; the first call makes it a :class:`Conv1d`."""
 
     cls_to_become = Conv1d
 
 
-class LazyConv2d(nn.LazyConv2d, Conv2d):
+class LazyConv2d(nn.LazyConv2d, Conv2d):  # type: ignore[misc]
     """:class:`torch.nn.LazyConv2d`; the first call makes it a :class:`Conv2d`."""
 
     cls_to_become = Conv2d
 
 
-class LazyConv3d(nn.LazyConv3d, Conv3d):
+class LazyConv3d(nn.LazyConv3d, Conv3d):  # type: ignore[misc]
     """:class:`torch.nn.LazyConv3d`; the first call makes it a :class:`Conv3d`."""
 
     cls_to_become = Conv3d
 
 
-class LazyConvTranspose1d(nn.LazyConvTranspose1d, ConvTranspose1d):
+class LazyConvTranspose1d(nn.LazyConvTranspose1d, ConvTranspose1d):  # type: ignore[misc]
     """:class:`torch.nn.LazyConvTranspose1d`; the first call makes it a :class:`ConvTranspose1d`."""
 
     cls_to_become = ConvTranspose1d
 
 
-class LazyConvTranspose2d(nn.LazyConvTranspose2d, ConvTranspose2d):
+class LazyConvTranspose2d(nn.LazyConvTranspose2d, ConvTranspose2d):  # type: ignore[misc]
     """:class:`torch.nn.LazyConvTranspose2d`; the first call makes it a :class:`ConvTranspose2d`."""
 
     cls_to_become = ConvTranspose2d
 
 
-class LazyConvTranspose3d(nn.LazyConvTranspose3d, ConvTranspose3d):
+class LazyConvTranspose3d(nn.LazyConvTranspose3d, ConvTranspose3d):  # type: ignore[misc]
     """:class:`torch.nn.LazyConvTranspose3d`; the first call makes it a :class:`ConvTranspose3d`."""
 
     cls_to_become = ConvTranspose3d

@@ -108,7 +108,11 @@ def assert_same_computation(ours, theirs, x, *args):
 def test_interface(name):
     ours, theirs = getattr(myconv, name), getattr(nn, name)
     assert issubclass(ours, theirs) and ours.__name__ == theirs.__name__
-    assert inspect.signature(ours) == inspect.signature(theirs)
+    # Names, order, kinds and defaults; our types are wider.
+    parameters = [
+        [p.replace(annotation=p.empty) for p in inspect.signature(cls).parameters.values()] for cls in (ours, theirs)
+    ]
+    assert parameters[0] == parameters[1]
     for method in ("forward", "_conv_forward"):
         assert inspect.signature(getattr(ours, method)) == inspect.signature(getattr(theirs, method))
     assert ours.__constants__ == theirs.__constants__
