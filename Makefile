@@ -2,6 +2,8 @@
 # newer with its venv module and C headers.
 #
 #   make demo         run the example on a photograph
+#   make digits       train on handwritten digits
+#   make cpp          run an exported model in C++    (make library: libmyconv.so alone)
 #   make test         build, and run the tests          (make test ARGS="-k stride")
 #   make test-slow    the long tests
 #   make bench        a short benchmark against torch
@@ -33,15 +35,29 @@ BUILD_STAMP := $(STAMPS)/build-torch-$(TORCH)-$(or $(MYCONV_ISA_BUILD),all)-$(co
 BUILD := $(BUILD_STAMP) $(STAMPS)/editable
 SOURCES := setup.py $(wildcard csrc/*.* csrc/*/*.*)
 EXTENSION := $(wildcard myconv/_C.*.so)
-CXX_FILES := $(wildcard csrc/*.h csrc/*.cpp csrc/*/*.h csrc/*/*.cpp csrc/*/*.inc)
+CXX_FILES := $(wildcard csrc/*.h csrc/*.cpp csrc/*/*.h csrc/*/*.cpp csrc/*/*.inc examples/cpp/*.cpp)
+CMAKE := $(or $(shell command -v cmake 2>/dev/null),$(VENV)/bin/cmake)
 
 .DEFAULT_GOAL := test
-.PHONY: demo test test-slow bench lint types format wheel clean build FORCE
+.PHONY: demo digits library cpp test test-slow bench lint types format wheel clean build FORCE
 .DELETE_ON_ERROR:
 FORCE:
 
 demo: $(BUILD) $(STAMPS)/examples
 	$(PY) examples/detect_faces.py $(ARGS)
+
+digits: $(BUILD) $(STAMPS)/examples
+	$(PY) examples/train_digits.py $(ARGS)
+
+library: $(TORCH_STAMP) $(STAMPS)/cmake
+	$(CMAKE) -S . -B build/cmake -Wno-dev
+	$(CMAKE) --build build/cmake -j $(shell nproc)
+
+cpp: library $(BUILD)
+	$(PY) examples/cpp/export_model.py build/cpp
+	$(CMAKE) -S examples/cpp -B build/cpp -DCMAKE_PREFIX_PATH="$$($(PY) -c 'import torch; print(torch.utils.cmake_prefix_path)')"
+	$(CMAKE) --build build/cpp
+	build/cpp/run_model build/cpp
 
 test: $(BUILD) $(STAMPS)/test
 	$(PY) -m pytest $(ARGS)
@@ -109,8 +125,13 @@ $(STAMPS)/test: $(STAMPS)/venv requirements.txt | $(TORCH_STAMP)
 
 # facenet-pytorch holds weights that the example reads; its own requirements are for a torch of years ago.
 $(STAMPS)/examples: $(STAMPS)/venv requirements.txt Makefile | $(TORCH_STAMP)
-	$(INSTALL) numpy pillow matplotlib rich scikit-image
+	$(INSTALL) numpy pillow matplotlib rich scikit-image scikit-learn
 	$(INSTALL) --no-deps facenet-pytorch
+	@touch $@
+
+# Only where there is no cmake.
+$(STAMPS)/cmake: $(STAMPS)/venv requirements.txt
+	$(if $(filter $(VENV)/%,$(CMAKE)),$(INSTALL) cmake)
 	@touch $@
 
 $(STAMPS)/bench: $(STAMPS)/venv requirements.txt | $(TORCH_STAMP)
