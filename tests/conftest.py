@@ -214,6 +214,13 @@ def threads(count: int) -> Iterator[None]:
         torch.set_num_threads(before)
 
 
+def assert_same_state(ours: torch.nn.Module, theirs: torch.nn.Module) -> None:
+    mine, reference = ours.state_dict(), theirs.state_dict()
+    assert list(mine) == list(reference)
+    for key in mine:
+        torch.testing.assert_close(mine[key], reference[key], rtol=0, atol=0, equal_nan=True)
+
+
 # --------------------------------------------------------------------------------------- poisoned memory
 
 
