@@ -11,14 +11,14 @@ import contextlib
 import ctypes
 import os
 import pathlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import pytest
 import torch
 
 import myconv
-from cases import Case, Problem, Tensors, layout_is_ambiguous
+from cases import PIECE_PAIRS, Case, Problem, Tensors, layout_is_ambiguous, split
 
 SEED = int(os.environ.get("MYCONV_TEST_SEED", "0"))
 
@@ -43,6 +43,7 @@ TOLERANCE = {
     torch.float32: Tolerance(relative_l2=2e-6),
     torch.complex128: Tolerance(relative_l2=1e-15),
     torch.complex64: Tolerance(relative_l2=2e-6),
+    torch.complex32: Tolerance(relative_l2=1e-3),  # of four float16 convolutions
     torch.bfloat16: ONE_ROUNDING,
     torch.float16: ONE_ROUNDING,
 }
@@ -94,6 +95,51 @@ def last_place(values: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
 
 def our_conv(case: Case, x: torch.Tensor, w: torch.Tensor, b: torch.Tensor | None) -> torch.Tensor:
     return getattr(myconv.functional, case.op)(x, w, b, **case.arguments)
+
+
+RESULTS = ("output", "input gradient", "weight gradient", "bias gradient")
+EXACT = {torch.float32: torch.float64, torch.float64: torch.float64, torch.bfloat16: torch.float64}
+EXACT |= {torch.float16: torch.float64, torch.complex64: torch.complex128, torch.complex128: torch.complex128}
+EXACT |= {torch.complex32: torch.complex128}
+
+
+def with_gradients(conv: Callable, tensors: Tensors) -> list[torch.Tensor]:
+    """conv(x, w, b) and the gradients of all arguments. The leaves keep their layout."""
+    leaves = [t.detach().requires_grad_() for t in tensors[:3] if t is not None]
+    y = conv(*leaves, *[None] * (3 - len(leaves)))
+    return [y.detach(), *torch.autograd.grad(y, leaves, tensors.gy)]
+
+
+def exact_results(conv: Callable, tensors: Tensors) -> list[torch.Tensor]:
+    """with_gradients of torch's conv in float64 (complex128), in pieces where the tensors are of that dtype."""
+    dtype = EXACT[tensors.x.dtype]
+    x, w, b, gy = (None if t is None else t.to(dtype).resolve_conj().resolve_neg().contiguous() for t in tensors)
+    if dtype != tensors.x.dtype:
+        return with_gradients(conv, Tensors(x, w, b, gy))
+    xs, ws, gys = split(x), split(w), split(gy)
+    y = gx = gw = 0
+    for i, j in PIECE_PAIRS:
+        partial_y, partial_gx, _ = with_gradients(conv, Tensors(xs[i], ws[j], None, gys[i]))
+        y, gx = y + partial_y, gx + partial_gx
+        gw = gw + with_gradients(conv, Tensors(xs[j], ws[j], None, gys[i]))[2]
+    if b is None:
+        return [y, gx, gw]
+    rank = w.dim() - 2
+    gb = sum(piece.transpose(0, -rank - 1).flatten(1).sum(1) for piece in reversed(gys))
+    return [y + b.reshape(-1, *[1] * rank), gx, gw, gb]
+
+
+def check_parity(ours: Callable, theirs: Callable, tensors: Tensors) -> None:
+    """Holds ours(x, w, b) and its gradients to the table; theirs is the same call of torch."""
+    dtype = tensors.x.dtype
+    actual = with_gradients(ours, tensors)
+    assert [t.dtype for t in actual] == [dtype] * len(actual)
+    exact = exact_results(theirs, tensors)
+    # torch's own error counts in the table only where a result is held to a relative error.
+    relative = TOLERANCE[dtype].relative_l2 is not None
+    torchs = with_gradients(theirs, tensors) if relative else [None] * len(actual)
+    for name, a, e, t in zip(RESULTS, actual, exact, torchs, strict=False):
+        assert_accurate(a, e, t, name)
 
 
 def convolution_roles(case: Case, tensors: Tensors) -> tuple[torch.Tensor, ...]:
@@ -166,6 +212,13 @@ def threads(count: int) -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(before)
+
+
+def assert_same_state(ours: torch.nn.Module, theirs: torch.nn.Module) -> None:
+    mine, reference = ours.state_dict(), theirs.state_dict()
+    assert list(mine) == list(reference)
+    for key in mine:
+        torch.testing.assert_close(mine[key], reference[key], rtol=0, atol=0, equal_nan=True)
 
 
 # --------------------------------------------------------------------------------------- poisoned memory

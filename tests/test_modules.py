@@ -11,7 +11,7 @@ from torch import nn
 from torch.nn.utils import parametrizations, prune
 
 import myconv
-from conftest import SEED
+from conftest import SEED, assert_same_state
 from myconv import functional
 
 pytestmark = pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel")  # torch's side
@@ -76,13 +76,6 @@ def outcome(function):
         return function()
     except Exception as error:
         return type(error), str(error)
-
-
-def assert_same_state(ours, theirs):
-    mine, reference = ours.state_dict(), theirs.state_dict()
-    assert list(mine) == list(reference)
-    for key in mine:
-        torch.testing.assert_close(mine[key], reference[key], rtol=0, atol=0, equal_nan=True)
 
 
 def assert_same_computation(ours, theirs, x, *args):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from functools import partial
 
 import pytest
 import torch
@@ -14,7 +15,6 @@ from cases import (
     CHANNELS_LAST,
     CORE,
     DIRECTIONS,
-    PIECE_PAIRS,
     Case,
     Problem,
     Tensors,
@@ -22,82 +22,47 @@ from cases import (
     layout_is_ambiguous,
     make_tensors,
     reference_operator,
-    split,
     torch_conv,
     torch_operator,
 )
 from conftest import (
+    RESULTS,
     ROUNDS_INTEGERS,
     assert_accurate,
     bias_for,
+    check_parity,
     convolution_roles,
     forced,
     kernels,
     noting,
     our_conv,
     run_operator,
+    with_gradients,
 )
 
-NAMES = ("output", "input gradient", "weight gradient", "bias gradient")
-EXACT = {torch.float32: torch.float64, torch.float64: torch.float64, torch.bfloat16: torch.float64}
-EXACT |= {torch.float16: torch.float64, torch.complex64: torch.complex128, torch.complex128: torch.complex128}
 
-
-def with_gradients(conv, case: Case, tensors: Tensors) -> list[torch.Tensor]:
-    """The output and the gradients of all arguments. The leaves keep their layout."""
-    leaves = [t.detach().requires_grad_() for t in tensors[:3] if t is not None]
-    y = conv(case, *leaves, *[None] * (3 - len(leaves)))
-    return [y.detach(), *torch.autograd.grad(y, leaves, tensors.gy)]
-
-
-def exact_results(case: Case, tensors: Tensors) -> list[torch.Tensor]:
-    """with_gradients through torch in float64 (complex128), in pieces where the tensors are of that dtype."""
-    dtype = tensors.x.dtype
-    x, w, b, gy = (None if t is None else t.to(EXACT[dtype]).contiguous() for t in tensors)
-    if dtype != EXACT[dtype]:
-        return with_gradients(torch_conv, case, Tensors(x, w, b, gy))
-    xs, ws, gys = split(x), split(w), split(gy)
-    y = gx = gw = 0
-    for i, j in PIECE_PAIRS:
-        partial_y, partial_gx, _ = with_gradients(torch_conv, case, Tensors(xs[i], ws[j], None, gys[i]))
-        y, gx = y + partial_y, gx + partial_gx
-        gw = gw + with_gradients(torch_conv, case, Tensors(xs[j], ws[j], None, gys[i]))[2]
-    if b is None:
-        return [y, gx, gw]
-    gb = sum(piece.sum([0, *range(2, gy.dim())]) for piece in reversed(gys))
-    return [y + b.reshape(-1, *[1] * case.rank), gx, gw, gb]
-
-
-def check_parity(case: Case, tensors: Tensors) -> None:
-    dtype = tensors.x.dtype
-    ours = with_gradients(our_conv, case, tensors)
-    assert [t.dtype for t in ours] == [dtype] * len(ours)
-    exact = exact_results(case, tensors)
-    # torch's own error counts in the table only where a result is held to a relative error.
-    half = dtype in (torch.float16, torch.bfloat16)
-    torchs = [None] * len(ours) if half else with_gradients(torch_conv, case, tensors)
-    for name, a, e, t in zip(NAMES, ours, exact, torchs, strict=False):
-        assert_accurate(a, e, t, name)
+def check_case(case: Case, tensors: Tensors) -> None:
+    check_parity(partial(our_conv, case), partial(torch_conv, case), tensors)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last", "sliced"])
 @pytest.mark.parametrize("case", CASES)
 def test_forward_and_gradients(case, layout, dtype, seed):
-    check_parity(case, make_tensors(case, dtype, layout, seed))
+    check_case(case, make_tensors(case, dtype, layout, seed))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.complex64, torch.complex128])
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
 @pytest.mark.parametrize("case", CORE)
 def test_other_dtypes(case, layout, dtype, seed):
-    check_parity(case, make_tensors(case, dtype, layout, seed))
+    check_case(case, make_tensors(case, dtype, layout, seed))
 
 
 @pytest.mark.parametrize("layout", ["expanded", "transposed"])
 @pytest.mark.parametrize("case", CORE)
 def test_other_layouts(case, layout, seed):
-    check_parity(case, make_tensors(case, torch.float32, layout, seed))
+    check_case(case, make_tensors(case, torch.float32, layout, seed))
 
 
 @pytest.mark.parametrize("layouts", [("channels_last", "contiguous"), ("contiguous", "channels_last")])
@@ -105,16 +70,16 @@ def test_other_layouts(case, layout, seed):
 def test_mixed_layouts(case, layouts, seed):
     """Input, weight and gradient each in a layout of its own."""
     x, w, b, gy = make_tensors(case, torch.float32, "contiguous", seed)
-    check_parity(case, Tensors(lay_out(x, layouts[0]), lay_out(w, layouts[1]), b, lay_out(gy, layouts[1])))
+    check_case(case, Tensors(lay_out(x, layouts[0]), lay_out(w, layouts[1]), b, lay_out(gy, layouts[1])))
 
 
 @pytest.mark.parametrize("case", [case for case in CORE if case.input[0]])
 def test_unbatched(case, seed):
     x, w, b, gy = make_tensors(case, torch.float32, "contiguous", seed)
-    ours = with_gradients(our_conv, case, Tensors(x[0], w, b, gy[0]))
-    batched = with_gradients(our_conv, case, Tensors(x[:1], w, b, gy[:1]))
+    ours = with_gradients(partial(our_conv, case), Tensors(x[0], w, b, gy[0]))
+    batched = with_gradients(partial(our_conv, case), Tensors(x[:1], w, b, gy[:1]))
     batched[:2] = [t.squeeze(0) for t in batched[:2]]
-    for name, a, e in zip(NAMES, ours, batched, strict=False):
+    for name, a, e in zip(RESULTS, ours, batched, strict=False):
         assert torch.equal(a, e), name
 
 
