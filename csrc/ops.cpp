@@ -112,12 +112,12 @@ Tensor empty_result(c10::SymIntArrayRef sizes, const at::TensorOptions& options,
 
 Tensor bias_gradient(const Tensor& gy) {
   // One axis at a time: torch splits a reduction with a single output among threads, and then its bits depend on them.
-  // And 16-bit types in float32, or every step would round.
-  const bool half = gy.scalar_type() == at::kHalf || gy.scalar_type() == at::kBFloat16;
-  Tensor sum = half ? gy.to(at::kFloat) : gy;
+  // And 16-bit types in float32, or every step would round; torch has no sum of complex32.
+  const at::ScalarType type = gy.scalar_type();
+  const bool half = type == at::kHalf || type == at::kBFloat16;
+  Tensor sum = half ? gy.to(at::kFloat) : type == at::kComplexHalf ? gy.to(at::kComplexFloat) : gy;
   while (sum.dim() > 2) sum = sum.sum(-1);
-  sum = sum.sum(0);
-  return half ? sum.to(gy.scalar_type()) : sum;
+  return sum.sum(0).to(type);
 }
 
 Tensor conv_forward(const Tensor& input, const Tensor& weight, const OptionalTensor& bias,

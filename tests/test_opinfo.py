@@ -36,15 +36,10 @@ FUNCTIONS = {info.name.split(".")[-1]: info for info in op_db if info.name.start
 MODULES = {info.module_cls.__name__: info for info in module_db if re.match(r"nn\.(Lazy)?Conv", info.name)}
 
 
-def by_dtype(infos: dict, wanted: Callable = lambda dtype: True, **marks) -> pytest.MarkDecorator:
-    """Every function or module with each dtype that torch lists for it on CPU, marked by the dtype's name."""
+def by_dtype(infos: dict, wanted: Callable = lambda dtype: True) -> pytest.MarkDecorator:
+    """Every function or module with each dtype that torch lists for it on CPU."""
     pairs = [(name, dtype) for name, info in infos.items() for dtype in sorted(info.supported_dtypes("cpu"), key=str)]
-    rows = [
-        pytest.param(name, dtype, marks=marks.get(str(dtype).removeprefix("torch."), ()))
-        for name, dtype in pairs
-        if wanted(dtype)
-    ]
-    return pytest.mark.parametrize("name, dtype", rows)
+    return pytest.mark.parametrize("name, dtype", [(name, dtype) for name, dtype in pairs if wanted(dtype)])
 
 
 def differentiable(dtype: torch.dtype) -> bool:
@@ -55,9 +50,6 @@ def precise(dtype: torch.dtype) -> bool:
     return dtype in (torch.float64, torch.complex128)
 
 
-NO_SUM = pytest.mark.xfail(
-    raises=NotImplementedError, strict=True, reason="the bias gradient is torch's sum, which does not take complex32"
-)
 assert_identical = partial(torch.testing.assert_close, rtol=0, atol=0)  # torch.equal does not take complex32
 by_function = pytest.mark.parametrize("name", FUNCTIONS)
 by_module = pytest.mark.parametrize("name", MODULES)
@@ -229,7 +221,7 @@ def as_function(module: nn.Module) -> Callable:
 
 
 @pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
-@by_dtype(MODULES, complex32=NO_SUM)
+@by_dtype(MODULES)
 def test_module_values_and_gradients(name, dtype, training):
     for ours, theirs, x, sample in initialised(name, dtype, training):
         assert_same_state(ours, theirs)
@@ -240,7 +232,7 @@ def test_module_values_and_gradients(name, dtype, training):
             assert_identical(ours(x), sample.reference_fn(ours, x))
 
 
-@by_dtype(MODULES, complex32=NO_SUM)
+@by_dtype(MODULES)
 def test_module_accumulates_gradients(name, dtype):
     for ours, _, x, _ in initialised(name, dtype):
         x.requires_grad_()
@@ -323,7 +315,7 @@ def test_module_memory_format(name, dtype, which):
         torch.testing.assert_close(y, expected)
 
 
-@by_dtype(MODULES, complex32=NO_SUM)
+@by_dtype(MODULES)
 def test_module_with_noncontiguous_tensors(name, dtype):
     for ours, theirs, x, _ in initialised(name, dtype):
         spread = [noncontiguous_like(t.detach()) for t in (x, ours.weight)]
