@@ -13,6 +13,7 @@ kernel and ``output_padding`` need no padding copy.
 
 from __future__ import annotations
 
+import math
 import operator
 from collections.abc import Sequence
 
@@ -116,9 +117,9 @@ def _convolve(
     parameters = [stride, check_padding, output_padding, dilation]
     if not torch.compiler.is_compiling() and _concrete(*(s or () for s in shapes), *parameters, [groups]):
         checked = _C.check_call(name, rank, transposed, *shapes, *parameters, groups)
-        size = size or checked
-    if not size:
-        size = _result_size(rank, transposed, input, weight, stride, padding, output_padding, dilation)
+    else:
+        checked = _result_size(rank, transposed, input, weight, stride, check_padding, output_padding, dilation)
+    size = size or checked
 
     batched = input.dim() == rank + 2
     x = input if batched else input.unsqueeze(0)
@@ -130,11 +131,22 @@ def _convolve(
 
 
 def _result_size(rank, transposed, input, weight, stride, padding, output_padding, dilation) -> list[int]:
-    """The formula of csrc/checks.cpp for sizes that only Python can follow: symbolic ones."""
+    """The formula of csrc/checks.cpp, with its checks, for sizes that only Python can follow: symbolic ones."""
     size = []
+    empty = math.prod(input.shape[:-rank]) == 0
+    if transposed:
+        torch._check(weight.shape[1] > 0, lambda: "expected weight to have out channels")
     for i in range(rank):
         extent, reach = input.shape[i - rank], dilation[i] * (weight.shape[i + 2] - 1)
+        torch._check(
+            (extent > 0) | empty,
+            lambda: "Only zero batch or zero channel inputs are supported",
+        )
         if transposed:
+            torch._check(
+                (output_padding[i] < stride[i]) | (output_padding[i] < dilation[i]),
+                lambda: "output padding must be smaller than either stride or dilation",
+            )
             size.append((extent - 1) * stride[i] - 2 * padding[i] + reach + output_padding[i] + 1)
         else:
             size.append((extent + 2 * padding[i] - reach - 1) // stride[i] + 1)
