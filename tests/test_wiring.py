@@ -214,19 +214,6 @@ def test_compile_dynamic_shapes(op, seed):
 
 
 @pytest.mark.usefixtures("fresh_compiler")
-def test_compile_a_transform(seed):
-    """torch.func inside a compiled function."""
-    case = BY_NAME["stride_2"]
-    x, w, b, _ = make_tensors(case, torch.float64, seed=seed)
-
-    def per_sample(x, w, b):
-        loss = torch.func.grad(lambda w, x: our_conv(case, x.unsqueeze(0), w, b).pow(2).sum())
-        return torch.func.vmap(loss, in_dims=(None, 0))(w, x)
-
-    close(compiled(per_sample)(x, w, b), per_sample(x, w, b))
-
-
-@pytest.mark.usefixtures("fresh_compiler")
 @pytest.mark.parametrize("case", [BY_NAME["stride_2"], BY_NAME["transposed_stride_2"]])
 def test_compiled_autograd(case, seed):
     """The backward pass itself traced: the nodes tell the compiler what they read."""
@@ -242,24 +229,6 @@ def test_compiled_autograd(case, seed):
             our_conv(case, *leaves).backward(gy)
         for a, e in zip(leaves, eager, strict=True):
             assert torch.equal(a.grad, e.grad)
-
-
-def test_export(seed):
-    class Net(torch.nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.down = myconv.Conv2d(3, 8, 3, stride=2, padding=1)
-            self.up = myconv.ConvTranspose2d(8, 3, 4, stride=2, padding=1)
-
-        def forward(self, x):
-            return self.up(self.down(x).relu())
-
-    torch.manual_seed(seed)
-    model, x = Net().eval(), torch.randn(2, 3, 8, 10)
-    program = torch.export.export(model, (x,))
-    names = {str(node.target) for node in program.graph.nodes if node.op == "call_function"}
-    assert {"myconv.conv_forward.default", "myconv.conv_backward_input.default"} <= names
-    assert torch.equal(program.module()(x), model(x))
 
 
 # ------------------------------------------------------------------------------------------ torch.func
@@ -366,6 +335,22 @@ def test_transforms(op, arguments, transform, seed):
         for space in (myconv.functional, F)
     ]
     close(*results)
+
+
+# Dynamo does not trace torch.func.linearize, of torch's convolutions neither.
+@pytest.mark.usefixtures("fresh_compiler")
+@pytest.mark.parametrize("transform", [name for name in TRANSFORMS if name != "linearize"])
+@pytest.mark.parametrize("op", ["conv2d", "conv_transpose2d"])
+def test_compile_transforms(op, transform, seed):
+    """torch.func inside a compiled function, without a graph break."""
+
+    def run(values, tangents):
+        return TRANSFORMS[transform](
+            lambda *a: getattr(myconv.functional, op)(*a, stride=2, padding=1), values, tangents
+        )
+
+    arguments = small(op, 1, seed), small(op, 1, seed + 1)
+    close(compiled(run)(*arguments), run(*arguments))
 
 
 @pytest.mark.parametrize("transform", ["grad", "jvp", "jacrev", "per-sample gradients"])
@@ -523,6 +508,15 @@ def test_symbolic_fx_trace_of_modules(seed):
     traced = torch.fx.symbolic_trace(model)
     x = torch.randn(1, 3, 6, 6)
     assert torch.equal(traced(x), model(x))
+
+
+@pytest.mark.parametrize("op", FUNCTIONAL)
+def test_symbolic_fx_trace_of_functions(op):
+    """A function is one node of the graph, under its own name."""
+    function = getattr(myconv.functional, op)
+    traced = torch.fx.symbolic_trace(lambda x, w, b: function(x, w, b, padding=1))
+    assert [node.target for node in traced.graph.nodes if node.op == "call_function"] == [function]
+    assert torch.equal(traced(*tiny(op)), function(*tiny(op), padding=1))
 
 
 def test_views_and_strides_of_results_allow_in_place_use(seed):
