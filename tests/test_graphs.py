@@ -8,6 +8,7 @@ import io
 import pytest
 import torch
 from torch import nn
+from torch._dynamo.testing import CompileCounterWithBackend
 from torch._inductor import cpp_builder
 from torch._inductor.exc import InvalidCxxCompiler
 from torch._inductor.utils import fresh_cache
@@ -111,12 +112,30 @@ def test_inductor_on_per_sample_gradients():
 @pytest.mark.usefixtures("fresh_compiler")
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_one_compilation_for_five_shapes(layout):
-    model, counter = net(), torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+    model, counter = net(), CompileCounterWithBackend("aot_eager")
     function = torch.compile(model, fullgraph=True, dynamic=True, backend=counter)
     for shape in ((2, 4, 9, 10), (3, 4, 16, 7), (7, 4, 11, 12), (6, 4, 5, 5), (2, 4, 30, 21)):
         x = torch.randn(shape).to(memory_format=LAYOUTS[layout])
         assert_same_bits(gradients(function, model, x)[:2], gradients(model, model, x)[:2])
     assert counter.frame_count == 1
+
+
+@pytest.mark.usefixtures("fresh_compiler")
+@pytest.mark.parametrize("padding", [1, "same"])
+def test_space_that_depends_on_data(padding):
+    """Sizes that nobody may guard on: one graph, also for the sizes 0 and 1 that are otherwise special."""
+    torch.manual_seed(SEED)
+    model = nn.Sequential(myconv.Conv2d(4, 4, 3, padding=padding), myconv.ConvTranspose2d(4, 4, 3))
+    counter = CompileCounterWithBackend("aot_eager")
+    function = torch.compile(model, fullgraph=True, backend=counter)
+    for size in ((8, 10), (1, 7), (12, 1)):
+        x = torch.randn(2, 4, *size)
+        torch._dynamo.decorators.mark_unbacked(x, 2)
+        torch._dynamo.decorators.mark_unbacked(x, 3)
+        assert torch.equal(function(x), model(x))
+    assert counter.frame_count == 1
+    with pytest.raises(RuntimeError):
+        function(torch.randn(2, 4, 0, 5))
 
 
 @pytest.mark.usefixtures("fresh_compiler")
@@ -166,7 +185,7 @@ PROGRAMS = {
 @pytest.mark.usefixtures("fresh_compiler")
 @pytest.mark.filterwarnings("ignore:Initializing zero-element tensors")
 @pytest.mark.parametrize("program", PROGRAMS)
-@pytest.mark.parametrize("name, arguments, shape, words", CHECKED)
+@pytest.mark.parametrize("name, arguments, shape, words", CHECKED, ids=str)
 def test_graphs_refuse_what_eager_refuses(name, arguments, shape, words, program):
     module, x = getattr(myconv, name)(*arguments), torch.randn(shape)
     build, error = PROGRAMS[program]
