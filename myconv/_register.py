@@ -95,7 +95,8 @@ torch.library.register_vmap("myconv::conv_backward_weight", _weight_rule)
 # --- FLOPs ------------------------------------------------------------------------------------------------------------
 #
 # Two FLOPs a multiply-add, one multiply-add for each pair of an output of the convolution and a weight of its channel:
-# what torch.utils.flop_counter counts for torch's convolutions.
+# what torch.utils.flop_counter counts for torch's convolutions. In weight gradients it pairs each output channel with
+# all input channels, whatever the groups; a swapped model shall count the same.
 
 
 def _flops(conv_output, weight) -> int:
@@ -114,10 +115,11 @@ def _backward_input_flops(grad_output, weight, *args, out_shape=None, **kwargs) 
 
 @register_flop_formula(ops.conv_backward_weight)
 def _backward_weight_flops(grad_output, input, kernel_size, *args, out_shape=None, **kwargs) -> int:
-    return _flops(grad_output, out_shape)
+    return _flops(grad_output, (None, input[1], *kernel_size))
 
 
 @register_flop_formula(ops.conv_backward)
 def _backward_flops(grad_output, input, weight, *args, out_shape=None, **kwargs) -> int:
     output_mask = kwargs.get("output_mask", args[-1] if args else (True, True, True))
-    return (output_mask[0] + output_mask[1]) * _flops(grad_output, weight)
+    of_input = output_mask[0] and _flops(grad_output, weight)
+    return of_input + (output_mask[1] and _backward_weight_flops(grad_output, input, weight[2:]))

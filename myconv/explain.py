@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import textwrap
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -10,7 +11,6 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.flop_counter import flop_registry
 from torch.utils.module_tracker import ModuleTracker
 
 from . import _C
@@ -178,6 +178,7 @@ def _call(module: str, func, args, y: Tensor) -> Call:
     parameters = (*parameters, 0)[:5]  # the schema's default for padding_mode is left out
     transposed = func is _OPS.conv_backward_input.default
     gy = torch.empty_like(y)
+    flops = 2 * math.prod((x if transposed else y).shape) * math.prod(w.shape[1:])  # of each direction
     queries = {"forward": (func, (x, w, bias, size, *parameters))}
     if x.is_floating_point() or x.is_complex():
         # A transposed convolution is one from y to x, run backward.
@@ -193,16 +194,15 @@ def _call(module: str, func, args, y: Tensor) -> Call:
         tuple(w.shape),
         tuple(y.shape),
         {**dict(zip(_PARAMETERS, parameters)), "padding_mode": list(PADDING_MODES)[parameters[-1]]},
-        {name: _direction(*query) for name, query in queries.items()},
+        {name: _direction(*query, flops) for name, query in queries.items()},
     )
 
 
-def _direction(func, args) -> Direction:
+def _direction(func, args, flops: int) -> Direction:
     results = []
     with torch.no_grad():
         choices = _C.record(lambda: results.append(func(*args)))
     tensors = [*(a for a in args if isinstance(a, Tensor)), results[0]]
-    flops = flop_registry[func.overloadpacket](*args, out_val=results[0])
     moved = sum(t.nbytes for t in tensors)
     copies: dict[str, int] = {}
     for tensor, count in (copy for choice in choices for copy in choice["copies"]):

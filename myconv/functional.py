@@ -18,6 +18,7 @@ padding needs a padded copy.
 
 from __future__ import annotations
 
+import math
 import operator
 from collections.abc import Sequence
 from typing import Any
@@ -142,7 +143,7 @@ def _convolve(
     if not torch.compiler.is_compiling() and _concrete(*(s or () for s in shapes), *parameters, [groups]):
         size = _C.check_call(name, rank, transposed, *shapes, *parameters, groups, mode)
     else:
-        size = _result_size(rank, transposed, input, weight, *parameters)
+        size = _result_size(rank, transposed, input, weight, *parameters, mode)
 
     batched = input.dim() == rank + 2
     x = input if batched else input.unsqueeze(0)
@@ -153,16 +154,29 @@ def _convolve(
     return y if batched else y.squeeze(0)
 
 
-def _result_size(rank, transposed, input, weight, stride, low, high, output_padding, dilation) -> list[int]:
-    """The formula of csrc/checks.cpp for sizes that only Python can follow: symbolic ones."""
+def _result_size(rank, transposed, input, weight, stride, low, high, output_padding, dilation, mode) -> list[int]:
+    """The formula of csrc/checks.cpp, with its checks, for sizes that only Python can follow: symbolic ones."""
     size = []
+    empty = math.prod(input.shape[:-rank]) == 0
+    if transposed:
+        torch._check(weight.shape[1] > 0, lambda: "expected weight to have out channels")
     for i in range(rank):
         extent, reach = input.shape[i - rank], dilation[i] * (weight.shape[i + 2] - 1)
+        torch._check((extent > 0) | empty, lambda: "Only zero batch or zero channel inputs are supported")
         if transposed:
+            torch._check(
+                (output_padding[i] < stride[i]) | (output_padding[i] < dilation[i]),
+                lambda: "output padding must be smaller than either stride or dilation",
+            )
             size.append((extent - 1) * stride[i] - low[i] - high[i] + reach + output_padding[i] + 1)
         else:
             size.append((extent + low[i] + high[i] - reach - 1) // stride[i] + 1)
         torch._check(size[i] > 0, lambda: "the kernel does not fit the input: the output size is too small")
+        most, padded = max(low[i], high[i]), size[i] if transposed else extent
+        if mode == PADDING_MODES["reflect"]:
+            torch._check(most < padded, lambda: "Padding size should be less than the corresponding input dimension")
+        elif mode == PADDING_MODES["circular"]:
+            torch._check(most <= padded, lambda: "Padding value causes wrapping around more than once")
     return size
 
 

@@ -123,6 +123,8 @@ def _scripted_conv(
         size.append((x.size(i + 2) + low[i] + high[i] - reach) // stride[i] + 1)
         if size[i] < 1:
             raise RuntimeError("Kernel size can't be greater than actual input size")
+        if x.size(i + 2) == 0 and x.size(0) != 0 and x.size(1) != 0:
+            raise RuntimeError("Only zero batch or zero channel inputs are supported")
     mode = ["zeros", "reflect", "replicate", "circular"].index(padding_mode)
     y = torch.ops.myconv.conv_forward(x, weight, bias, size, stride, low, dilation, groups, mode)
     if x.size(1) == 0:
@@ -144,12 +146,18 @@ def _scripted_conv_transpose(
 ) -> Tensor:
     batched = input.dim() == weight.dim()
     x = input if batched else input.unsqueeze(0)
+    if weight.size(1) == 0:
+        raise RuntimeError("expected weight to have out channels")
     size: list[int] = []
     for i in range(len(stride)):
         reach = dilation[i] * (weight.size(i + 2) - 1) + 1
         size.append((x.size(i + 2) - 1) * stride[i] - low[i] - high[i] + reach + output_padding[i])
+        if output_padding[i] >= stride[i] and output_padding[i] >= dilation[i]:
+            raise RuntimeError("output padding must be smaller than either stride or dilation")
         if size[i] < 1:
             raise RuntimeError("Output size is too small")
+        if x.size(i + 2) == 0 and x.size(0) != 0 and x.size(1) != 0:
+            raise RuntimeError("Only zero batch or zero channel inputs are supported")
     mode = ["zeros", "reflect", "replicate", "circular"].index(padding_mode)
     y = torch.ops.myconv.conv_backward_input(x, weight, bias, size, stride, low, dilation, groups, mode)
     return y if batched else y.squeeze(0)

@@ -391,14 +391,15 @@ def test_stride_0_gradient(seed):
                 torch.testing.assert_close(a.grad, b.grad, rtol=1e-11, atol=1e-11)
 
 
+@pytest.mark.parametrize("use_reentrant", [False, True])
 @pytest.mark.parametrize("case", KINDS)
-def test_checkpoint(case, seed):
+def test_checkpoint(case, use_reentrant, seed):
     from torch.utils.checkpoint import checkpoint
 
     tensors = make_tensors(case, seed=seed)
     plain, recomputed = differentiable(tensors), differentiable(tensors)
     our_conv(case, *plain).backward(tensors.gy)
-    checkpoint(function_of(case), *recomputed, use_reentrant=False).backward(tensors.gy)
+    checkpoint(function_of(case), *recomputed, use_reentrant=use_reentrant).backward(tensors.gy)
     for a, b in zip(plain, recomputed, strict=True):
         assert torch.equal(a.grad, b.grad)
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
+from torch._dynamo.exc import TorchDynamoException
+from torch._dynamo.testing import CompileCounterWithBackend
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.library import opcheck
@@ -200,7 +202,7 @@ def test_compile_modules(name, shape, arguments, seed):
 def test_compile_dynamic_shapes(op, seed):
     """One graph for all sizes: sizes and groups stay symbols."""
     case = Case("dynamic", op, (2, 4, 9, 8), 4, 3, stride=2, padding=1)
-    counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+    counter = CompileCounterWithBackend("aot_eager")
     function = torch.compile(
         lambda x, w, b: our_conv(case, x, w, b).relu(), fullgraph=True, dynamic=True, backend=counter
     )
@@ -211,19 +213,6 @@ def test_compile_dynamic_shapes(op, seed):
         assert torch.equal(y, our_conv(case, x, w, b).relu())
         y.sum().backward()
     assert counter.frame_count == 1
-
-
-@pytest.mark.usefixtures("fresh_compiler")
-def test_compile_a_transform(seed):
-    """torch.func inside a compiled function."""
-    case = BY_NAME["stride_2"]
-    x, w, b, _ = make_tensors(case, torch.float64, seed=seed)
-
-    def per_sample(x, w, b):
-        loss = torch.func.grad(lambda w, x: our_conv(case, x.unsqueeze(0), w, b).pow(2).sum())
-        return torch.func.vmap(loss, in_dims=(None, 0))(w, x)
-
-    close(compiled(per_sample)(x, w, b), per_sample(x, w, b))
 
 
 @pytest.mark.usefixtures("fresh_compiler")
@@ -242,24 +231,6 @@ def test_compiled_autograd(case, seed):
             our_conv(case, *leaves).backward(gy)
         for a, e in zip(leaves, eager, strict=True):
             assert torch.equal(a.grad, e.grad)
-
-
-def test_export(seed):
-    class Net(torch.nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.down = myconv.Conv2d(3, 8, 3, stride=2, padding=1)
-            self.up = myconv.ConvTranspose2d(8, 3, 4, stride=2, padding=1)
-
-        def forward(self, x):
-            return self.up(self.down(x).relu())
-
-    torch.manual_seed(seed)
-    model, x = Net().eval(), torch.randn(2, 3, 8, 10)
-    program = torch.export.export(model, (x,))
-    names = {str(node.target) for node in program.graph.nodes if node.op == "call_function"}
-    assert {"myconv.conv_forward.default", "myconv.conv_backward_input.default"} <= names
-    assert torch.equal(program.module()(x), model(x))
 
 
 # ------------------------------------------------------------------------------------------ torch.func
@@ -366,6 +337,28 @@ def test_transforms(op, arguments, transform, seed):
         for space in (myconv.functional, F)
     ]
     close(*results)
+
+
+@pytest.mark.usefixtures("fresh_compiler")
+@pytest.mark.parametrize("transform", TRANSFORMS)
+@pytest.mark.parametrize("op", ["conv2d", "conv_transpose2d"])
+def test_compile_transforms(op, transform, seed):
+    """torch.func inside a compiled function, without a graph break."""
+
+    def transformed(space):
+        return lambda *arguments: TRANSFORMS[transform](
+            lambda *a: getattr(space, op)(*a, stride=2, padding=1), *arguments
+        )
+
+    ours, theirs = transformed(myconv.functional), transformed(F)
+    arguments = small(op, 1, seed), small(op, 1, seed + 1)
+    try:
+        actual = compiled(ours)(*arguments)
+    except TorchDynamoException as refusal:
+        with pytest.raises(type(refusal)):
+            compiled(theirs)(*arguments)
+        pytest.skip(f"this torch does not trace {transform} of its own convolutions either")
+    close(actual, theirs(*arguments))
 
 
 @pytest.mark.parametrize("transform", ["grad", "jvp", "jacrev", "per-sample gradients"])
@@ -523,6 +516,15 @@ def test_symbolic_fx_trace_of_modules(seed):
     traced = torch.fx.symbolic_trace(model)
     x = torch.randn(1, 3, 6, 6)
     assert torch.equal(traced(x), model(x))
+
+
+@pytest.mark.parametrize("op", FUNCTIONAL)
+def test_symbolic_fx_trace_of_functions(op):
+    """A function is one node of the graph, under its own name."""
+    function = getattr(myconv.functional, op)
+    traced = torch.fx.symbolic_trace(lambda x, w, b: function(x, w, b, padding=1))
+    assert [node.target for node in traced.graph.nodes if node.op == "call_function"] == [function]
+    assert torch.equal(traced(*tiny(op)), function(*tiny(op), padding=1))
 
 
 def test_views_and_strides_of_results_allow_in_place_use(seed):
