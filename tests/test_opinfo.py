@@ -29,7 +29,7 @@ from conftest import SEED, assert_same_state, check_parity, noting
 # torch warns of its padded copy for an even kernel, and that complex32 and quantization are prototypes.
 pytestmark = [
     pytest.mark.filterwarnings("ignore::UserWarning"),
-    pytest.mark.filterwarnings("ignore:.*torch.jit.*deprecated:DeprecationWarning"),  # torch's own use
+    pytest.mark.filterwarnings("ignore:.*torch.jit.*deprecated"),  # torch's own use
 ]
 
 FUNCTIONS = {info.name.split(".")[-1]: info for info in op_db if info.name.startswith("nn.functional.conv")}
