@@ -102,7 +102,8 @@ bool result_is_channels_last(const Tensor& first, const Tensor& second) {
 }
 
 Tensor empty_result(c10::SymIntArrayRef sizes, const at::TensorOptions& options, bool channels_last) {
-  if (sizes[0] == 0) channels_last = false;
+  // A batch size that depends on data is taken not to be 0, as torch takes it.
+  if (TORCH_GUARD_OR_FALSE(sizes[0].sym_eq(0))) channels_last = false;
   if (!channels_last) return at::empty_symint(sizes, options);
   if (sizes.size() != 3)
     return at::empty_symint(sizes, options,

@@ -3,7 +3,7 @@
 CALLS       torch refuses them; myconv refuses them with the same exception type, and with torch's words where those are
             clear.
 TORCH_UNSAFE  torch crashes, answers nonsense, or returns memory it never wrote; myconv refuses them.
-ACCEPTED    calls that torch refuses and myconv runs: kinds of padding. docs/padding.md lists the same calls.
+ACCEPTED    calls that torch refuses and myconv runs, most of them kinds of padding. docs/padding.md lists the same calls.
 EXTENSIONS  illegal calls with what myconv.functional has and torch.nn.functional has not.
 OPERATORS   torch.ops.myconv.* called directly. Each row changes one argument of a legal call, see LEGAL.
 
@@ -790,6 +790,7 @@ ACCEPTED = each_rank(
         Accepted("causal", "Conv1d(4, 6, 3, padding='causal')", ValueError),
         Accepted("pair", "ConvTranspose#d(4, 6, 3, padding=((1, 2),))(x#)", TypeError),
         Accepted("padding-mode", "ConvTranspose#d(4, 6, 3, padding_mode='reflect')", ValueError),
+        Accepted("dilated-integers", "conv#d(x#.int(), w#.int(), dilation=2)", NotImplementedError),
         Accepted("padding-mode-set-later", "set_(ConvTranspose#d(4, 6, 3), padding_mode='circular')(x#)", ValueError),
     ]
 )

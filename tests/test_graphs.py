@@ -110,6 +110,24 @@ def test_inductor_on_per_sample_gradients():
 
 
 @pytest.mark.usefixtures("fresh_compiler")
+@pytest.mark.parametrize("layer", [myconv.Conv2d, myconv.ConvTranspose2d])
+@pytest.mark.parametrize("padding_mode", ["zeros", "circular"])
+@torch._dynamo.config.patch(capture_dynamic_output_shape_ops=True)
+def test_batch_that_depends_on_data(layer, padding_mode):
+    module = layer(4, 6, 3, padding=1, padding_mode=padding_mode)
+    counter = CompileCounterWithBackend("aot_eager")
+    function = torch.compile(lambda x, chosen: module(x[chosen]), fullgraph=True, backend=counter)
+    x = torch.randn(6, 4, 8, 8, requires_grad=True)
+    for count in (3, 1, 6, 0):
+        chosen = torch.arange(6) < count
+        y, expected = function(x, chosen), module(x[chosen])
+        assert torch.equal(y, expected)
+        gradients = [torch.autograd.grad(result.sum(), x)[0] for result in (y, expected)]
+        assert torch.equal(*gradients)
+    assert counter.frame_count == 1
+
+
+@pytest.mark.usefixtures("fresh_compiler")
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_one_compilation_for_five_shapes(layout):
     model, counter = net(), CompileCounterWithBackend("aot_eager")
