@@ -4,6 +4,7 @@
 #include <ATen/ops/empty_strided.h>
 #include <ATen/ops/sum.h>
 #include <c10/core/MemoryFormat.h>
+#include <c10/util/irange.h>
 #include <torch/library.h>
 
 #include "checks.h"
@@ -14,22 +15,47 @@ namespace {
 
 using SymSizes = c10::SymDimVector;
 
-// A 1d tensor is judged as torch judges it: as a 2d one with one row. Torch makes a 1d activation contiguous first, and
-// so only a weight can make a 1d result channels_last (or an activation whose strides are contiguous and channels_last
-// at once).
-template <typename Int>
-bool suggests_channels_last_1d(c10::ArrayRef<Int> size, c10::ArrayRef<Int> stride) {
-  const Int sizes[] = {size[0], size[1], 1, size[2]};
-  const Int strides[] = {stride[0], stride[1], size[2] * stride[2], stride[2]};
-  return c10::is_channels_last_strides_2d<Int>(sizes, strides);
+// Nothing where the answer depends on data.
+std::optional<bool> known(const c10::SymBool& answer) {
+  if (TORCH_GUARD_OR_FALSE(answer)) return true;
+  if (!TORCH_GUARD_OR_TRUE(answer)) return false;
+  return std::nullopt;
+}
+
+// Torch's rule: strides do not shrink in the order C, W, H, D, N. A batch size that depends on data is taken to be
+// large; nothing where the answer depends on another size that depends on data.
+std::optional<bool> strides_suggest_channels_last(c10::SymIntArrayRef size, c10::SymIntArrayRef stride) {
+  if (known(stride[1].sym_eq(0)).value_or(false)) return false;
+  c10::SymInt least = 0;
+  for (const auto i : c10::irange(size.size() - 1)) {
+    const size_t d = i == 0 ? 1 : size.size() - i;
+    const std::optional<bool> absent = known(size[d].sym_eq(0)), shrinks = known(stride[d].sym_lt(least));
+    const std::optional<bool> several = known(size[d].sym_gt(1));
+    if (!absent || !shrinks || !several) return std::nullopt;
+    if (*absent || *shrinks) return false;
+    least = *several ? stride[d] * size[d] : stride[d];
+  }
+  const bool absent = known(size[0].sym_eq(0)).value_or(false);
+  const std::optional<bool> shrinks = known(stride[0].sym_lt(least)), ambiguous = known(least.sym_eq(stride[1]));
+  return !absent && !shrinks.value_or(false) && !ambiguous.value_or(false);
 }
 
 bool suggests_channels_last(const Tensor& t, bool activation) {
-  if (t.dim() != 3) return t.suggest_memory_format() != at::MemoryFormat::Contiguous;
-  if (activation && !t.is_contiguous()) return false;
-  return t.unsafeGetTensorImpl()->has_symbolic_sizes_strides()
-             ? suggests_channels_last_1d(t.sym_sizes(), t.sym_strides())
-             : suggests_channels_last_1d(t.sizes(), t.strides());
+  const bool symbolic = t.unsafeGetTensorImpl()->has_symbolic_sizes_strides();
+  if (t.dim() == 3) {
+    // It is judged as torch judges it: as a 2d one with one row. Torch makes a 1d activation contiguous first, and so
+    // only a weight can make a 1d result channels_last (or an activation whose strides are contiguous and channels_last
+    // at once).
+    if (activation && !t.is_contiguous()) return false;
+    const auto size = t.sym_sizes(), stride = t.sym_strides();
+    return strides_suggest_channels_last({size[0], size[1], 1, size[2]},
+                                         {stride[0], stride[1], size[2] * stride[2], stride[2]})
+        .value_or(false);
+  }
+  const at::MemoryFormat format = t.dim() == 4 ? at::MemoryFormat::ChannelsLast : at::MemoryFormat::ChannelsLast3d;
+  if (!symbolic) return t.suggest_memory_format() == format;
+  const std::optional<bool> answer = strides_suggest_channels_last(t.sym_sizes(), t.sym_strides());
+  return answer ? *answer : TORCH_GUARD_OR_FALSE(t.sym_is_contiguous(format));
 }
 
 SymSizes with_spatial(const c10::SymInt& first, const c10::SymInt& second, c10::SymIntArrayRef spatial) {

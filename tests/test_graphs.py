@@ -112,16 +112,17 @@ def test_inductor_on_per_sample_gradients():
 @pytest.mark.usefixtures("fresh_compiler")
 @pytest.mark.parametrize("layer", [myconv.Conv2d, myconv.ConvTranspose2d])
 @pytest.mark.parametrize("padding_mode", ["zeros", "circular"])
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last], ids=str)
 @torch._dynamo.config.patch(capture_dynamic_output_shape_ops=True)
-def test_batch_that_depends_on_data(layer, padding_mode):
+def test_batch_that_depends_on_data(layer, padding_mode, memory_format):
     module = layer(4, 6, 3, padding=1, padding_mode=padding_mode)
     counter = CompileCounterWithBackend("aot_eager")
     function = torch.compile(lambda x, chosen: module(x[chosen]), fullgraph=True, backend=counter)
-    x = torch.randn(6, 4, 8, 8, requires_grad=True)
+    x = torch.randn(6, 4, 8, 8).to(memory_format=memory_format).requires_grad_()
     for count in (3, 1, 6, 0):
         chosen = torch.arange(6) < count
         y, expected = function(x, chosen), module(x[chosen])
-        assert torch.equal(y, expected)
+        assert torch.equal(y, expected) and (count == 0 or y.stride() == expected.stride())
         gradients = [torch.autograd.grad(result.sum(), x)[0] for result in (y, expected)]
         assert torch.equal(*gradients)
     assert counter.frame_count == 1
@@ -140,14 +141,15 @@ def test_one_compilation_for_five_shapes(layout):
 
 @pytest.mark.usefixtures("fresh_compiler")
 @pytest.mark.parametrize("padding", [1, "same"])
-def test_space_that_depends_on_data(padding):
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last], ids=str)
+def test_space_that_depends_on_data(padding, memory_format):
     """Sizes that nobody may guard on: one graph, also for the sizes 0 and 1 that are otherwise special."""
     torch.manual_seed(SEED)
     model = nn.Sequential(myconv.Conv2d(4, 4, 3, padding=padding), myconv.ConvTranspose2d(4, 4, 3))
     counter = CompileCounterWithBackend("aot_eager")
     function = torch.compile(model, fullgraph=True, backend=counter)
     for size in ((8, 10), (1, 7), (12, 1)):
-        x = torch.randn(2, 4, *size)
+        x = torch.randn(2, 4, *size).to(memory_format=memory_format)
         torch._dynamo.decorators.mark_unbacked(x, 2)
         torch._dynamo.decorators.mark_unbacked(x, 3)
         assert torch.equal(function(x), model(x))
