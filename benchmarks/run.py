@@ -45,7 +45,6 @@ DIRECTIONS = {  # of a pass
     "backward_input": ("backward_input",),
     "backward_weight": ("backward_weight",),
 }
-OF_TRANSPOSED = {"forward": "backward_input", "backward_input": "forward"}  # what it runs instead
 FUNCTIONS = {f"Conv{t}{rank}d": f"conv{t and '_transpose'}{rank}d" for t in ("", "Transpose") for rank in (1, 2, 3)}
 FIELDS = ("out_channels", "kernel_size", "stride", "padding", "dilation", "groups", "bias", "output_padding")
 
@@ -130,13 +129,9 @@ def make_call(case: Case, function: Callable, tensors: Tensors, what: str) -> Ca
 
 def chosen_algorithms(case: Case, what: str, tensors: Tensors) -> dict[str, str]:
     """The row that runs, for each operator of the pass."""
-    channels_last = not (tensors.x.is_contiguous() and tensors.w.is_contiguous())
-    chosen = {}
-    for direction in DIRECTIONS[what]:
-        operator = OF_TRANSPOSED.get(direction, direction) if case.transposed else direction
-        rows = myconv._C.selection(operator, *case.problem, tensors.x.dtype, channels_last)
-        chosen[operator] = next(name for name, reason in rows if reason is None)
-    return chosen
+    call = myconv.explain(getattr(myconv.functional, case.op), *tensors[:3], **case.arguments).calls[0]
+    found = [call.directions[direction] for direction in DIRECTIONS[what]]
+    return {direction.operator.removeprefix("conv_"): direction.algorithm for direction in found}
 
 
 def measure(case: Case, layout: str, what: str, dtype: torch.dtype, budget: float) -> dict:

@@ -173,12 +173,38 @@ PyCFunction as_c_function(_PyCFunctionFastWithKeywords f) {
 }
 
 // The text before "--" is what inspect.signature reads.
-#define MYCONV_CONV_DOC(name)                                                               \
-  name "($module, input, weight, bias=None, stride=1, padding=0, dilation=1, groups=1, *, " \
-       "padding_mode='zeros')\n--\n\n"
-#define MYCONV_TRANSPOSE_DOC(name)                                                                            \
-  name "($module, input, weight, bias=None, stride=1, padding=0, output_padding=0, groups=1, dilation=1, *, " \
-       "padding_mode='zeros')\n--\n\n"
+#define MYCONV_CONV_DOC(name)                                                                                         \
+  name "($module, input, weight, bias=None, stride=1, padding=0, dilation=1, groups=1, *, padding_mode='zeros')\n"    \
+       "--\n\n"                                                                                                       \
+       "torch.nn.functional." name                                                                                    \
+       " with more kinds of padding, computed by myconv.\n\n"                                                         \
+       "input: (N, C, spatial...) or (C, spatial...). weight: (K, C / groups, kernel...). bias: (K). All of one "     \
+       "dtype\n"                                                                                                      \
+       "and on the CPU: floating point, complex, or integers up to int64.\n"                                          \
+       "stride, dilation: an int, or one for each axis.\n"                                                            \
+       "padding: an int, or for each axis an int or a pair (low, high) of amounts; 'valid'; 'same' (stride 1); for\n" \
+       "conv1d 'causal', dilation * (kernel - 1) on the low side alone.\n"                                            \
+       "padding_mode: 'zeros', 'reflect', 'replicate' or 'circular'.\n\n"                                             \
+       "Returns (N, K, out...) or (K, out...), out = (in + low + high - dilation * (kernel - 1) - 1) // stride + "    \
+       "1.\n\n"                                                                                                       \
+       "Raises RuntimeError for sizes that do not fit, TypeError and ValueError for arguments of the wrong kind,\n"   \
+       "NotImplementedError for other dtypes. Gradients of any order, in reverse and forward mode.\n"
+#define MYCONV_TRANSPOSE_DOC(name)                                                                                  \
+  name "($module, input, weight, bias=None, stride=1, padding=0, output_padding=0, groups=1, dilation=1, *, "       \
+       "padding_mode='zeros')\n--\n\n"                                                                              \
+       "torch.nn.functional." name                                                                                  \
+       " with more kinds of padding, computed by myconv.\n\n"                                                       \
+       "The adjoint of the convolution with the same arguments: what is its input gradient.\n\n"                    \
+       "input: (N, C, spatial...) or (C, spatial...). weight: (C, K / groups, kernel...). bias: (K). All of one "   \
+       "dtype\n"                                                                                                    \
+       "and on the CPU: floating point, complex, or int64.\n"                                                       \
+       "stride, dilation: an int, or one for each axis. output_padding likewise, below stride or dilation.\n"       \
+       "padding: an int, or for each axis an int or a pair (low, high) of amounts cut from the result.\n"           \
+       "padding_mode: 'zeros', or 'reflect', 'replicate' or 'circular': the adjoint of padding in that mode.\n\n"   \
+       "Returns (N, K, out...) or (K, out...),\n"                                                                   \
+       "out = (in - 1) * stride - low - high + dilation * (kernel - 1) + output_padding + 1.\n\n"                   \
+       "Raises RuntimeError for sizes that do not fit, TypeError and ValueError for arguments of the wrong kind,\n" \
+       "NotImplementedError for other dtypes. Gradients of any order, in reverse and forward mode.\n"
 
 PyMethodDef kEntries[] = {
     {"conv1d", as_c_function(entry<1, false>), METH_FASTCALL | METH_KEYWORDS, MYCONV_CONV_DOC("conv1d")},
@@ -240,14 +266,14 @@ std::vector<std::pair<std::string, std::string>> selection(const std::string& di
 // What explain() is told of the convolutions that f() calls; their kernels do not run.
 py::list record(const py::function& f) {
   Recording recorded;
-  record_into(&recorded);
-  try {
+  {
+    struct Recorder {
+      Recording* before = recording();
+      explicit Recorder(Recording* r) { record_into(r); }
+      ~Recorder() { record_into(before); }
+    } const recorder(&recorded);
     f();
-  } catch (...) {
-    record_into(nullptr);
-    throw;
   }
-  record_into(nullptr);
   py::list choices;
   for (const Choice& c : recorded.choices)
     choices.append(py::dict("direction"_a = kDirectionNames[static_cast<int>(c.direction)],
