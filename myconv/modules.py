@@ -41,7 +41,7 @@ def _weight_and_bias(module: nn.Module) -> tuple[Tensor, Tensor | None]:
     return module.weight, module.bias
 
 
-def _convolve_padded(convolve, module, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+def _convolve_padded(convolve, module, input: Tensor, weight: Tensor, bias: Tensor | None, rank: int) -> Tensor:
     """Convolve with a padding mode other than zeros.
 
     As in torch, the amounts come from ``_reversed_padding_repeated_twice`` (low and high side of the last
@@ -50,7 +50,6 @@ def _convolve_padded(convolve, module, input: Tensor, weight: Tensor, bias: Tens
     torch does.
     """
     mode, stride, dilation = module.padding_mode, module.stride, module.dilation
-    rank = len(stride)
     if isinstance(input, Tensor) and input.dim() not in (
         rank + 1,
         rank + 2,
@@ -149,6 +148,10 @@ def _constructor(init: Callable[Concatenate[M, P], None]) -> Callable[Concatenat
 # is_scripting() branch.
 
 
+def _each_axis(values: list[int], rank: int) -> list[int]:
+    return values * rank if len(values) == 1 else values
+
+
 def _scripted_conv(
     input: Tensor,
     weight: Tensor,
@@ -162,8 +165,11 @@ def _scripted_conv(
 ) -> Tensor:
     batched = input.dim() == weight.dim()
     x = input if batched else input.unsqueeze(0)
+    rank = weight.dim() - 2
+    stride, dilation = _each_axis(stride, rank), _each_axis(dilation, rank)
+    low, high = _each_axis(low, rank), _each_axis(high, rank)
     size: list[int] = []
-    for i in range(len(stride)):
+    for i in range(rank):
         reach = dilation[i] * (weight.size(i + 2) - 1) + 1
         size.append((x.size(i + 2) + low[i] + high[i] - reach) // stride[i] + 1)
         if size[i] < 1:
@@ -189,8 +195,12 @@ def _scripted_conv_transpose(
 ) -> Tensor:
     batched = input.dim() == weight.dim()
     x = input if batched else input.unsqueeze(0)
+    rank = weight.dim() - 2
+    stride, dilation = _each_axis(stride, rank), _each_axis(dilation, rank)
+    low, high = _each_axis(low, rank), _each_axis(high, rank)
+    output_padding = _each_axis(output_padding, rank)
     size: list[int] = []
-    for i in range(len(stride)):
+    for i in range(rank):
         reach = dilation[i] * (weight.size(i + 2) - 1) + 1
         size.append((x.size(i + 2) - 1) * stride[i] - low[i] - high[i] + reach + output_padding[i])
         if size[i] < 1:
@@ -228,10 +238,12 @@ def _scripted_forward_transposed(self, input: Tensor, output_size: list[int] | N
     if isinstance(self.padding[0], int):
         low = self.padding
         high = self.padding
-    rank = len(self.stride)
-    extents = [d * (k - 1) + 1 for d, k in zip(self.dilation, self.kernel_size)]
+    rank = len(self.kernel_size)
+    low, high = _each_axis(low, rank), _each_axis(high, rank)
+    dilation, kernel_size = _each_axis(self.dilation, rank), _each_axis(self.kernel_size, rank)
+    extents: list[int] = []
     for i in range(rank):
-        extents[i] -= low[i] + high[i]
+        extents.append(dilation[i] * (kernel_size[i] - 1) + 1 - low[i] - high[i])
     output_padding = self._output_padding(input, output_size, self.stride, [0] * rank, extents, rank, [1] * rank)
     return _scripted_conv_transpose(
         input,
@@ -266,7 +278,7 @@ class Conv1d(nn.Conv1d):
 
     def _conv_forward(self, input: Tensor, weight: Tensor, bias: Tensor | None):
         if self.padding_mode != "zeros":
-            return _convolve_padded(functional.conv1d, self, input, weight, bias)
+            return _convolve_padded(functional.conv1d, self, input, weight, bias, 1)
         return functional.conv1d(input, weight, bias, self.stride, self.padding, self.dilation, self.groups)
 
     _conv_forward.__wrapped__ = _scripted_conv_forward
@@ -280,7 +292,7 @@ class Conv2d(nn.Conv2d):
 
     def _conv_forward(self, input: Tensor, weight: Tensor, bias: Tensor | None):
         if self.padding_mode != "zeros":
-            return _convolve_padded(functional.conv2d, self, input, weight, bias)
+            return _convolve_padded(functional.conv2d, self, input, weight, bias, 2)
         return functional.conv2d(input, weight, bias, self.stride, self.padding, self.dilation, self.groups)
 
     _conv_forward.__wrapped__ = _scripted_conv_forward
@@ -294,7 +306,7 @@ class Conv3d(nn.Conv3d):
 
     def _conv_forward(self, input: Tensor, weight: Tensor, bias: Tensor | None):
         if self.padding_mode != "zeros":
-            return _convolve_padded(functional.conv3d, self, input, weight, bias)
+            return _convolve_padded(functional.conv3d, self, input, weight, bias, 3)
         return functional.conv3d(input, weight, bias, self.stride, self.padding, self.dilation, self.groups)
 
     _conv_forward.__wrapped__ = _scripted_conv_forward
