@@ -247,8 +247,8 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
 
 # "default" tries the same calls in every run; --hypothesis-profile=long many more, others each time.
 _COMMON = {"deadline": None, "print_blob": True, "suppress_health_check": list(hypothesis.HealthCheck)}
-hypothesis.settings.register_profile("default", derandomize=True, database=None, max_examples=200, **_COMMON)
-hypothesis.settings.register_profile("long", max_examples=3000, **_COMMON)
+hypothesis.settings.register_profile("default", derandomize=True, database=None, max_examples=150, **_COMMON)
+hypothesis.settings.register_profile("long", max_examples=1500, **_COMMON)
 hypothesis.settings.load_profile("default")
 
 # ------------------------------------------------------------------------------------------------- pytest
