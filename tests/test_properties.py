@@ -563,7 +563,7 @@ class Given:
     """The arguments of a call, by name; `case` is their meaning, if they have one."""
 
     def __init__(self, source: str):
-        self.op = source[2 : source.index("(")]
+        self.source, self.op = source, source[2 : source.index("(")]
         self.rank, self.transposed = int(self.op[-2]), self.op in TRANSPOSED
         names = ("input", "weight", "bias")
         collect = types.SimpleNamespace(**{self.op: lambda *tensors, **rest: {**dict(zip(names, tensors)), **rest}})
@@ -602,8 +602,11 @@ class Given:
         )
 
 
-# Calls that torch cannot be asked about: docs/padding.md, and numbers that crash it.
+# Calls that torch cannot be asked about: numbers that crash it, and what it does not have (docs/padding.md). Of other
+# releases than 2.13 some refuse with other types, and 2.11 aborts on one call.
 NOT_FOR_TORCH = {
+    "another torch": lambda g: not (2, 13) <= torch.__version__ < (2, 14),
+    "huge numbers": lambda g: "2**" in g.source,
     "padding_mode": lambda g: "padding_mode" in g.arguments,
     "causal": lambda g: g.arguments.get("padding") == "causal" and g.op == "conv1d",
     "pairs": lambda g: any(isinstance(entry, (tuple, list)) for entry in as_tuple(g.arguments.get("padding"))),
@@ -651,7 +654,7 @@ def test_any_call(source):
         assert ours in (RuntimeError, ValueError, TypeError, NotImplementedError)
     else:
         assert ours[0] == given.shape
-    if "2**" in source or any(holds(given) for holds in NOT_FOR_TORCH.values()):
+    if any(holds(given) for holds in NOT_FOR_TORCH.values()):
         return
     torchs = outcome(source, F)
     if ours != torchs:
