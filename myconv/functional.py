@@ -51,7 +51,11 @@ def _integer(function: str, argument: str, value, legal: str = "int or tuple of 
 def _axes(function: str, argument: str, value, rank: int, legal: str = "int or tuple of ints") -> list[int]:
     """The value of one parameter as a list: of one entry for each axis where the caller's length allows it."""
     if isinstance(value, (tuple, list)):
-        entries = [int(v) if isinstance(v, bool) else _integer(function, argument, v, legal) for v in value]
+        # As in torch, which looks at the first entry more closely, a bool may be any other.
+        entries = [
+            int(v) if isinstance(v, bool) and i > 0 else _integer(function, argument, v, legal)
+            for i, v in enumerate(value)
+        ]
     else:
         entries = [_integer(function, argument, value, legal)]
     for entry in entries:
@@ -123,8 +127,6 @@ def _convolve(
     _tensor(name, "weight", weight)
     if bias is not None:
         _tensor(name, "bias", bias)
-    if not torch.compiler.is_compiling():
-        _C.check_storage(input, weight, bias)
     if padding_mode not in PADDING_MODES:
         modes = ", ".join(map(repr, PADDING_MODES))
         raise ValueError(f"padding_mode must be one of {modes}, but got padding_mode={padding_mode!r}")
@@ -132,10 +134,12 @@ def _convolve(
     stride = _axes(name, "stride", stride, rank)
     dilation = _axes(name, "dilation", dilation, rank)
     output_padding = _axes(name, "output_padding", output_padding, rank)
-    if isinstance(padding, str) and not transposed:
+    named = isinstance(padding, str) and not transposed
+    low, high = ([0] * rank, [0] * rank) if named else _sides(name, padding, rank)
+    if not torch.compiler.is_compiling():
+        _C.check_storage(input, weight, bias)  # after the types of all arguments, as in torch
+    if named:
         low, high = _named_padding(name, rank, padding, input, weight, stride, dilation)
-    else:
-        low, high = _sides(name, padding, rank)
 
     mode = PADDING_MODES[padding_mode]
     shapes = [_shape(input), _shape(weight), None if bias is None else _shape(bias)]

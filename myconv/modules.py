@@ -43,7 +43,7 @@ def _weight_and_bias(module: Any) -> tuple[Tensor, Tensor | None]:
     return module.weight, module.bias
 
 
-def _convolve_padded(convolve, module, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+def _convolve_padded(convolve, module, input: Tensor, weight: Tensor, bias: Tensor | None, rank: int) -> Tensor:
     """Convolve with a padding mode other than zeros.
 
     As in torch, the amounts come from ``_reversed_padding_repeated_twice`` (low and high side of the last
@@ -52,11 +52,7 @@ def _convolve_padded(convolve, module, input: Tensor, weight: Tensor, bias: Tens
     torch does.
     """
     mode, stride, dilation = module.padding_mode, module.stride, module.dilation
-    rank = len(stride)
-    if isinstance(input, Tensor) and input.dim() not in (
-        rank + 1,
-        rank + 2,
-    ):  # the type torch's padding raises
+    if isinstance(input, Tensor) and input.dim() not in (rank + 1, rank + 2):  # the type torch's padding raises
         raise NotImplementedError(
             f"Expected {rank + 1}D (unbatched) or {rank + 2}D (batched) input to conv{rank}d, "
             f"but got input of size: {list(input.shape)}"
@@ -104,6 +100,10 @@ def _scripted_as(twin: Callable[..., Any]) -> Callable[[_Method], _Method]:
     return mark
 
 
+def _each_axis(values: list[int], rank: int) -> list[int]:
+    return values * rank if len(values) == 1 else values
+
+
 def _scripted_conv(
     input: Tensor,
     weight: Tensor,
@@ -117,8 +117,10 @@ def _scripted_conv(
 ) -> Tensor:
     batched = input.dim() == weight.dim()
     x = input if batched else input.unsqueeze(0)
+    rank = weight.dim() - 2
+    stride, dilation = _each_axis(stride, rank), _each_axis(dilation, rank)
     size: list[int] = []
-    for i in range(len(stride)):
+    for i in range(rank):
         reach = dilation[i] * (weight.size(i + 2) - 1) + 1
         size.append((x.size(i + 2) + low[i] + high[i] - reach) // stride[i] + 1)
         if size[i] < 1:
@@ -148,8 +150,11 @@ def _scripted_conv_transpose(
     x = input if batched else input.unsqueeze(0)
     if weight.size(1) == 0:
         raise RuntimeError("expected weight to have out channels")
+    rank = weight.dim() - 2
+    stride, dilation = _each_axis(stride, rank), _each_axis(dilation, rank)
+    output_padding = _each_axis(output_padding, rank)
     size: list[int] = []
-    for i in range(len(stride)):
+    for i in range(rank):
         reach = dilation[i] * (weight.size(i + 2) - 1) + 1
         size.append((x.size(i + 2) - 1) * stride[i] - low[i] - high[i] + reach + output_padding[i])
         if output_padding[i] >= stride[i] and output_padding[i] >= dilation[i]:
@@ -163,21 +168,35 @@ def _scripted_conv_transpose(
     return y if batched else y.squeeze(0)
 
 
-def _amounts(amounts: list[int], side: int) -> list[int]:
-    """One side of ``_reversed_padding_repeated_twice``, in the order of the axes."""
-    sides: list[int] = []
-    for i in range(len(amounts) // 2):
-        sides.insert(0, amounts[2 * i + side])
-    return sides
+def _scripted_sides(self, weight: Tensor) -> tuple[list[int], list[int]]:
+    """The amounts of padding on the low and high sides of the axes."""
+    low: list[int] = []
+    high: list[int] = []
+    rank = weight.dim() - 2
+    if isinstance(self.padding, str):
+        dilation = _each_axis(self.dilation, rank)
+        for i in range(rank):
+            total = 0 if self.padding == "valid" else dilation[i] * (weight.size(i + 2) - 1)
+            low.append(total if self.padding == "causal" else total // 2)
+            high.append(total - low[i])
+    else:
+        for entry in self.padding:
+            if isinstance(entry, int):
+                low.append(entry)
+                high.append(entry)
+            else:
+                low.append(entry[0])
+                high.append(entry[1])
+    return _each_axis(low, rank), _each_axis(high, rank)
 
 
 def _scripted_conv_forward(self, input: Tensor, weight: Tensor, bias: Tensor | None):
-    low = _amounts(self._reversed_padding_repeated_twice, 0)
-    high = _amounts(self._reversed_padding_repeated_twice, 1)
-    if not isinstance(self.padding, str):
-        if self.padding_mode == "zeros" and isinstance(self.padding[0], int):
-            low = self.padding
-            high = self.padding
+    low, high = self._scripted_sides(weight)
+    if self.padding_mode != "zeros":
+        amounts: list[int] = self._reversed_padding_repeated_twice
+        for i in range(len(amounts) // 2):
+            low[-1 - i] = amounts[2 * i]
+            high[-1 - i] = amounts[2 * i + 1]
     return _scripted_conv(input, weight, bias, self.stride, low, high, self.dilation, self.groups, self.padding_mode)
 
 
@@ -186,15 +205,12 @@ def _scripted_forward(self, input: Tensor) -> Tensor:
 
 
 def _scripted_forward_transposed(self, input: Tensor, output_size: list[int] | None = None) -> Tensor:
-    low = _amounts(self._reversed_padding_repeated_twice, 0)
-    high = _amounts(self._reversed_padding_repeated_twice, 1)
-    if isinstance(self.padding[0], int):
-        low = self.padding
-        high = self.padding
-    rank = len(self.stride)
-    extents = [d * (k - 1) + 1 for d, k in zip(self.dilation, self.kernel_size)]
+    low, high = self._scripted_sides(self.weight)
+    rank = len(self.kernel_size)
+    dilation, kernel_size = _each_axis(self.dilation, rank), _each_axis(self.kernel_size, rank)
+    extents: list[int] = []
     for i in range(rank):
-        extents[i] -= low[i] + high[i]
+        extents.append(dilation[i] * (kernel_size[i] - 1) + 1 - low[i] - high[i])
     output_padding = self._output_padding(input, output_size, self.stride, [0] * rank, extents, rank, [1] * rank)
     return _scripted_conv_transpose(
         input,
@@ -246,6 +262,8 @@ def _set_padding(module: Any, padding: Any) -> None:
 
 
 class _Conv:
+    _scripted_sides = _scripted_sides
+
     def __init__(
         self,
         in_channels: int,
@@ -268,6 +286,8 @@ class _Conv:
 
 
 class _ConvTranspose:
+    _scripted_sides = _scripted_sides
+
     def __init__(
         self,
         in_channels: int,
@@ -311,7 +331,7 @@ class Conv1d(_Conv, nn.Conv1d):
     @_scripted_as(_scripted_conv_forward)
     def _conv_forward(self, input: Tensor, weight: Tensor, bias: Tensor | None):
         if self.padding_mode != "zeros":
-            return _convolve_padded(functional.conv1d, self, input, weight, bias)
+            return _convolve_padded(functional.conv1d, self, input, weight, bias, 1)
         return functional.conv1d(input, weight, bias, self.stride, self.padding, self.dilation, self.groups)
 
 
@@ -323,7 +343,7 @@ class Conv2d(_Conv, nn.Conv2d):
     @_scripted_as(_scripted_conv_forward)
     def _conv_forward(self, input: Tensor, weight: Tensor, bias: Tensor | None):
         if self.padding_mode != "zeros":
-            return _convolve_padded(functional.conv2d, self, input, weight, bias)
+            return _convolve_padded(functional.conv2d, self, input, weight, bias, 2)
         return functional.conv2d(input, weight, bias, self.stride, self.padding, self.dilation, self.groups)
 
 
@@ -335,7 +355,7 @@ class Conv3d(_Conv, nn.Conv3d):
     @_scripted_as(_scripted_conv_forward)
     def _conv_forward(self, input: Tensor, weight: Tensor, bias: Tensor | None):
         if self.padding_mode != "zeros":
-            return _convolve_padded(functional.conv3d, self, input, weight, bias)
+            return _convolve_padded(functional.conv3d, self, input, weight, bias, 3)
         return functional.conv3d(input, weight, bias, self.stride, self.padding, self.dilation, self.groups)
 
 

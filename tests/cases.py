@@ -47,7 +47,7 @@ class Case:
     out_channels: int
     kernel_size: tuple[int, ...]
     stride: tuple[int, ...] = 1
-    padding: tuple[int, ...] | str = 0
+    padding: tuple[int | tuple[int, int], ...] | str = 0
     dilation: tuple[int, ...] = 1
     groups: int = 1
     bias: bool = True
@@ -79,10 +79,12 @@ class Case:
         """(low, high) padding of every spatial dimension."""
         if self.padding == "valid":
             return [(0, 0)] * self.rank
+        totals = [d * (k - 1) for d, k in zip(self.dilation, self.kernel_size, strict=True)]
         if self.padding == "same":  # the high side gets the odd one
-            totals = [d * (k - 1) for d, k in zip(self.dilation, self.kernel_size, strict=True)]
             return [(total // 2, total - total // 2) for total in totals]
-        return [(p, p) for p in self.padding]
+        if self.padding == "causal":
+            return [(total, 0) for total in totals]
+        return [(p, p) if isinstance(p, int) else p for p in self.padding]
 
     @property
     def output_shape(self) -> tuple[int, ...]:
@@ -108,7 +110,7 @@ class Case:
         names = ["stride", "padding", "dilation", "groups"]
         if self.transposed:
             names.append("output_padding")
-        elif self.padding_mode != "zeros":
+        if self.padding_mode != "zeros":
             names.append("padding_mode")
         return {name: getattr(self, name) for name in names}
 

@@ -14,6 +14,7 @@ import pathlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
+import hypothesis
 import pytest
 import torch
 
@@ -52,9 +53,17 @@ ROUNDS_INTEGERS = ("winograd_4x4",)
 
 
 def assert_accurate(
-    actual: torch.Tensor, exact: torch.Tensor, torchs: torch.Tensor | None = None, what: str = "result"
+    actual: torch.Tensor,
+    exact: torch.Tensor,
+    torchs: torch.Tensor | None = None,
+    what: str = "result",
+    terms: torch.Tensor | None = None,
 ) -> None:
-    """Holds `actual` to the table, given `exact` in float64 (complex128) and perhaps torch's own answer."""
+    """Holds `actual` to the table, given `exact` in float64 (complex128) and perhaps torch's own answer.
+
+    `terms`, the sums of the terms' absolute values, takes the place of `exact` as what the error is relative to: for
+    results of so few elements that all of them may cancel.
+    """
     assert actual.shape == exact.shape, f"{what}: shape {tuple(actual.shape)}, expected {tuple(exact.shape)}"
     if actual.numel() == 0:
         return
@@ -64,8 +73,9 @@ def assert_accurate(
     error = (actual.to(exact.dtype) - exact).abs()
     worst = f"largest error {error.max():.3g} at {tuple(torch.unravel_index(error.argmax(), error.shape))}"
     assert torch.isfinite(error).all(), f"{what}: {int((~torch.isfinite(error)).sum())} elements are not finite"
+    terms = exact.abs() if terms is None else terms
     if tolerance.relative_l2 is not None:
-        size = exact.norm()
+        size = terms.norm()
         allowed = tolerance.relative_l2 * size
         if torchs is not None:
             allowed = max(allowed, 2 * (torchs.detach().to(exact.dtype) - exact).norm())
@@ -76,7 +86,7 @@ def assert_accurate(
         return
     rounded = exact.to(dtype).double()
     for share, distance in tolerance.ulps:
-        allowed = distance * last_place(exact, dtype) + tolerance.floor * exact.abs().max()
+        allowed = distance * last_place(exact, dtype) + tolerance.floor * terms.max()
         good = ((actual.double() - rounded).abs() <= allowed).double().mean()
         # A single element may always miss by one more place: small tensors have no 0.1%.
         enough = min(share, 1 - 1 / exact.numel()) if share < 1 else share
@@ -285,6 +295,14 @@ def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo) -> Itera
 def pytest_runtest_setup(item: pytest.Item) -> None:
     _facts.clear()
 
+
+# ---------------------------------------------------------------------------------------------- hypothesis
+
+# "default" tries the same calls in every run; --hypothesis-profile=long many more, others each time.
+_COMMON = {"deadline": None, "print_blob": True, "suppress_health_check": list(hypothesis.HealthCheck)}
+hypothesis.settings.register_profile("default", derandomize=True, database=None, max_examples=150, **_COMMON)
+hypothesis.settings.register_profile("long", max_examples=1500, **_COMMON)
+hypothesis.settings.load_profile("default")
 
 # ------------------------------------------------------------------------------------------------- pytest
 

@@ -483,12 +483,32 @@ def test_script_output_size(name):
     torch.testing.assert_close(torch.jit.script(ours)(x, size), theirs(x, size))
 
 
+ONE_FOR_ALL = [
+    ("Conv2d", {"stride": (2,), "dilation": (2,), "padding": (1,)}),
+    ("Conv2d", {"dilation": (2,), "padding": "same"}),
+    ("Conv3d", {"stride": (2,), "padding": 1, "padding_mode": "reflect"}),
+    ("ConvTranspose2d", {"stride": (2,), "dilation": (2,), "padding": (1,), "output_padding": (1,)}),
+]
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.parametrize("name, kwargs", ONE_FOR_ALL, ids=str)
+def test_one_value_for_all_axes(name, kwargs):
+    theirs, ours = (getattr(library, name)(4, 6, 3, **kwargs) for library in (nn, myconv))
+    ours.load_state_dict(theirs.state_dict())
+    x = torch.randn(2, 4, *[8] * len(theirs.kernel_size))
+    for module in (ours, torch.jit.script(ours)):
+        torch.testing.assert_close(module(x), theirs(x))
+
+
 @pytest.mark.filterwarnings("ignore:.*torch.jit.*deprecated:DeprecationWarning")
-def test_script_follows_assigned_padding():
-    theirs, ours = pair_of_case("Conv2d")
-    theirs.padding = ours.padding = (2, 0)
-    x = sample("Conv2d")
-    torch.testing.assert_close(torch.jit.script(ours)(x), theirs(x))
+@pytest.mark.parametrize("padding", [(2, 0), "valid", "same", ((1, 2), (0, 3)), (1, (0, 2))], ids=str)
+def test_script_follows_assigned_padding(padding):
+    for case in ("plain", "same"):
+        _, ours = pair_of_case("Conv2d", case)
+        ours.padding = padding
+        x = sample("Conv2d")
+        assert torch.equal(torch.jit.script(ours)(x), ours(x))
 
 
 @pytest.mark.filterwarnings("ignore:.*torch.jit.*deprecated:DeprecationWarning")
