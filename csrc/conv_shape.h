@@ -9,6 +9,12 @@
 
 #include <cstdint>
 
+#if defined(__CUDACC__)
+#define MYCONV_HD __host__ __device__
+#else
+#define MYCONV_HD
+#endif
+
 namespace myconv {
 
 enum class Dtype : int8_t { kFloat64, kFloat32, kBFloat16, kFloat16, kInt64, kInt32, kInt16, kInt8, kUInt8 };
@@ -30,16 +36,16 @@ struct ConvShape {
   Layout layout;  // of x, y and their gradients: (N, C, D, H, W) or (N, D, H, W, C), dense
   PaddingMode padding_mode;
 
-  int64_t in_channels() const { return groups * in_per_group; }
-  int64_t out_channels() const { return groups * out_per_group; }
-  int64_t in_pixels() const { return in[0] * in[1] * in[2]; }
-  int64_t out_pixels() const { return out[0] * out[1] * out[2]; }
-  int64_t taps() const { return kernel[0] * kernel[1] * kernel[2]; }
+  MYCONV_HD int64_t in_channels() const { return groups * in_per_group; }
+  MYCONV_HD int64_t out_channels() const { return groups * out_per_group; }
+  MYCONV_HD int64_t in_pixels() const { return in[0] * in[1] * in[2]; }
+  MYCONV_HD int64_t out_pixels() const { return out[0] * out[1] * out[2]; }
+  MYCONV_HD int64_t taps() const { return kernel[0] * kernel[1] * kernel[2]; }
   // Multiply-adds of any of the three directions.
-  double macs() const {
+  MYCONV_HD double macs() const {
     return static_cast<double>(batch) * groups * in_per_group * out_per_group * taps() * out_pixels();
   }
-  bool channels_last() const { return layout == Layout::kChannelsLast; }
+  MYCONV_HD bool channels_last() const { return layout == Layout::kChannelsLast; }
 };
 
 // Element strides of an activation in the order N, C, D, H, W.
@@ -47,7 +53,7 @@ struct ActivationStrides {
   int64_t batch, channel, axis[3];
 };
 
-inline ActivationStrides activation_strides(Layout layout, int64_t channels, const int64_t (&extent)[3]) {
+MYCONV_HD inline ActivationStrides activation_strides(Layout layout, int64_t channels, const int64_t (&extent)[3]) {
   const int64_t plane = extent[1] * extent[2];
   const int64_t pixels = extent[0] * plane;
   if (layout == Layout::kChannelsLast)
@@ -57,13 +63,13 @@ inline ActivationStrides activation_strides(Layout layout, int64_t channels, con
 
 // source(o, t) of one axis, before the padding mode. make_conv_shape has checked that the result fits; a partial sum
 // may not (padding and dilation go up to 2**62), and unsigned arithmetic is right either way.
-inline int64_t source_index(int64_t o, int64_t stride, int64_t t, int64_t dilation, int64_t pad) {
+MYCONV_HD inline int64_t source_index(int64_t o, int64_t stride, int64_t t, int64_t dilation, int64_t pad) {
   return static_cast<int64_t>(static_cast<uint64_t>(o) * static_cast<uint64_t>(stride) +
                               static_cast<uint64_t>(t) * static_cast<uint64_t>(dilation) - static_cast<uint64_t>(pad));
 }
 
 // The element of [0, extent) that index stands for, or -1 for a zero.
-inline int64_t padded_index(int64_t index, int64_t extent, PaddingMode mode) {
+MYCONV_HD inline int64_t padded_index(int64_t index, int64_t extent, PaddingMode mode) {
   if (index >= 0 && index < extent) return index;
   switch (mode) {
     case PaddingMode::kReflect:
