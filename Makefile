@@ -121,7 +121,7 @@ $(STAMPS)/tools: $(STAMPS)/venv requirements.txt | $(TORCH_STAMP)
 	@touch $@
 
 $(STAMPS)/test: $(STAMPS)/venv requirements.txt | $(TORCH_STAMP)
-	$(INSTALL) pytest hypothesis expecttest numpy
+	$(INSTALL) pytest hypothesis expecttest numpy nvidia-cuda-cuobjdump nvidia-cuda-nvdisasm
 	@touch $@
 
 # facenet-pytorch holds weights that the example reads; its own requirements are for a torch of years ago.
