@@ -162,3 +162,10 @@ inline int with_element_type(Dtype dtype, const F& f) {
 }
 
 }  // namespace myconv::cuda
+
+// --- instructions: matrix products of a warp, asynchronous copies ----------------------------------------------------
+#if defined(MYCONV_EMULATOR)
+#include "instructions.h"
+#else
+#include "cuda/instructions.cuh"
+#endif

@@ -178,13 +178,12 @@ __global__ void backward_weight(ConvShape s, ConvPointers p, int64_t elements) {
     __syncthreads();
     for (int half = kThreads / 2; half > 0; half /= 2) {
       if (thread < half) sums[thread] += sums[thread + half];
-      __syncthreads();
+      __syncthreads();  // the last of them also lets the other threads write sums again
     }
     if (thread == 0)
       store(gw[k * s.weight_stride[0] + c * s.weight_stride[1] + t[0] * s.weight_stride[2] + t[1] * s.weight_stride[3] +
                t[2] * s.weight_stride[4]],
             sums[0]);
-    __syncthreads();  // sums is written again
   }
 }
 
