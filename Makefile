@@ -35,7 +35,8 @@ BUILD_STAMP := $(STAMPS)/build-torch-$(TORCH)-$(or $(MYCONV_ISA_BUILD),all)-$(co
 BUILD := $(BUILD_STAMP) $(STAMPS)/editable
 SOURCES := setup.py $(wildcard csrc/*.* csrc/*/*.*)
 EXTENSION := $(wildcard myconv/_C.*.so)
-CXX_FILES := $(wildcard csrc/*.h csrc/*.cpp csrc/*/*.h csrc/*/*.cpp csrc/*/*.inc examples/cpp/*.cpp)
+CXX_FILES := $(wildcard csrc/*.h csrc/*.cpp csrc/*/*.h csrc/*/*.cpp csrc/*/*.inc csrc/*/*.cu* examples/cpp/*.cpp)
+CXX_FILES += $(wildcard tests/emulator/*)
 CMAKE := $(or $(shell command -v cmake 2>/dev/null),$(VENV)/bin/cmake)
 
 .DEFAULT_GOAL := test
