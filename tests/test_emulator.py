@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Iterator
 
 import pytest
 import torch
@@ -20,7 +21,7 @@ from cases import (
     random_tensor,
     reference_operator,
 )
-from conftest import assert_accurate, bias_for, convolution_roles, forced, guarded, noting, run_operator
+from conftest import assert_accurate, bias_for, convolution_roles, forced, guarded, noting, run_operator, threads
 from emulated import CONVOLUTIONS, DTYPES, SCHEDULES, KernelError, run_row
 from mutants import FEW_BLOCKS
 
@@ -36,6 +37,13 @@ FEW = [
         "reflect_per_dimension replicate_3d circular_1d batch_0 transposed_output_padding_by_dilation transposed_3d"
     ).split()
 ]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread() -> Iterator[None]:
+    """The references are too small to share."""
+    with threads(1):
+        yield
 
 
 @pytest.fixture(scope="module")
