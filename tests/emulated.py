@@ -83,13 +83,13 @@ def edited(path: str, edits: Sequence[Edit]) -> pathlib.Path:
     return copy
 
 
-def library(kernels: str, *others: str, edits: Sequence[Edit] = (), options: Sequence[str] = ()) -> ctypes.CDLL:
-    """The emulator with a file of kernels, to which the edits are made first, and other sources."""
-    emulator = [
-        build(f"{pathlib.Path(path).stem}.o", [path], ["-c"]) for path in ("tests/emulator/emulator.cpp", *others)
-    ]
-    code = build("kernels.o", [edited(kernels, edits)], ["-c", *options, "-x", "c++"])
-    loaded = ctypes.CDLL(str(build("kernels.so", [code, *emulator], ["-shared"])))
+def library(*sources: str, edits: Sequence[Edit] = (), options: Sequence[str] = ()) -> ctypes.CDLL:
+    """The emulator with kernels: to the first file the edits are made, and it is compiled with the options."""
+    first, *others = sources
+    objects = [build("kernels.o", [edited(first, edits)], ["-c", *options, "-x", "c++"])]
+    for path in ("tests/emulator/emulator.cpp", *others):
+        objects.append(build(f"{pathlib.Path(path).stem}.o", [path], ["-c", "-x", "c++"]))
+    loaded = ctypes.CDLL(str(build("kernels.so", objects, ["-shared"])))
     loaded.emulator_error.restype = ctypes.c_char_p
     return loaded
 

@@ -3,13 +3,25 @@
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Iterator
 
 import pytest
 import torch
 
 import emulated
-from cases import BY_NAME, CORE, DIRECTIONS, MODES, Case, Problem, lay_out, make_tensors, reference_operator
-from conftest import assert_accurate, bias_for, convolution_roles, forced, guarded, noting, run_operator
+from cases import (
+    BY_NAME,
+    CORE,
+    DIRECTIONS,
+    MODES,
+    Case,
+    Problem,
+    lay_out,
+    make_tensors,
+    random_tensor,
+    reference_operator,
+)
+from conftest import assert_accurate, bias_for, convolution_roles, forced, guarded, noting, run_operator, threads
 from emulated import CONVOLUTIONS, DTYPES, SCHEDULES, KernelError, run_row
 from mutants import FEW_BLOCKS
 
@@ -25,6 +37,13 @@ FEW = [
         "reflect_per_dimension replicate_3d circular_1d batch_0 transposed_output_padding_by_dilation transposed_3d"
     ).split()
 ]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread() -> Iterator[None]:
+    """The references are too small to share."""
+    with threads(1):
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -216,15 +235,15 @@ def test_rounding_to_16_bits(dtype, probes, seed):
 # -------------------------------------------------------------------------------------------------- the emulator
 
 
+PRODUCTS = ("gathered float16", "gathered bfloat16", "staged float16", "staged bfloat16", "gathered float32")
+
+
 def product_operands(kind: str, seed: int, integers: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
+    """Three pairs of matrices."""
     generator = torch.Generator().manual_seed(seed)
     dtype = getattr(torch, kind.split()[1])
-    draw = (
-        (lambda *size: torch.randint(-8, 9, size, generator=generator))
-        if integers
-        else (lambda *size: torch.randn(*size, generator=generator))
-    )
-    return draw(3, 16, 32).to(dtype), draw(3, 32, 8).to(dtype)
+    a, b = (random_tensor((3, *size), dtype, generator, integers) for size in ((16, 32), (32, 8)))
+    return a, b
 
 
 def multiply(products: ctypes.CDLL, kind: str, a: torch.Tensor, b: torch.Tensor, schedule: str) -> torch.Tensor:
@@ -233,9 +252,6 @@ def multiply(products: ctypes.CDLL, kind: str, a: torch.Tensor, b: torch.Tensor,
     pointers = [ctypes.c_void_p(t.data_ptr()) for t in (a, b, c)]
     emulated.call(products, "multiply", kind.encode(), *pointers, len(a), schedule=schedule)
     return c.clone()
-
-
-PRODUCTS = ("gathered float16", "gathered bfloat16", "staged float16", "staged bfloat16", "gathered float32")
 
 
 def as_tf32(t: torch.Tensor) -> torch.Tensor:
@@ -277,24 +293,24 @@ def test_collectives(schedule, probes):
     assert torch.equal(probe(probes, "votes", schedule), torch.stack(votes, 1).float())
 
 
+FAULTS = {  # and what is said of them
+    "leaves_before_the_barrier": r"block \(0, 0, 0\): thread \(\d+, 0, 0\) waits at \S+:\d+ for threads that never",
+    "two_barriers": r"thread \(\d+, 0, 0\) meets threads that wait at another line",
+    "leaves_before_the_shuffle": r"thread \(\d+, 0, 0\) waits at \S+:\d+ for threads that never come",
+    "not_in_the_mask": "is not in the mask",
+    "writes_behind_shared": "written outside a shared array of 256 bytes",
+    "too_much_shared": "more shared memory than a block has",
+    "reads_behind": r"thread \(\d+, 0, 0\) touches memory that is not its own",
+    "copies_from_an_odd_address": "not a multiple of the size",
+    "too_many_threads": "1 blocks of 1025 threads",
+    "no_blocks": "0 blocks of 64 threads",
+}
+
+
 @pytest.mark.parametrize("schedule", SCHEDULES)
-@pytest.mark.parametrize(
-    "name, message",
-    {
-        "leaves_before_the_barrier": r"block \(0, 0, 0\): thread \(\d+, 0, 0\) waits at \S+:\d+ for threads that never",
-        "two_barriers": r"thread \(\d+, 0, 0\) meets threads that wait at another line",
-        "leaves_before_the_shuffle": r"thread \(\d+, 0, 0\) waits at \S+:\d+ for threads that never come",
-        "not_in_the_mask": "is not in the mask",
-        "writes_behind_shared": "written outside a shared array of 256 bytes",
-        "too_much_shared": "more shared memory than a block has",
-        "reads_behind": r"thread \(\d+, 0, 0\) touches memory that is not its own",
-        "copies_from_an_odd_address": "not a multiple of the size",
-        "too_many_threads": "1 blocks of 1025 threads",
-        "no_blocks": "0 blocks of 64 threads",
-    }.items(),
-)
-def test_faults_are_named(name, message, schedule, probes):
-    with pytest.raises(KernelError, match=message):
+@pytest.mark.parametrize("name", FAULTS)
+def test_faults_are_named(name, schedule, probes):
+    with pytest.raises(KernelError, match=FAULTS[name]):
         probe(probes, name, schedule)
     probe(probes, "shuffles", schedule)  # and the next launch is as good as new
 

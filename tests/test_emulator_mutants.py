@@ -19,7 +19,7 @@ from emulated import CONVOLUTIONS, SCHEDULES, KernelError, run_row
 from mutants import Edit, Mutant
 from test_emulator import LAYOUTS, multiply, operands, product_operands, reference
 
-QUICK = ("-O0",)  # to compile
+QUICK = ("-O0", "-DMYCONV_EMULATOR_FLOAT32")  # to compile
 
 
 def shows(run: Callable[[str], torch.Tensor], expected: torch.Tensor) -> bool:
