@@ -5,12 +5,16 @@
     python -m pip install --no-build-isolation .         ordinary install
 
 MYCONV_ISA_BUILD=portable   leave out every x86 SIMD kernel (default: all)
+MYCONV_CUDA=0, =1           leave out the CUDA kernels; fail if nvcc is missing (default: build them if nvcc is there)
+MYCONV_CUDA_ARCHS           what they are compiled for (default: 8.0+PTX;9.0a)
+CUDA_HOME                   where nvcc is (default: as on PATH, else /usr/local/cuda)
 MAX_JOBS=n                  compile n files at a time (default: the number of usable cores)
 CXX, CXXFLAGS               compiler, and flags put after ours, for example CXXFLAGS="-O0 -g"
 
 Nothing here downloads anything.
 """
 
+import functools
 import importlib.util
 import os
 import re
@@ -19,6 +23,7 @@ import shutil
 import subprocess
 import sys
 import sysconfig
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import setuptools
@@ -127,13 +132,98 @@ def compiler_name() -> str:
     return out.splitlines()[0].strip() if out.strip() else " ".join(command)
 
 
+def relative(paths) -> list[str]:
+    return sorted(path.relative_to(ROOT).as_posix() for path in paths)
+
+
 def sources() -> list[str]:
-    return sorted(p.relative_to(ROOT).as_posix() for d in ("csrc", "csrc/cpu") for p in (ROOT / d).glob("*.cpp"))
+    folders = ["csrc", "csrc/cpu", *(["csrc/cuda"] if find_nvcc() else [])]
+    return relative(path for folder in folders for path in (ROOT / folder).glob("*.cpp"))
 
 
 def headers() -> list[str]:
-    found = [p for kind in ("*.h", "*.inc") for p in (ROOT / "csrc").rglob(kind)]
-    return sorted(p.relative_to(ROOT).as_posix() for p in found)
+    return relative(path for kind in ("*.h", "*.inc", "*.cuh") for path in (ROOT / "csrc").rglob(kind))
+
+
+# ---- CUDA: nvcc makes an object of each csrc/cuda/*.cu, without torch's headers and libraries, so that a torch without
+# CUDA will do. The runtime is linked statically: only a driver must be there.
+
+
+@functools.cache
+def find_nvcc() -> Path | None:
+    wanted = os.environ.get("MYCONV_CUDA") or "auto"
+    if wanted not in ("0", "1", "auto"):
+        fail(f"MYCONV_CUDA is {wanted!r}; it must be 0 or 1.")
+    if wanted == "0":
+        return None
+    homes = [os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH")]
+    found = [Path(home, "bin", "nvcc") for home in homes if home]
+    found += [Path(path) for path in [shutil.which("nvcc")] if path] + [Path("/usr/local/cuda/bin/nvcc")]
+    nvcc = next((path for path in found if path.is_file()), None)
+    if nvcc is None and wanted == "1":
+        fail("MYCONV_CUDA=1 asks for CUDA kernels, and nvcc was not found. Set CUDA_HOME to the folder of the toolkit.")
+    return nvcc
+
+
+def cuda_archs() -> str:
+    return os.environ.get("MYCONV_CUDA_ARCHS") or "8.0+PTX;9.0a"
+
+
+def nvcc_flags() -> list[str]:
+    flags = ["-std=c++17", "-O3", "-I", str(ROOT / "csrc"), "-Xcompiler", "-fPIC,-Wall"]
+    flags += ["-Xptxas", "-warn-spills", "-Werror", "all-warnings"]  # a spill fails the build
+    for arch in cuda_archs().split(";"):
+        match = re.fullmatch(r"(\d+)\.(\d[a-z]?)(\+PTX)?", arch.strip())
+        if match is None:
+            fail(f"MYCONV_CUDA_ARCHS has {arch!r}; write architectures as in 8.0+PTX;9.0a")
+        number = match[1] + match[2]
+        flags += ["-gencode", f"arch=compute_{number},code=sm_{number}"]
+        if match[3]:
+            flags += ["-gencode", f"arch=compute_{number},code=compute_{number}"]
+    return flags
+
+
+def cudart_folder() -> Path:
+    """Where the static runtime of this nvcc is. The program may be a link or a script far from its toolkit."""
+    told = subprocess.run([str(find_nvcc()), "--dryrun", "-c", "any.cu"], capture_output=True, text=True).stderr
+    top = re.search(r"TOP=(.*)", told)
+    home = Path(top[1]).resolve() if top else find_nvcc().resolve().parents[1]
+    for folder in (home / "lib64", *home.glob("targets/*/lib"), home / "lib"):
+        if (folder / "libcudart_static.a").is_file():
+            return folder
+    fail(f"libcudart_static.a is not in {home}. Install the whole CUDA toolkit, or set MYCONV_CUDA=0.")
+
+
+def cuda_objects(folder: Path) -> list[str]:
+    """Objects of the .cu files in `folder`, made anew where a source, a header or the command has changed."""
+    nvcc, jobs = find_nvcc(), []
+    inputs = max((ROOT / path).stat().st_mtime for path in [*headers(), "setup.py"])
+    for source in sorted((ROOT / "csrc" / "cuda").glob("*.cu")):
+        target = folder / "csrc" / "cuda" / f"{source.stem}.cu.o"
+        command = [str(nvcc), *nvcc_flags(), "-c", str(source), "-o", str(target)]
+        note = target.with_suffix(".command")  # written when the object is there
+        if note.is_file() and note.read_text() == shlex.join(command):
+            if target.is_file() and target.stat().st_mtime > max(inputs, source.stat().st_mtime):
+                jobs.append((target, None, None))
+                continue
+        target.parent.mkdir(parents=True, exist_ok=True)
+        note.unlink(missing_ok=True)
+        jobs.append((target, command, note))
+
+    def make(job) -> int:
+        _, command, note = job
+        if command is None:
+            return 0
+        print(shlex.join(command), flush=True)
+        status = subprocess.run(command).returncode
+        if status == 0:
+            note.write_text(shlex.join(command))
+        return status
+
+    with ThreadPoolExecutor(int(os.environ["MAX_JOBS"])) as pool:
+        if any(pool.map(make, jobs)):
+            fail("nvcc failed. To build without CUDA kernels, set MYCONV_CUDA=0.")
+    return [str(target) for target, _, _ in jobs]
 
 
 def extension():
@@ -145,14 +235,22 @@ def extension():
         flags += ["-isystem", path]
     if isa_build() == "portable":
         flags.append("-DMYCONV_PORTABLE_ONLY")
+    link = {}
+    if find_nvcc():
+        flags.append("-DMYCONV_CUDA")
+        link["library_dirs"] = [str(cudart_folder())]
+        link["libraries"] = ["cudart_static", "rt", "pthread", "dl"]
     flags += shlex.split(os.environ.get("CXXFLAGS", ""))
-    return CppExtension(
+    extension = CppExtension(
         "myconv._C",
         sources(),
         include_dirs=[str(ROOT / "csrc")],
         depends=headers(),
         extra_compile_args=flags,
+        library_dirs=link.get("library_dirs", []),
     )
+    extension.libraries += link.get("libraries", [])
+    return extension
 
 
 def build_ext_command(torch):
@@ -164,11 +262,16 @@ def build_ext_command(torch):
             # are system headers, the dependency files do not name them. Editable builds share the folder too.
             if self.build_temp is None:
                 python = f"{sysconfig.get_platform()}-{sys.implementation.cache_tag}"
-                self.build_temp = os.path.join("build", f"temp.{python}", f"torch-{torch.__version__}-{isa_build()}")
+                kinds = f"{isa_build()}{'-cuda' if find_nvcc() else ''}"
+                self.build_temp = os.path.join("build", f"temp.{python}", f"torch-{torch.__version__}-{kinds}")
             super().finalize_options()
 
         def run(self) -> None:
             require_compiler()
+            if find_nvcc():
+                self.extensions[0].extra_objects = cuda_objects(Path(self.build_temp).resolve())
+            else:
+                print("myconv: no CUDA kernels (nvcc was not found, or MYCONV_CUDA=0)", flush=True)
             super().run()
             package = ROOT / "myconv" if self.inplace else Path(self.build_lib, "myconv")
             self.write_build_record(package / "_build.py")
@@ -179,6 +282,7 @@ def build_ext_command(torch):
                 f"TORCH_VERSION = {str(torch.__version__)!r}\n"
                 f"COMPILER = {compiler_name()!r}\n"
                 f"ISA_BUILD = {isa_build()!r}\n"
+                f"CUDA_ARCHS = {cuda_archs() if find_nvcc() else None!r}\n"
             )
             if not path.is_file() or path.read_text(encoding="utf-8") != text:
                 path.write_text(text, encoding="utf-8")

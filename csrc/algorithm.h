@@ -14,6 +14,12 @@
 
 namespace myconv {
 
+#if defined(MYCONV_CUDA)
+inline constexpr bool kCudaKernels = true;
+#else
+inline constexpr bool kCudaKernels = false;
+#endif
+
 struct Algorithm {
   const char* name;
   const char* (*decline)(const ConvShape&);             // nullptr: accepts; otherwise the reason

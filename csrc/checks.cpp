@@ -1,5 +1,7 @@
 #include "checks.h"
 
+#include "algorithm.h"
+
 #include <c10/util/accumulate.h>
 #include <c10/util/irange.h>
 
@@ -183,6 +185,13 @@ Sizes check_call(const Call& call) {
   return size;
 }
 
+void check_device(const at::Tensor& first, const std::optional<at::Tensor>& other) {
+  if (!first.defined() || !other || !other->defined()) return;  // for the check of dimensions to refuse
+  TORCH_CHECK(other->device() == first.device(),
+              "Expected all tensors to be on the same device, but found at least two devices, ", first.device(),
+              " and ", other->device(), "!");
+}
+
 void check_storage(const at::Tensor& x, const at::Tensor& w, const std::optional<at::Tensor>& bias) {
   const auto check_one = [&](const at::Tensor& t, const char* name) {
     TORCH_CHECK_NOT_IMPLEMENTED(!t.is_nested(), name,
@@ -192,13 +201,11 @@ void check_storage(const at::Tensor& x, const at::Tensor& w, const std::optional
     const char* const quantized = " is quantized; convert it with dequantize()";
     if (&t == &x) TORCH_CHECK_NOT_IMPLEMENTED(!t.is_quantized(), name, quantized);
     TORCH_CHECK(!t.is_quantized(), name, quantized);
-    TORCH_CHECK(!t.is_cuda(), name, " is on ", t.device(),
+    TORCH_CHECK(kCudaKernels || !t.is_cuda(), name, " is on ", t.device(),
                 ", but this build has no CUDA kernels: move it with .to('cpu')");
-    TORCH_CHECK(t.is_cpu() || t.is_meta(), name, " is on ", t.device(),
-                "; myconv runs on cpu and meta tensors: move it with .to('cpu')");
-    TORCH_CHECK(t.device() == x.device(),
-                "Expected all tensors to be on the same device, but found at least two devices, ", x.device(), " and ",
-                t.device(), "!");
+    TORCH_CHECK(t.is_cpu() || t.is_cuda() || t.is_meta(), name, " is on ", t.device(),
+                "; myconv runs on cpu, cuda and meta tensors: move it with .to('cpu')");
+    check_device(x, t);
   };
   check_one(x, "input");
   check_one(w, "weight");

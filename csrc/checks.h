@@ -35,6 +35,9 @@ Sizes check_call(const Call& call);
 // Dense strided storage on one supported device. Before dispatch, which would only say that a kernel is missing.
 void check_storage(const at::Tensor& x, const at::Tensor& w, const std::optional<at::Tensor>& bias);
 
+// The kernels of a device are about to read both.
+void check_device(const at::Tensor& first, const std::optional<at::Tensor>& other);
+
 // One supported dtype. Inside the operators, behind autocast.
 void check_dtypes(const at::Tensor& x, const at::Tensor& w, const std::optional<at::Tensor>& bias, bool transposed);
 

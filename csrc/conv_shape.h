@@ -92,6 +92,7 @@ struct ConvPointers {
   const void* bias = nullptr;
   const void* grad_output = nullptr;
   void* result = nullptr;
+  void* stream = nullptr;  // of CUDA
 };
 
 enum class Direction : int8_t { kForward, kBackwardInput, kBackwardWeight };

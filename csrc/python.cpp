@@ -19,6 +19,7 @@
 #include "cpu/isa.h"
 #include "cpu/parallel.h"
 #include "cpu/tables.h"
+#include "cuda/tables.h"
 #include "operators.h"
 
 namespace py = pybind11;
@@ -227,6 +228,14 @@ Direction direction_named(const std::string& name) {
   throw py::value_error("direction must be 'forward', 'backward_input' or 'backward_weight', got '" + name + "'");
 }
 
+const AlgorithmTable& table_of(const std::string& direction, const std::string& device) {
+  if (device == "cpu") return cpu::table(direction_named(direction));
+#if defined(MYCONV_CUDA)
+  if (device == "cuda") return cuda::table(direction_named(direction));
+#endif
+  throw py::value_error("this build has no kernels for device '" + device + "'");
+}
+
 using IntList = std::vector<int64_t>;
 using OptionalList = std::optional<IntList>;
 
@@ -250,7 +259,7 @@ std::vector<std::pair<std::string, std::string>> selection(const std::string& di
                                                            const IntList& stride, const IntList& padding,
                                                            const IntList& dilation, int64_t groups,
                                                            int64_t padding_mode, at::ScalarType dtype,
-                                                           bool channels_last) {
+                                                           bool channels_last, const std::string& device) {
   IntList output{input_size.at(0), weight_size.at(0)}, weight_strides(weight_size.size(), 1);
   output.insert(output.end(), output_size.begin(), output_size.end());
   for (int64_t d = static_cast<int64_t>(weight_size.size()) - 2; d >= 0; --d)
@@ -260,7 +269,7 @@ std::vector<std::pair<std::string, std::string>> selection(const std::string& di
                                    stride,      padding, dilation,   groups,      padding_mode};
   check_operator(call);
   const ConvShape shape = make_conv_shape(call, weight_strides, dtype, channels_last);
-  return reasons(cpu::table(d), shape);
+  return reasons(table_of(direction, device), shape);
 }
 
 // What explain() is told of the convolutions that f() calls; their kernels do not run.
@@ -307,12 +316,17 @@ PYBIND11_MODULE(_C, m) {
   m.def("cap_isa", &cpu::cap_isa);
   m.def("isa_cap", &cpu::isa_cap);
   m.def("openmp", [] { return cpu::parallel_regions(); });
-  m.def("algorithms", [](const std::string& direction) {
-    const AlgorithmTable& table = cpu::table(direction_named(direction));
-    std::vector<std::string> names;
-    for (int i = 0; i < table.size; ++i) names.emplace_back(table.rows[i].name);
-    return names;
-  });
+  m.def("devices",
+        [] { return kCudaKernels ? std::vector<std::string>{"cpu", "cuda"} : std::vector<std::string>{"cpu"}; });
+  m.def(
+      "algorithms",
+      [](const std::string& direction, const std::string& device) {
+        const AlgorithmTable& table = table_of(direction, device);
+        std::vector<std::string> names;
+        for (int i = 0; i < table.size; ++i) names.emplace_back(table.rows[i].name);
+        return names;
+      },
+      "direction"_a, "device"_a = "cpu");
   m.def("force_algorithm", [](const std::string& direction, const std::optional<std::string>& name) {
     force_algorithm(direction_named(direction), name ? name->c_str() : nullptr);
   });
@@ -324,6 +338,7 @@ PYBIND11_MODULE(_C, m) {
   m.def("excluded_algorithms", &excluded_algorithms);
   m.def("set_flush_denormals", &set_flush_denormals);
   m.def("flush_denormals", &flush_denormals);
-  m.def("selection", &selection);
+  m.def("selection", &selection, "direction"_a, "input_size"_a, "weight_size"_a, "output_size"_a, "stride"_a,
+        "padding"_a, "dilation"_a, "groups"_a, "padding_mode"_a, "dtype"_a, "channels_last"_a, "device"_a = "cpu");
   m.def("record", &record);
 }

@@ -36,8 +36,8 @@ def build_info() -> dict[str, Any]:
     """What this build is and what it runs on, for bug reports.
 
     ``version`` of myconv; ``torch`` and ``compiler`` it was built with; ``isas`` it has and this machine runs, worst
-    first, and the ``isa`` in force; whether it has kernels for ``cuda``; whether ``openmp``, the thread pool of torch,
-    was found (without it, kernels run on one thread); ``threads``, as of now.
+    first, and the ``isa`` in force; the architectures that it has ``cuda`` kernels for, or False; whether ``openmp``,
+    the thread pool of torch, was found (without it, kernels run on one thread); ``threads``, as of now.
     """
     from . import _C, _build
 
@@ -47,7 +47,7 @@ def build_info() -> dict[str, Any]:
         "compiler": _build.COMPILER,
         "isas": _C.isas(),
         "isa": _C.isa(),
-        "cuda": False,
+        "cuda": _build.CUDA_ARCHS.split(";") if _build.CUDA_ARCHS else False,
         "openmp": _C.openmp(),
         "threads": torch.get_num_threads(),
     }

@@ -17,7 +17,7 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn.utils import parametrize
 
-from myconv import modules
+from myconv import _C, modules
 
 __all__ = ["Report", "patch", "replace", "restore"]
 
@@ -25,7 +25,7 @@ _OURS: dict[type, type] = {getattr(nn, name): getattr(modules, name) for name in
 _TORCHS: dict[type, type] = {ours: torchs for torchs, ours in _OURS.items()}
 # A parametrized module has a class of its own, derived from this one.
 _own_class = parametrize.type_before_parametrizations
-_DEVICES = ("cpu", "meta")  # this build has no CUDA kernels
+_DEVICES = (*_C.devices(), "meta")
 _TENSOR_TYPES = (torch.Tensor, nn.Parameter, nn.UninitializedParameter)
 _METHODS = ("forward", "_conv_forward")  # the first runs the second, but in transposed modules
 

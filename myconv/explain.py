@@ -166,7 +166,7 @@ class _Watch(TorchDispatchMode):
         modules = self.tracker.parents - {"Global"}
         name = max(modules, key=len) if modules else ""  # parents are the prefixes of the innermost name
         if func in (_OPS.conv_forward.default, _OPS.conv_backward_input.default):
-            if result.device.type == "cpu" and type(result) is Tensor:
+            if result.device.type in _C.devices() and type(result) is Tensor:
                 self.calls.append(_call(name, func, args, result))
         elif func is torch.ops.aten.convolution.default:
             self.by_torch.append(name)

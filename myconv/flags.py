@@ -17,6 +17,12 @@ __all__ = ["algorithm", "exclude", "flush_denormals", "isa", "winograd"]
 DIRECTIONS = ("forward", "backward_input", "backward_weight")
 
 
+def _rows(*directions: str, last: bool = True) -> set[str]:
+    """The names in the tables of all devices; the last row of each on demand, since it cannot be done without."""
+    tables = [_C.algorithms(direction, device) for direction in directions for device in _C.devices()]
+    return {name for table in tables for name in (table if last else table[:-1])}
+
+
 @contextlib.contextmanager
 def algorithm(direction: str, name: str) -> Iterator[None]:
     """Force one row of a selection table.
@@ -24,15 +30,16 @@ def algorithm(direction: str, name: str) -> Iterator[None]:
     Args:
         direction: of the operator that runs: ``"forward"``, ``"backward_input"`` or ``"backward_weight"``. The
             output of a transposed convolution is made by ``backward_input``.
-        name: a row of that table, as :func:`myconv.explain` names them.
+        name: a row of that table, as :func:`myconv.explain` names them. Devices have tables of their own; one that
+            has no row of this name raises.
 
     Raises:
         ValueError: the direction or the name is unknown.
         RuntimeError: (from the convolution) the row declines it; the message says why.
     """
-    names = _C.algorithms(direction)
+    names = _rows(direction)
     if name not in names:
-        raise ValueError(f"{direction} has no algorithm {name!r}; it has {', '.join(names)}")
+        raise ValueError(f"{direction} has no algorithm {name!r}; it has {', '.join(sorted(names))}")
     before = _C.forced_algorithm(direction)
     _C.force_algorithm(direction, name)
     try:
@@ -52,7 +59,7 @@ def exclude(*names: str) -> Iterator[None]:
     Raises:
         ValueError: a name is unknown, or is ``"reference"``.
     """
-    known = {name for direction in DIRECTIONS for name in _C.algorithms(direction)[:-1]}
+    known = _rows(*DIRECTIONS, last=False)
     for name in names:
         if name not in known:
             raise ValueError(f"there is no algorithm {name!r} to exclude; there are {', '.join(sorted(known))}")
@@ -67,7 +74,7 @@ def winograd(enabled: bool) -> Iterator[None]:
     They do less arithmetic than the definition of the convolution and round differently (their error against exact
     results is larger by a small factor). This version has no such row yet: nothing changes.
     """
-    rows = {n for direction in DIRECTIONS for n in _C.algorithms(direction) if n.startswith("winograd")}
+    rows = {name for name in _rows(*DIRECTIONS) if name.startswith("winograd")}
     excluded = set(_C.excluded_algorithms())
     with _excluded(excluded - rows if enabled else excluded | rows):
         yield
