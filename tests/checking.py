@@ -210,7 +210,6 @@ def kernels(direction: str, problem: Problem, operands: tuple[torch.Tensor, ...]
     A row is named only if it takes both layouts where the tensors do not tell which one they are in.
     """
     device = operands[0].device.type
-    on = () if device == "cpu" else (device,)
     channels_last = layout == "channels_last" and operands[0].dim() in (4, 5)
     if operands[0].dim() == 3:  # in 1d the weight's strides decide, and not every stride tells
         unclear = layout == "channels_last"
@@ -220,8 +219,10 @@ def kernels(direction: str, problem: Problem, operands: tuple[torch.Tensor, ...]
     found = []
     for isa in isas(device):
         with myconv.flags.isa(isa):
-            chosen = [dict(myconv._C.selection(direction, *problem, operands[0].dtype, flag, *on)) for flag in layouts]
-        found += [(row, isa) for row in myconv._C.algorithms(direction, *on) if not any(c[row] for c in chosen)]
+            chosen = [
+                dict(myconv._C.selection(direction, *problem, operands[0].dtype, flag, device)) for flag in layouts
+            ]
+        found += [(row, isa) for row in myconv._C.algorithms(direction, device) if not any(c[row] for c in chosen)]
     return found
 
 

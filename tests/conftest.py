@@ -102,7 +102,7 @@ def pytest_report_header() -> str:
     return f"myconv on {isas}, torch {torch.__version__}, threads: {torch.get_num_threads()}"
 
 
-CUDA = torch.cuda.is_available() and bool(myconv.build_info()["cuda"])
+CUDA = torch.cuda.is_available() and "cuda" in myconv._C.devices()
 
 
 @pytest.fixture(params=["cpu", "cuda"] if CUDA else ["cpu"])
