@@ -77,6 +77,15 @@ def test_no_stage_starts_without_time(finished, tmp_path):
     assert {stage["status"] for stage in stages} == {"skipped: out of time", "skipped: needs CUDA"}
 
 
+def test_a_failed_build(tmp_path, monkeypatch):
+    monkeypatch.setenv("MYCONV_ISA_BUILD", "no such kernels")
+    path = tmp_path / "record.json"
+    process = run("--device", "cpu", "--quick", "--json", path)
+    (stage,) = json.loads(path.read_text())["stages"]
+    assert process.returncode == 1 and stage["name"] == "build" and stage["status"] == "failed"
+    assert "the build failed: exit status 1" in process.stdout and "'no such kernels'" in process.stdout
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
 def test_without_a_device():
     process = run("--no-build")
@@ -118,6 +127,28 @@ def test_a_sweep_stops_in_time():
 
 def test_every_kernel_for_the_sanitizer():
     gpu_checks.run_each_kernel_once("cpu")
+
+
+@pytest.mark.parametrize("status, outcome", [(0, "ok"), (gpu_checks.FOUND, "failed"), (1, "skipped")])
+def test_what_the_sanitizer_says(status, outcome, tmp_path, monkeypatch):
+    """An exit status of the tool's own is a finding; any other means that the tool does not work here."""
+    tool = tmp_path / "compute-sanitizer"
+    tool.write_text(f"#!/bin/sh\necho planted\nexit {status}\n")
+    tool.chmod(0o755)
+    monkeypatch.setenv("CUDA_HOME", "")
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    stage = gpu.run_stage("sanitizer", lambda: gpu_checks.sanitizer(bench(), soon(20)))
+    assert stage["status"].split(":")[0] == outcome
+    if outcome == "failed":
+        assert len(stage["failures"]) == len(gpu_checks.SANITIZER_TOOLS) and "planted" in stage["failures"][0]
+
+
+def test_tf32_table():
+    """On the CPU the settings change nothing, and the table is the same."""
+    found = gpu_checks.tf32(bench(), soon(60))
+    assert found["failures"] == [] and found["checks"] == len(gpu_checks.TF32_SETTINGS)
+    assert len(found["relative errors"]) == 3 * len(gpu_checks.TF32_SETTINGS)
+    assert all(line["cudnn"] < 2e-6 for line in found["relative errors"])
 
 
 def test_ptxas_report():

@@ -311,6 +311,12 @@ def test_arguments_are_left_alone(seed):
                 assert all(a is None or torch.equal(a, b) for a, b in zip(tensors, before, strict=True))
 
 
+def test_other_seeds_give_other_data():
+    for case in CORE:
+        data = [make_tensors(case, seed=seed) for seed in (0, 1, 2)]
+        assert not any(torch.equal(a.w, b.w) for a, b in zip(data, data[1:], strict=False)), case.name
+
+
 # ------------------------------------------------------------------------------ values that are not finite
 
 
