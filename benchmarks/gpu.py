@@ -17,11 +17,12 @@ import os
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from gpu_build import build, find_tool, nvcc_version, run_command
+from gpu_build import Skip, build, find_tool, nvcc_version, run_command
 
 LEAST = 2.0  # seconds: with less, no stage starts
 GRACE = 25.0  # seconds after the budget at which a run that hangs is stopped, with a traceback
@@ -106,10 +107,10 @@ def run_stage(name: str, work: Callable[[], dict]) -> dict:
     try:
         found = work()
         status = status_of(found)
+    except Skip as reason:
+        found, status = {}, f"skipped: {reason}"
     except Exception as exception:
-        skipped = type(exception).__name__ == "Skip"
-        status = f"skipped: {exception}" if skipped else "failed"
-        found = {} if skipped else {"failures": [f"{type(exception).__name__}: {exception}"[:2000]]}
+        found, status = {"failures": [f"{type(exception).__name__}: {exception}"[:2000]]}, "failed"
     return {"name": name, "status": status, "seconds": round(time.monotonic() - start, 1), **found}
 
 
@@ -157,6 +158,7 @@ def run_stages(arguments: argparse.Namespace, record: dict, path: Path, end: flo
     clock = Clock(end)
     for count, stage in enumerate(wanted_stages(arguments, stages)):
         entry = {"name": stage.name, "status": "did not finish"}  # what a killed run leaves
+        run = None
         if stage.cuda and arguments.device == "cpu":
             entry["status"] = "skipped: needs CUDA"
         elif clock.left() < LEAST:
@@ -165,13 +167,13 @@ def run_stages(arguments: argparse.Namespace, record: dict, path: Path, end: flo
             save()
             go_on_in_a_new_process(arguments, path, end)
         else:
-            stages.append(entry)
-            save()
-            stages.pop()
-            entry = run_stage(stage.name, lambda stage=stage: stage.run(bench, clock.part(stage.share)))
+            run = partial(stage.run, bench, clock.part(stage.share))
         stages.append(entry)
+        if run:
+            save()
+            stages[-1] = run_stage(stage.name, run)
         save()
-        report(entry)
+        report(stages[-1])
         if device_lost(arguments.device):
             print("the device is lost to this process: the next stages run in a new one", flush=True)
             go_on_in_a_new_process(arguments, path, end)

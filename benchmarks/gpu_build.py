@@ -17,6 +17,10 @@ STACK = re.compile(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) by
 REGISTERS = re.compile(r"Used (\d+) registers")
 
 
+class Skip(Exception):
+    """Raised by a stage: says why it cannot be run here."""
+
+
 def run_command(
     command: list[str], seconds: float, environment: dict[str, str] | None = None
 ) -> tuple[int | None, str]:

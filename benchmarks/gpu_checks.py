@@ -18,7 +18,7 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from gpu_build import find_tool, run_command
+from gpu_build import Skip, find_tool, run_command
 from torch import Tensor
 
 import myconv
@@ -36,10 +36,6 @@ SOME = [
     BY_NAME[name]
     for name in "stride_2 depthwise groups_2 1x1 reflect_2d length_16 video_3x3x3 transposed_stride_2".split()
 ]
-
-
-class Skip(Exception):
-    """Says why a check cannot be made here."""
 
 
 @dataclass

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import pathlib
@@ -93,6 +94,40 @@ def test_without_a_device():
 
 
 # ------------------------------------------------------------------------------------------------- parts
+
+
+def run_stages(path: pathlib.Path, monkeypatch, *stages: gpu.Stage) -> None:
+    monkeypatch.setattr(gpu, "make_stages", lambda device: list(stages))
+    arguments = argparse.Namespace(device="cpu", quick=True, batch=1, stages=None)
+    gpu.run_stages(arguments, {"stages": [], "rows": []}, path, time.monotonic() + 60)
+
+
+def test_a_killed_run_leaves_the_stage_it_was_in(tmp_path, monkeypatch):
+    path, seen = tmp_path / "record.json", []
+
+    def killed(bench, clock) -> dict:
+        bench.save()
+        seen.extend(json.loads(path.read_text())["stages"])
+        return {}
+
+    run_stages(path, monkeypatch, gpu.Stage("killed", killed, 1.0))
+    assert seen == [{"name": "killed", "status": "did not finish"}]
+    assert [stage["status"] for stage in json.loads(path.read_text())["stages"]] == ["ok"]
+
+
+def test_a_fresh_stage_gets_a_new_process(tmp_path, monkeypatch):
+    class Replaced(Exception):
+        """os.execv does not return."""
+
+    def replace(program: str, command: list[str]) -> None:
+        raise Replaced(command)
+
+    monkeypatch.setattr(os, "execv", replace)
+    path = tmp_path / "record.json"
+    first, second = (gpu.Stage(name, lambda *_: {}, 1.0, fresh=True) for name in ("first", "second"))
+    with pytest.raises(Replaced, match=f"'--resume', '{path}'"):
+        run_stages(path, monkeypatch, first, second)
+    assert [stage["name"] for stage in json.loads(path.read_text())["stages"]] == ["first"]
 
 
 def bench(**changes: object) -> gpu_checks.Bench:
