@@ -221,19 +221,33 @@ def output_path(record: dict, suffix: str, json_path: str | None, wanted: bool) 
         return Path(json_path)
     if not wanted:
         return None
-    slug = re.sub(r"[^a-z0-9]+", "-", re.sub(r"\(\w+\)|@.*", "", record["machine"]["cpu"]).lower()).strip("-")
-    path = RESULTS / f"{slug}-{record['machine']['cores']}-cores-{(record['commit'] or 'unknown')[:7]}-{suffix}.json"
+    name = f"{slug(record['machine']['cpu'])}-{record['machine']['cores']}-cores"
+    return new_result(f"{name}-{(record['commit'] or 'unknown')[:7]}-{suffix}.json")
+
+
+def slug(name: str) -> str:
+    """The name of a processor, as part of a file name."""
+    return re.sub(r"[^a-z0-9]+", "-", re.sub(r"\(\w+\)|@.*", "", name).lower()).strip("-")
+
+
+def new_result(name: str) -> Path:
+    path = RESULTS / name
     if path.exists():
         stop(f"{path.relative_to(ROOT)} exists: remove it, or name another file with --json")
     return path
 
 
-def write_record(path: Path | None, record: dict, rows: Sequence[dict]) -> None:
-    """One line for each row: such files compare well."""
-    if path is None:
-        return
+def save_record(path: Path, record: dict, rows: Sequence[dict]) -> None:
+    """One line for each row: such files compare well. Whoever stops the program meanwhile leaves the old file whole."""
     head = json.dumps(record, indent=1).removesuffix("\n}")
     lines = ",\n".join("  " + json.dumps(row) for row in rows)
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(f'{head},\n "rows": [\n{lines}\n ]\n}}\n')
-    print(f"wrote {path}")
+    unfinished = path.with_name(path.name + ".part")
+    unfinished.write_text(f'{head},\n "rows": [\n{lines}\n ]\n}}\n')
+    unfinished.replace(path)
+
+
+def write_record(path: Path | None, record: dict, rows: Sequence[dict]) -> None:
+    if path is not None:
+        save_record(path, record, rows)
+        print(f"wrote {path}")

@@ -210,9 +210,8 @@ def _direction(func, args, flops: int) -> Direction:
     copies: dict[str, int] = {}
     for tensor, count in (copy for choice in choices for copy in choice["copies"]):
         copies[tensor] = copies.get(tensor, 0) + count
-    first: dict[str, Any] = (
-        choices[0] if choices else {"algorithm": "nothing", "rows": [], "isa": "", "channels_last": False, "packing": "nothing"}
-    )
+    nothing: dict[str, Any] = {"algorithm": "nothing", "rows": [], "isa": "", "channels_last": False}
+    first = choices[0] if choices else nothing | {"packing": "nothing"}
     return Direction(
         func.overloadpacket.__name__,
         first["algorithm"],

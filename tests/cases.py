@@ -300,6 +300,20 @@ CORE = [
     ).split()
 ]
 
+BATCH = 8
+# Shapes that tempt a kernel to look at the batch: few pixels, many channels, tails, and enough work to share.
+INVARIANCE = [
+    BY_NAME[name].with_batch(BATCH)
+    for name in (
+        "in_channels_17 out_channels_33 all_tails width_1 stride_2 stride_3_2 dilation_2 groups_4_of_16 "
+        "depthwise depthwise_stride_2 1x1 1x1_of_1x1 1x1_stride_2 7x7 kernel_is_input reflect_2d "
+        "circular_depthwise resnet_stem resnet_3x3 vgg_3x3 wav2vec_feature video_3x3x3 unet_up "
+        "transposed_stride_2 transposed_1d_stride_3"
+    ).split()
+]
+# Smallest and oddest, the ends, and an unaligned start.
+PARTS = [slice(0, 1), slice(7, 8), slice(3, 4), slice(0, 2), slice(1, 4), slice(5, 8)]
+
 
 # ---------------------------------------------------------------------------------------------- tensors
 
@@ -311,6 +325,12 @@ class Tensors(NamedTuple):
     w: torch.Tensor
     b: torch.Tensor | None
     gy: torch.Tensor
+
+
+def convolution_roles(case: Case, tensors: Tensors) -> tuple[torch.Tensor, ...]:
+    """(x, w, b, y) of the convolution: a transposed case runs it backward, from y to x."""
+    x, w, b, gy = tensors
+    return (gy, w, b, x) if case.transposed else (x, w, b, gy)
 
 
 def lay_out(tensor: torch.Tensor, layout: str) -> torch.Tensor:
@@ -351,11 +371,12 @@ def make_tensors(
     layout: str = "contiguous",
     seed: int = 0,
     integers: bool = False,
+    device: str = "cpu",
 ) -> Tensors:
     """Random tensors of a case, equal in every layout. `integers` draws from -3..3: sums are exact."""
-    generator = torch.Generator().manual_seed(seed * 2**32 + zlib.crc32(case.name.encode()))
+    generator = torch.Generator().manual_seed(zlib.crc32(case.name.encode(), seed))  # torch reads 32 bits
     shapes = (case.input, case.weight_shape, (case.out_channels,), case.output_shape)
-    x, w, b, gy = (random_tensor(shape, dtype, generator, integers) for shape in shapes)
+    x, w, b, gy = (random_tensor(shape, dtype, generator, integers).to(device) for shape in shapes)
     others = "contiguous" if layout == "expanded" else layout
     return Tensors(lay_out(x, layout), lay_out(w, others), b if case.bias else None, lay_out(gy, layout))
 

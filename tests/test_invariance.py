@@ -5,36 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 
-from cases import BY_NAME, CHANNELS_LAST, DIRECTIONS, Case, make_tensors
-from conftest import bias_for, convolution_roles, forced, kernels, noting, our_conv, run_operator, threads
+from cases import BATCH, CHANNELS_LAST, DIRECTIONS, INVARIANCE, PARTS, make_tensors
+from conftest import every_kernel, noting, our_conv, threads
 
-BATCH = 8
-# Shapes that tempt to look at the batch: few pixels, many channels, tails, and enough work to share.
-INVARIANCE = [
-    BY_NAME[name].with_batch(BATCH)
-    for name in (
-        "in_channels_17 out_channels_33 all_tails width_1 stride_2 stride_3_2 dilation_2 groups_4_of_16 "
-        "depthwise depthwise_stride_2 1x1 1x1_of_1x1 1x1_stride_2 7x7 kernel_is_input reflect_2d "
-        "circular_depthwise resnet_stem resnet_3x3 vgg_3x3 wav2vec_feature video_3x3x3 unet_up "
-        "transposed_stride_2 transposed_1d_stride_3"
-    ).split()
-]
 LAYOUTS = ["contiguous", "channels_last"]
-# Smallest and oddest, the ends, and an unaligned start.
-PARTS = [slice(0, 1), slice(7, 8), slice(3, 4), slice(0, 2), slice(1, 4), slice(5, 8)]
-
-
-def every_kernel(case: Case, direction: str, layout: str, seed: int):
-    """(run, operands) of each row and ISA; run(x, y) takes parts of the batch."""
-    x, w, b, y = convolution_roles(case, make_tensors(case, torch.float32, layout, seed))
-    b = bias_for(case, direction, b)
-    for row, isa in kernels(direction, case.problem, (x, w, y), layout):
-
-        def run(x: torch.Tensor, y: torch.Tensor, row=row, isa=isa) -> torch.Tensor:
-            with forced(direction, row, isa), noting(batch=x.shape[0]):
-                return run_operator(direction, x, w, b, y, case.problem)
-
-        yield run, x, y
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)

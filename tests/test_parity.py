@@ -8,7 +8,6 @@ from functools import partial
 import pytest
 import torch
 
-import myconv
 from cases import (
     BY_NAME,
     CASES,
@@ -23,15 +22,17 @@ from cases import (
     make_tensors,
     reference_operator,
     torch_conv,
-    torch_operator,
 )
 from conftest import (
     RESULTS,
     ROUNDS_INTEGERS,
     assert_accurate,
     bias_for,
+    check_integers,
     check_parity,
+    check_rows,
     convolution_roles,
+    describe_difference,
     forced,
     kernels,
     noting,
@@ -48,21 +49,21 @@ def check_case(case: Case, tensors: Tensors) -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last", "sliced"])
 @pytest.mark.parametrize("case", CASES)
-def test_forward_and_gradients(case, layout, dtype, seed):
-    check_case(case, make_tensors(case, dtype, layout, seed))
+def test_forward_and_gradients(case, layout, dtype, device, seed):
+    check_case(case, make_tensors(case, dtype, layout, seed, device=device))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.complex64, torch.complex128])
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
 @pytest.mark.parametrize("case", CORE)
-def test_other_dtypes(case, layout, dtype, seed):
-    check_case(case, make_tensors(case, dtype, layout, seed))
+def test_other_dtypes(case, layout, dtype, device, seed):
+    check_case(case, make_tensors(case, dtype, layout, seed, device=device))
 
 
 @pytest.mark.parametrize("layout", ["expanded", "transposed"])
 @pytest.mark.parametrize("case", CORE)
-def test_other_layouts(case, layout, seed):
-    check_case(case, make_tensors(case, torch.float32, layout, seed))
+def test_other_layouts(case, layout, device, seed):
+    check_case(case, make_tensors(case, torch.float32, layout, seed, device=device))
 
 
 @pytest.mark.parametrize("layouts", [("channels_last", "contiguous"), ("contiguous", "channels_last")])
@@ -93,17 +94,8 @@ INTEGER_CALLS = [(c, d) for c in CORE for d in INTEGER_DTYPES if d == torch.int6
 
 
 @pytest.mark.parametrize("case, dtype", INTEGER_CALLS)
-def test_integer_dtypes(case, dtype, seed):
-    """Sums of full-range values wrap around: the reference is torch in int64, cut to the dtype."""
-    tensors = make_tensors(case, torch.int64, "contiguous", seed)
-    scale = torch.iinfo(dtype).max // 5
-    x, w, b = (None if t is None else (t * scale).to(dtype) for t in tensors[:3])
-    expected = torch_conv(case, x.long(), w.long(), None)  # torch casts an integer bias of some paths
-    if b is not None:
-        expected = expected + b.long().reshape(-1, *[1] * case.rank)
-    actual = our_conv(case, x, w, b)
-    assert actual.dtype == dtype
-    assert torch.equal(actual, expected.to(dtype))
+def test_integer_dtypes(case, dtype, device, seed):
+    check_integers(case, dtype, seed, device)
 
 
 # ---------------------------------------------------------------------- every row of every table, to the bit
@@ -112,45 +104,19 @@ def test_integer_dtypes(case, dtype, seed):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("direction", DIRECTIONS)
 @pytest.mark.parametrize("case", CASES)
-def test_exact_on_integers(case, direction, dtype, seed):
+def test_exact_on_integers(case, direction, dtype, device, seed):
     """With small integers every sum is exact in any order, so each row on each ISA must give the same bits.
 
     A result that does not fit the dtype is rounded once.
     """
-    check_rows(case, direction, dtype, seed, integers=True)
+    check_rows(case, direction, dtype, seed, integers=True, device=device)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("direction", DIRECTIONS)
 @pytest.mark.parametrize("case", CORE)
-def test_every_row_is_accurate(case, direction, dtype, seed):
-    check_rows(case, direction, dtype, seed, integers=False)
-
-
-def check_rows(case: Case, direction: str, dtype: torch.dtype, seed: int, integers: bool) -> None:
-    for layout in ("contiguous", "channels_last")[: 2 if case.rank > 1 else 1]:
-        x, w, b, y = convolution_roles(case, make_tensors(case, dtype, layout, seed, integers))
-        b = bias_for(case, direction, b)
-        expected = reference_operator(direction, x, w, b, y, case.problem)
-        torchs = None if integers else torch_operator(direction, x, w, b, y, case.problem)
-        available = kernels(direction, case.problem, (x, w, y), layout)
-        assert {isa for _, isa in available} == set(myconv._C.isas()), "an ISA is left without any row"
-        for row, isa in available:
-            with forced(direction, row, isa), noting(layout=layout):
-                actual = run_operator(direction, x, w, b, y, case.problem)
-                if integers and row not in ROUNDS_INTEGERS:
-                    assert actual.dtype == dtype
-                    assert torch.equal(actual, expected.to(dtype)), describe_difference(actual, expected)
-                else:
-                    assert_accurate(actual, expected, torchs)
-
-
-def describe_difference(actual: torch.Tensor, expected: torch.Tensor) -> str:
-    wrong = (actual.double() != expected.to(actual.dtype).double()).nonzero()
-    if not len(wrong):
-        return f"shape {tuple(actual.shape)}, expected {tuple(expected.shape)}"
-    at = tuple(wrong[0].tolist())
-    return f"{len(wrong)} of {actual.numel()} elements differ, first {at}: {actual[at]} for {expected[at]}"
+def test_every_row_is_accurate(case, direction, dtype, device, seed):
+    check_rows(case, direction, dtype, seed, integers=False, device=device)
 
 
 # ------------------------------------------------------------------------------------------ told sizes
@@ -343,6 +309,12 @@ def test_arguments_are_left_alone(seed):
             with noting(case=case.name, layout=layout):
                 with_gradients(partial(our_conv, case), tensors)
                 assert all(a is None or torch.equal(a, b) for a, b in zip(tensors, before, strict=True))
+
+
+def test_other_seeds_give_other_data():
+    for case in CORE:
+        data = [make_tensors(case, seed=seed) for seed in (0, 1, 2)]
+        assert not any(torch.equal(a.w, b.w) for a, b in zip(data, data[1:], strict=False)), case.name
 
 
 # ------------------------------------------------------------------------------ values that are not finite
