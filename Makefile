@@ -16,6 +16,7 @@
 #   PYTHON=python3.12           the Python that makes .venv (used once)
 #   CXX=clang++                 another compiler: rebuilds
 #   MYCONV_ISA_BUILD=portable   no x86 SIMD kernels: rebuilds
+#   MYCONV_CUDA=0               no CUDA kernels: rebuilds
 
 PYTHON ?= python3
 TORCH ?= 2.13.0
@@ -31,11 +32,12 @@ STAMPS := $(VENV)/.stamps
 space := $(subst ,, )
 compiler := $(if $(filter environment command,$(origin CXX)),$(subst $(space),-,$(notdir $(CXX))),c++)
 TORCH_STAMP := $(STAMPS)/torch-$(TORCH)
-BUILD_STAMP := $(STAMPS)/build-torch-$(TORCH)-$(or $(MYCONV_ISA_BUILD),all)-$(compiler)
+BUILD_STAMP := $(STAMPS)/build-torch-$(TORCH)-$(or $(MYCONV_ISA_BUILD),all)-$(or $(MYCONV_CUDA),auto)-$(compiler)
 BUILD := $(BUILD_STAMP) $(STAMPS)/editable
 SOURCES := setup.py $(wildcard csrc/*.* csrc/*/*.*)
 EXTENSION := $(wildcard myconv/_C.*.so)
-CXX_FILES := $(wildcard csrc/*.h csrc/*.cpp csrc/*/*.h csrc/*/*.cpp csrc/*/*.inc examples/cpp/*.cpp)
+CXX_FILES := $(wildcard $(addprefix csrc/,*.h *.cpp */*.h */*.cpp */*.inc */*.cu */*.cuh) examples/cpp/*.cpp)
+CXX_FILES += $(wildcard tests/emulator/*)
 CMAKE := $(or $(shell command -v cmake 2>/dev/null),$(VENV)/bin/cmake)
 
 .DEFAULT_GOAL := test
@@ -120,7 +122,7 @@ $(STAMPS)/tools: $(STAMPS)/venv requirements.txt | $(TORCH_STAMP)
 	@touch $@
 
 $(STAMPS)/test: $(STAMPS)/venv requirements.txt | $(TORCH_STAMP)
-	$(INSTALL) pytest hypothesis expecttest numpy
+	$(INSTALL) pytest hypothesis expecttest numpy nvidia-cuda-cuobjdump nvidia-cuda-nvdisasm
 	@touch $@
 
 # facenet-pytorch holds weights that the example reads; its own requirements are for a torch of years ago.

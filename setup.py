@@ -170,8 +170,7 @@ def cuda_archs() -> str:
 
 
 def nvcc_flags() -> list[str]:
-    flags = ["-std=c++17", "-O3", "-I", str(ROOT / "csrc"), "-Xcompiler", "-fPIC,-Wall"]
-    flags += ["-Xptxas", "-warn-spills", "-Werror", "all-warnings"]  # a spill fails the build
+    flags = ["-optf", str(ROOT / "csrc" / "cuda" / "nvcc.options"), "-I", str(ROOT / "csrc")]
     for arch in cuda_archs().split(";"):
         match = re.fullmatch(r"(\d+)\.(\d[a-z]?)(\+PTX)?", arch.strip())
         if match is None:
@@ -197,7 +196,7 @@ def cudart_folder() -> Path:
 def cuda_objects(folder: Path) -> list[str]:
     """Objects of the .cu files in `folder`, made anew where a source, a header or the command has changed."""
     nvcc, jobs = find_nvcc(), []
-    inputs = max((ROOT / path).stat().st_mtime for path in [*headers(), "setup.py"])
+    inputs = max((ROOT / path).stat().st_mtime for path in [*headers(), "setup.py", "csrc/cuda/nvcc.options"])
     for source in sorted((ROOT / "csrc" / "cuda").glob("*.cu")):
         target = folder / "csrc" / "cuda" / f"{source.stem}.cu.o"
         command = [str(nvcc), *nvcc_flags(), "-c", str(source), "-o", str(target)]

@@ -20,11 +20,18 @@ inline constexpr bool kCudaKernels = true;
 inline constexpr bool kCudaKernels = false;
 #endif
 
+// For explain(): what a row packs piece by piece as it runs.
+struct Packing {
+  const char* channels_first = "nothing";
+  const char* channels_last = "nothing";
+};
+
 struct Algorithm {
   const char* name;
   const char* (*decline)(const ConvShape&);             // nullptr: accepts; otherwise the reason
   int64_t (*workspace)(const ConvShape&, int threads);  // bytes
   void (*run)(const ConvShape&, const ConvPointers&, void* workspace, int threads);
+  Packing packing = {};
 };
 
 struct AlgorithmTable {

@@ -284,11 +284,13 @@ py::list record(const py::function& f) {
     f();
   }
   py::list choices;
-  for (const Choice& c : recorded.choices)
-    choices.append(py::dict("direction"_a = kDirectionNames[static_cast<int>(c.direction)],
-                            "algorithm"_a = c.algorithm->name, "rows"_a = c.rows, "isa"_a = c.isa,
-                            "channels_last"_a = c.shape.channels_last(), "workspace"_a = c.workspace,
-                            "copies"_a = c.copies));
+  for (const Choice& c : recorded.choices) {
+    const Packing& packing = c.algorithm->packing;
+    choices.append(py::dict(
+        "direction"_a = kDirectionNames[static_cast<int>(c.direction)], "algorithm"_a = c.algorithm->name,
+        "rows"_a = c.rows, "isa"_a = c.isa, "channels_last"_a = c.shape.channels_last(), "workspace"_a = c.workspace,
+        "packing"_a = c.shape.channels_last() ? packing.channels_last : packing.channels_first, "copies"_a = c.copies));
+  }
   return choices;
 }
 

@@ -33,7 +33,8 @@ class Direction:
         layout: ``"channels_first"`` or ``"channels_last"``: how the activations lie that the kernel reads and writes.
         flops: two for each multiply-add of the definition, as ``torch.utils.flop_counter`` counts.
         bytes: of the operands and the result, each once: the least that must move.
-        workspace: bytes that the algorithm allocates besides, for packed panels and partial sums.
+        workspace: bytes that the algorithm allocates besides, for what it packs and for partial sums.
+        packing: what the algorithm packs piece by piece as it runs.
         copies: bytes of the tensors, by name, that are copied whole, because they lie in another layout than the one
             the call is computed in, or in none.
         kernels: real convolutions that this one takes: 1, or 4 for complex dtypes.
@@ -47,6 +48,7 @@ class Direction:
     flops: int
     bytes: int
     workspace: int
+    packing: str
     copies: dict[str, int]
     kernels: int
 
@@ -88,7 +90,8 @@ class Call:
                 f"{_amount(d.bytes, 1024)}B in and out, {_amount(d.workspace, 1024)}B workspace"
             )
             copied = ", ".join(f"{tensor} ({_amount(count, 1024)}B)" for tensor, count in d.copies.items())
-            notes = [f"copied: {copied}"] if copied else []
+            notes = [f"packs {d.packing}"]
+            notes += [f"copied whole: {copied}"] if copied else []
             notes += [f"not {row}: {reason}" for row, reason in d.declined.items()]
             for note in notes:
                 lines += textwrap.wrap(note, 110, initial_indent=" " * 18, subsequent_indent=" " * 20)
@@ -208,7 +211,7 @@ def _direction(func, args, flops: int) -> Direction:
     for tensor, count in (copy for choice in choices for copy in choice["copies"]):
         copies[tensor] = copies.get(tensor, 0) + count
     first: dict[str, Any] = (
-        choices[0] if choices else {"algorithm": "nothing", "rows": [], "isa": "", "channels_last": False}
+        choices[0] if choices else {"algorithm": "nothing", "rows": [], "isa": "", "channels_last": False, "packing": "nothing"}
     )
     return Direction(
         func.overloadpacket.__name__,
@@ -219,6 +222,7 @@ def _direction(func, args, flops: int) -> Direction:
         flops,
         moved,
         max((choice["workspace"] for choice in choices), default=0),
+        first["packing"],
         copies,
         len(choices),
     )

@@ -8,6 +8,8 @@ MYCONV_TEST_SEED=7 python -m ...    other random data
 from __future__ import annotations
 
 import contextlib
+import ctypes
+import mmap
 import os
 from collections.abc import Iterator
 
@@ -42,6 +44,35 @@ def assert_same_state(ours: torch.nn.Module, theirs: torch.nn.Module) -> None:
 
 
 # --------------------------------------------------------------------------------------- poisoned memory
+
+
+PAGE = mmap.PAGESIZE
+FENCE = 16 * PAGE  # on either side of a guarded tensor
+PROT_NONE = 0
+
+_libc = ctypes.CDLL(None, use_errno=True)
+
+
+def fenced(tensor: torch.Tensor, end: bool) -> torch.Tensor:
+    """Poisoned memory for a tensor of these strides, right before untouchable pages or right behind some."""
+    if tensor.numel() == 0:
+        return tensor
+    span = 1 + sum((n - 1) * s for n, s in zip(tensor.shape, tensor.stride(), strict=True))
+    size = span * tensor.element_size()
+    room = -(-size // PAGE) * PAGE
+    mapping = mmap.mmap(-1, room + 2 * FENCE)  # the tensor keeps it alive
+    first = ctypes.addressof(ctypes.c_char.from_buffer(mapping))
+    for fence in (first, first + FENCE + room):
+        if _libc.mprotect(ctypes.c_void_p(fence), ctypes.c_size_t(FENCE), PROT_NONE):
+            raise OSError(ctypes.get_errno(), "mprotect")
+    torch.frombuffer(mapping, dtype=torch.uint8, count=room, offset=FENCE).fill_(0xFF)
+    flat = torch.frombuffer(mapping, dtype=tensor.dtype, count=span, offset=FENCE + (room - size if end else 0))
+    return flat.as_strided(tensor.shape, tensor.stride())
+
+
+def guarded(tensor: torch.Tensor, end: bool) -> torch.Tensor:
+    """A copy, strides included, in fenced memory."""
+    return fenced(tensor, end).copy_(tensor)
 
 
 @pytest.fixture(scope="session", autouse=True)

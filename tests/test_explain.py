@@ -103,7 +103,7 @@ def test_whole_model():
     for call in explanation.calls:
         assert call.module in text
         for name, direction in call.directions.items():
-            assert name in text and direction.algorithm in text
+            assert name in text and direction.algorithm in text and direction.packing in " ".join(text.split())
             assert all(reason in " ".join(text.split()) for reason in direction.declined.values())
 
 
@@ -139,7 +139,7 @@ def test_copies():
     sliced = myconv.explain(myconv.functional.conv2d, torch.randn(2, 8, 20, 10)[:, :, ::2], w).calls[0]
     assert sliced.directions["forward"].copies == {"input": x.nbytes}
     assert sliced.directions["backward_weight"].copies == {"input": x.nbytes}
-    assert "copied: input" in str(sliced)
+    assert "copied whole: input" in str(sliced)
     mixed = myconv.explain(myconv.functional.conv2d, x, w.contiguous(memory_format=torch.channels_last)).calls[0]
     assert mixed.directions["forward"].layout == "channels_last"
     assert mixed.directions["forward"].copies == {"input": x.nbytes}

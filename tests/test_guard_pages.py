@@ -9,7 +9,6 @@ beginning.
 from __future__ import annotations
 
 import ctypes
-import mmap
 import os
 import pathlib
 import shutil
@@ -20,9 +19,8 @@ import pytest
 import torch
 
 from cases import BY_NAME, DIRECTIONS, make_tensors
-from conftest import SEED, bias_for, convolution_roles, forced, kernels, run_operator
+from conftest import SEED, bias_for, convolution_roles, forced, guarded, kernels, run_operator
 
-PAGE = mmap.PAGESIZE
 NAMES = (
     "in_channels_1 in_channels_13 in_channels_17 out_channels_5 out_channels_15 out_channels_33 width_1 "
     "width_7 width_15 width_17 width_33 length_7 length_33 depth_tail all_tails stride_2 stride_3_2 "
@@ -33,29 +31,6 @@ NAMES = (
     "transposed_1d_stride_3 transposed_3d"
 ).split()
 DTYPES = (torch.float32, torch.float64, torch.bfloat16)
-PROT_NONE = 0
-
-_libc = ctypes.CDLL(None, use_errno=True)
-_mappings: list[mmap.mmap] = []
-
-
-def guarded(tensor: torch.Tensor, end: bool) -> torch.Tensor:
-    """A copy, strides included, that ends right before an untouchable page or begins right after one."""
-    if tensor.numel() == 0:
-        return tensor
-    span = 1 + sum((n - 1) * s for n, s in zip(tensor.shape, tensor.stride(), strict=True))
-    size = span * tensor.element_size()
-    pages = -(-size // PAGE)
-    mapping = mmap.mmap(-1, (pages + 2) * PAGE)
-    offset = PAGE + (pages * PAGE - size if end else 0)
-    flat = torch.frombuffer(mapping, dtype=tensor.dtype, count=span, offset=offset)
-    copy = flat.as_strided(tensor.shape, tensor.stride()).copy_(tensor)
-    first = ctypes.addressof(ctypes.c_char.from_buffer(mapping))
-    for page in (first, first + (pages + 1) * PAGE):
-        if _libc.mprotect(ctypes.c_void_p(page), ctypes.c_size_t(PAGE), PROT_NONE):
-            raise OSError(ctypes.get_errno(), "mprotect")
-    _mappings.append(mapping)  # the tensor does not own it
-    return copy
 
 
 def check(name: str, progress) -> None:
@@ -77,7 +52,6 @@ def check(name: str, progress) -> None:
                             expected = run_operator(direction, x, w, bias, y, case.problem)
                         if not torch.equal(actual, expected):
                             raise AssertionError("the result differs from that of the same values elsewhere")
-    _mappings.clear()
 
 
 @pytest.fixture(scope="module")

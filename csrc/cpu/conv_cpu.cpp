@@ -19,23 +19,34 @@ namespace {
 const char* accept_all(const ConvShape&) { return nullptr; }
 int64_t no_workspace(const ConvShape&, int) { return 0; }
 
+constexpr Packing kDepthwisePacks{"lines of the activations, into padded strips"};
+constexpr Packing kDirectPacks{
+    "planes of what is read, into padded strips, and weights, unless they lie as they are used"};
+constexpr Packing kGemmPacks{"pixels of what is read and weights, into panels, unless they lie as they are used",
+                             "weights, into panels"};
+constexpr Packing kGemmWeightPacks{"lines of both activations, transposed into strips",
+                                   "where in channels are few, the taps of each pixel"};
+
 const Algorithm kForward[] = {
-    {"depthwise", depthwise_forward_decline, depthwise_forward_workspace, depthwise_forward},
-    {"direct", direct_forward_decline, direct_forward_workspace, direct_forward},
-    {"implicit_gemm", implicit_gemm_forward_decline, implicit_gemm_forward_workspace, implicit_gemm_forward},
+    {"depthwise", depthwise_forward_decline, depthwise_forward_workspace, depthwise_forward, kDepthwisePacks},
+    {"direct", direct_forward_decline, direct_forward_workspace, direct_forward, kDirectPacks},
+    {"implicit_gemm", implicit_gemm_forward_decline, implicit_gemm_forward_workspace, implicit_gemm_forward,
+     kGemmPacks},
     {"reference", accept_all, no_workspace, reference_forward},
 };
 const Algorithm kBackwardInput[] = {
-    {"depthwise", depthwise_backward_input_decline, depthwise_backward_input_workspace, depthwise_backward_input},
-    {"direct", direct_backward_input_decline, direct_backward_input_workspace, direct_backward_input},
+    {"depthwise", depthwise_backward_input_decline, depthwise_backward_input_workspace, depthwise_backward_input,
+     kDepthwisePacks},
+    {"direct", direct_backward_input_decline, direct_backward_input_workspace, direct_backward_input, kDirectPacks},
     {"implicit_gemm", implicit_gemm_backward_input_decline, implicit_gemm_backward_input_workspace,
-     implicit_gemm_backward_input},
+     implicit_gemm_backward_input, kGemmPacks},
     {"reference", accept_all, no_workspace, reference_backward_input},
 };
 const Algorithm kBackwardWeight[] = {
-    {"depthwise", depthwise_backward_weight_decline, depthwise_backward_weight_workspace, depthwise_backward_weight},
+    {"depthwise", depthwise_backward_weight_decline, depthwise_backward_weight_workspace, depthwise_backward_weight,
+     kDepthwisePacks},
     {"implicit_gemm", implicit_gemm_backward_weight_decline, implicit_gemm_backward_weight_workspace,
-     implicit_gemm_backward_weight},
+     implicit_gemm_backward_weight, kGemmWeightPacks},
     {"reference", accept_all, no_workspace, reference_backward_weight},
 };
 

@@ -140,10 +140,14 @@ struct Sum {
 template <typename F>
 inline int with_element_type(Dtype dtype, const F& f) {
   switch (dtype) {
-    case Dtype::kFloat64:
-      return f(double{});
     case Dtype::kFloat32:
       return f(float{});
+#if defined(MYCONV_EMULATOR_FLOAT32)  // for kernels with a planted fault, which must compile quickly
+    default:
+      return -1;
+#else
+    case Dtype::kFloat64:
+      return f(double{});
     case Dtype::kBFloat16:
       return f(BFloat16{});
     case Dtype::kFloat16:
@@ -158,7 +162,15 @@ inline int with_element_type(Dtype dtype, const F& f) {
       return f(int8_t{});
     default:
       return f(uint8_t{});
+#endif
   }
 }
 
 }  // namespace myconv::cuda
+
+// --- instructions: matrix products of a warp, asynchronous copies ----------------------------------------------------
+#if defined(MYCONV_EMULATOR)
+#include "instructions.h"
+#else
+#include "cuda/instructions.cuh"
+#endif

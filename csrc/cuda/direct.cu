@@ -46,8 +46,32 @@ MYCONV_HD inline Element element_at(int64_t index, Layout layout, int64_t channe
   return e;
 }
 
-// Floor of a / b for b > 0.
-MYCONV_HD inline __int128 floor_div(__int128 a, int64_t b) { return a >= 0 ? a / b : -((-a + b - 1) / b); }
+// How many outputs o >= 0 have at(o, t) < j before the padding mode, that is o * stride + t * dilation < j + pad. The left
+// side may pass 63 bits.
+MYCONV_HD inline int64_t outputs_before(const ConvShape& s, int d, int64_t t, int64_t j) {
+  const uint64_t reach = static_cast<uint64_t>(t) * static_cast<uint64_t>(s.dilation[d]);
+  const int64_t room = j + s.pad[d];
+  if (room <= 0 || static_cast<uint64_t>(room) <= reach) return 0;
+  return static_cast<int64_t>((static_cast<uint64_t>(room) - reach - 1) / static_cast<uint64_t>(s.stride[d])) + 1;
+}
+
+// The positions that the padding mode sends to `to` are up to three runs [from, until): `to` itself, one below the input
+// and one above it. False: there is no i-th run. kAll means no end.
+constexpr int64_t kAll = static_cast<int64_t>(1) << 62;
+
+MYCONV_HD inline bool preimage(const ConvShape& s, int d, int64_t to, int i, int64_t& from, int64_t& until) {
+  const int64_t extent = s.in[d], last = extent - 1;
+  from = to;
+  if (i == 1 && s.padding_mode == PaddingMode::kReflect) from = -to;
+  if (i == 2 && s.padding_mode == PaddingMode::kReflect) from = 2 * last - to;
+  if (i == 1 && s.padding_mode == PaddingMode::kCircular) from = to - extent;
+  if (i == 2 && s.padding_mode == PaddingMode::kCircular) from = to + extent;
+  until = from + 1;
+  if (s.padding_mode != PaddingMode::kReplicate) return i == 0 || from < 0 || from > last;
+  if (i == 1) from = -kAll, until = 0;
+  if (i == 2) from = extent, until = kAll;
+  return i == 0 || to == (i == 1 ? 0 : last);
+}
 
 // Calls f(position, tap) for each term of position `to` on one axis; position -1 reads zero.
 template <bool kForward, typename F>
@@ -55,37 +79,23 @@ __device__ inline void for_each_term(const ConvShape& s, int d, int64_t to, cons
   for (int64_t t = 0; t < s.kernel[d]; ++t) {
     if (kForward) {
       f(padded_index(source_index(to, s.stride[d], t, s.dilation[d], s.pad[d]), s.in[d], s.padding_mode), t);
-      continue;
-    }
-    // at(o, t) = j  <=>  o * stride = j + offset
-    const __int128 offset = static_cast<__int128>(s.pad[d]) - static_cast<__int128>(t) * s.dilation[d];
-    if (s.padding_mode == PaddingMode::kZeros) {
-      const __int128 shifted = to + offset, o = floor_div(shifted, s.stride[d]);
-      if (o * s.stride[d] != shifted) continue;  // falls between outputs: no such term
-      f(o >= 0 && o < s.out[d] ? static_cast<int64_t>(o) : -1, t);
-      continue;
-    }
-    // The positions j, inside and in the border, that the padding mode sends to `to`: up to three runs of them.
-    const int64_t last = s.in[d] - 1;
-    const __int128 far = static_cast<__int128>(1) << 100;
-    __int128 first[3] = {to, 1, 1}, end[3] = {static_cast<__int128>(to) + 1, 1, 1};
-    const auto run = [&](int i, __int128 from, __int128 until) { first[i] = from, end[i] = until; };
-    if (s.padding_mode == PaddingMode::kReflect) {
-      if (to > 0) run(1, -static_cast<__int128>(to), 1 - static_cast<__int128>(to));
-      if (to < last) run(2, 2 * static_cast<__int128>(last) - to, 2 * static_cast<__int128>(last) - to + 1);
-    } else if (s.padding_mode == PaddingMode::kCircular) {
-      run(1, to - static_cast<__int128>(s.in[d]), to - static_cast<__int128>(s.in[d]) + 1);
-      run(2, to + static_cast<__int128>(s.in[d]), to + static_cast<__int128>(s.in[d]) + 1);
+    } else if (s.padding_mode == PaddingMode::kZeros) {
+      // at(o, t) = to  <=>  o * stride = to + pad - t * dilation
+      const uint64_t room = static_cast<uint64_t>(to + s.pad[d]);
+      const uint64_t reach = static_cast<uint64_t>(t) * static_cast<uint64_t>(s.dilation[d]);
+      const uint64_t distance = room >= reach ? room - reach : reach - room;
+      if (distance % static_cast<uint64_t>(s.stride[d]) != 0) continue;  // falls between outputs: no such term
+      const int64_t o = static_cast<int64_t>(distance / static_cast<uint64_t>(s.stride[d]));
+      f(room >= reach && o < s.out[d] ? o : -1, t);
     } else {
-      if (to == 0) run(1, -far, 0);
-      if (to == last) run(2, static_cast<__int128>(last) + 1, far);
-    }
-    for (int i = 0; i < 3; ++i) {
-      __int128 o = floor_div(first[i] + offset + s.stride[d] - 1, s.stride[d]);
-      __int128 until = floor_div(end[i] + offset + s.stride[d] - 1, s.stride[d]);
-      if (o < 0) o = 0;
-      if (until > s.out[d]) until = s.out[d];
-      for (; o < until; ++o) f(static_cast<int64_t>(o), t);
+      for (int i = 0; i < 3; ++i) {
+        int64_t from, until;
+        if (!preimage(s, d, to, i, from, until)) continue;
+        int64_t o = outputs_before(s, d, t, from);
+        int64_t end = until == kAll ? s.out[d] : outputs_before(s, d, t, until);
+        if (end > s.out[d]) end = s.out[d];
+        for (; o < end; ++o) f(o, t);
+      }
     }
   }
 }
@@ -168,13 +178,12 @@ __global__ void backward_weight(ConvShape s, ConvPointers p, int64_t elements) {
     __syncthreads();
     for (int half = kThreads / 2; half > 0; half /= 2) {
       if (thread < half) sums[thread] += sums[thread + half];
-      __syncthreads();
+      __syncthreads();  // the last of them also lets the other threads write sums again
     }
     if (thread == 0)
       store(gw[k * s.weight_stride[0] + c * s.weight_stride[1] + t[0] * s.weight_stride[2] + t[1] * s.weight_stride[3] +
                t[2] * s.weight_stride[4]],
             sums[0]);
-    __syncthreads();  // sums is written again
   }
 }
 
