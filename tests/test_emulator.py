@@ -295,11 +295,12 @@ def test_collectives(schedule, probes):
 
 FAULTS = {  # and what is said of them
     "leaves_before_the_barrier": r"block \(0, 0, 0\): thread \(\d+, 0, 0\) waits at \S+:\d+ for threads that never",
-    "two_barriers": r"thread \(\d+, 0, 0\) meets threads that wait at another line",
+    "two_barriers": r"thread \(\d+, 0, 0\) is at \S+:\d+, where it meets a thread from",
     "leaves_before_the_shuffle": r"thread \(\d+, 0, 0\) waits at \S+:\d+ for threads that never come",
     "not_in_the_mask": "is not in the mask",
     "writes_behind_shared": "written outside a shared array of 256 bytes",
-    "too_much_shared": "more shared memory than a block has",
+    "writes_before_shared": "written outside a shared array of 256 bytes",
+    "too_much_shared": "wants 49160 bytes of shared memory",
     "reads_behind": r"thread \(\d+, 0, 0\) touches memory that is not its own",
     "copies_from_an_odd_address": "not a multiple of the size",
     "too_many_threads": "1 blocks of 1025 threads",

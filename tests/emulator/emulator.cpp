@@ -81,13 +81,17 @@ size_t shared_end = sizeof shared_memory;  // of the last guard
 
 size_t at_block = 0;  // threads that wait at the block's barrier
 
-[[gnu::format(printf, 1, 2)]] void report(const char* format, ...) {
+void report(const char* who, const char* format, va_list arguments) {
   if (status) return;  // the first failure is the one to know
   status = kFailed;
-  const int length = snprintf(text, sizeof text, "block (%u, %u, %u): ", blockIdx.x, blockIdx.y, blockIdx.z);
+  int length = snprintf(text, sizeof text, "block (%u, %u, %u): %s", blockIdx.x, blockIdx.y, blockIdx.z, who);
+  vsnprintf(text + length, sizeof text - length, format, arguments);
+}
+
+[[gnu::format(printf, 1, 2)]] void report(const char* format, ...) {
   va_list arguments;
   va_start(arguments, format);
-  vsnprintf(text + length, sizeof text - length, format, arguments);
+  report("", format, arguments);
   va_end(arguments);
 }
 
@@ -161,14 +165,18 @@ void check_guards() {
 
 bool same(Place a, Place b) { return a.line == b.line && strcmp(a.file, b.file) == 0; }
 
-// All have come: the `count` threads from `first` on, or those of them that the mask names.
-void hold_meeting(size_t first, size_t count, bool (*invited)(unsigned mask, size_t i), Together together) {
+// All have come: the `count` threads from `first` on or, in a warp, those of them that the mask names.
+void hold_meeting(size_t first, size_t count, Together together) {
+  const bool all = current->state == State::kAtBlock;
+  const Place here = current->place;
   void* records[kMostThreads];
   for (size_t i = 0; i < count; ++i) {
     Thread& thread = threads[first + i];
     records[i] = nullptr;
-    if (!invited(current->mask, i)) continue;
-    if (!same(thread.place, current->place)) fail("meets threads that wait at another line");
+    if (!all && !(current->mask >> i & 1)) continue;
+    if (!same(thread.place, here))
+      fail("is at %s:%d, where it meets a thread from %s:%d", here.file, here.line, thread.place.file,
+           thread.place.line);
     records[i] = thread.record;
     thread.state = State::kReady;
   }
@@ -230,9 +238,7 @@ void restore_handlers() {
 
 void on_fault(int, siginfo_t* info, void*) {
   if (!current) return restore_handlers();
-  char what[64];
-  snprintf(what, sizeof what, "touches memory that is not its own, at %p", info->si_addr);
-  fail(what);
+  fail("touches memory that is not its own, at %p", info->si_addr);
 }
 
 void install_handlers() {
@@ -244,8 +250,13 @@ void install_handlers() {
 
 }  // namespace
 
-void fail(const char* what) {
-  report("thread (%u, %u, %u) %s", threadIdx.x, threadIdx.y, threadIdx.z, what);
+void fail(const char* format, ...) {
+  char who[64];
+  snprintf(who, sizeof who, "thread (%u, %u, %u) ", threadIdx.x, threadIdx.y, threadIdx.z);
+  va_list arguments;
+  va_start(arguments, format);
+  report(who, format, arguments);
+  va_end(arguments);
   _longjmp(scheduler, 1);
 }
 
@@ -282,8 +293,9 @@ void* shared_array(const void* identity, size_t bytes) {
   size_t used = bytes;
   for (const Array& a : arrays) used += a.bytes;
   const size_t offset = (shared_end + 127) / 128 * 128;
+  if (used > kMostShared || offset + bytes + kGuard > sizeof shared_memory)
+    fail("wants %zu bytes of shared memory, more than a block has", used);
   shared_end = offset + bytes + kGuard;
-  if (used > kMostShared || shared_end > sizeof shared_memory) fail("wants more shared memory than a block has");
   arrays.push_back({identity, shared_memory + offset, bytes});
   return arrays.back().begin;
 }
@@ -293,7 +305,7 @@ void meet_block(void* record, Together together, Place place) {
   if (++at_block < threads.size()) return suspend();
   at_block = 0;
   check_guards();
-  hold_meeting(0, threads.size(), [](unsigned, size_t) { return true; }, together);
+  hold_meeting(0, threads.size(), together);
 }
 
 void meet_warp(unsigned mask, void* record, Together together, Place place) {
@@ -305,7 +317,7 @@ void meet_warp(unsigned mask, void* record, Together together, Place place) {
     const Thread& thread = threads[first + i];
     if (mask >> i & 1 && (thread.state != State::kAtWarp || thread.mask != mask)) return suspend();
   }
-  hold_meeting(first, count, [](unsigned mask, size_t i) { return (mask >> i & 1) != 0; }, together);
+  hold_meeting(first, count, together);
 }
 
 // --- asynchronous copies: the data is read at once and arrives as late as it may -------------------------------------

@@ -65,8 +65,9 @@ struct Place {
 
 void run(dim3 grid, dim3 block, void (*call)(const void* kernel), const void* kernel);
 void* shared_array(const void* identity, size_t bytes);
-int lane();                                // of the thread that runs
-[[noreturn]] void fail(const char* text);  // ends the launch, naming the thread that runs
+int lane();  // of the thread that runs
+// Ends the launch with a message that begins with the thread that runs.
+[[noreturn, gnu::format(printf, 1, 2)]] void fail(const char* format, ...);
 
 // Waits until all threads of the block, or all lanes of the mask, are here. The last calls together(records), where
 // records has a place for each thread of the block or lane of the warp: null for those that do not take part.

@@ -73,6 +73,11 @@ __global__ void writes_behind_shared(float*, int n) {
   if (threadIdx.x == 0) values[n + 58] = 1;  // 64
 }
 
+__global__ void writes_before_shared(float*, int n) {
+  MYCONV_SHARED(float, values, 64);
+  if (threadIdx.x == 0) values[5 - n] = 1;  // -1
+}
+
 __global__ void reads_behind_shared(float* out, int n) {
   MYCONV_SHARED(float, values, 64);
   values[threadIdx.x] = 1;
@@ -124,6 +129,7 @@ constexpr Probe kProbes[] = {
     PROBE(reads_a_lane_outside_the_mask),
     PROBE(no_barrier),
     PROBE(writes_behind_shared),
+    PROBE(writes_before_shared),
     PROBE(reads_behind_shared),
     {"shared_of_the_block_before", shared_of_the_block_before, 2},
     PROBE(too_much_shared),
