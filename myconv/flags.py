@@ -2,7 +2,8 @@
 
 Each is a context manager, also usable as a decorator, and holds for the convolutions that the calling thread runs
 inside it. A backward pass reads the switches when it runs, not when its forward ran; with CUDA tensors torch runs it on
-a thread of its own, which has no switches. Threads that are started inside do not inherit them. Compiled graphs and exported programs obey them, since the operators read them at run time.
+a thread of its own, which has no switches. Threads that are started inside do not inherit them. Compiled graphs and
+exported programs obey them, since the operators read them at run time.
 """
 
 from __future__ import annotations
