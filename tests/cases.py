@@ -156,6 +156,9 @@ DILATIONS = [
     Case("dilation_1_4", "conv2d", (2, 4, 7, 16), 8, 3, padding=(1, 4), dilation=(1, 4)),
     Case("dilation_3_stride_2", "conv2d", (2, 4, 15, 14), 5, 3, stride=2, padding=3, dilation=3),
     Case("dilation_reaches_only_padding", "conv2d", (2, 4, 5, 5), 6, 3, padding=12, dilation=12),
+    Case("dilation_mostly_padding", "conv2d", (2, 5, 9, 11), 19, 3, padding=(7, 8), dilation=(7, 8)),
+    Case("dilation_one_row_inside", "conv2d", (1, 4, 40, 3), 6, (3, 1), padding=(38, 0), dilation=(38, 1), groups=2),
+    Case("padding_beyond_image", "conv2d", (2, 4, 3, 3), 6, 3, stride=4, padding=9),
     Case("dilation_causal_1d", "conv1d", (2, 8, 40), 8, 2, padding=16, dilation=16),
     Case("dilation_2_3d", "conv3d", (1, 4, 6, 7, 6), 4, 3, padding=2, dilation=2),
 ]
@@ -305,8 +308,8 @@ BATCH = 8
 INVARIANCE = [
     BY_NAME[name].with_batch(BATCH)
     for name in (
-        "in_channels_17 out_channels_33 all_tails width_1 stride_2 stride_3_2 dilation_2 groups_4_of_16 "
-        "depthwise depthwise_stride_2 1x1 1x1_of_1x1 1x1_stride_2 7x7 kernel_is_input reflect_2d "
+        "in_channels_17 out_channels_33 all_tails width_1 stride_2 stride_3_2 dilation_2 dilation_mostly_padding "
+        "groups_4_of_16 depthwise depthwise_stride_2 1x1 1x1_of_1x1 1x1_stride_2 7x7 kernel_is_input reflect_2d "
         "circular_depthwise resnet_stem resnet_3x3 vgg_3x3 wav2vec_feature video_3x3x3 unet_up "
         "transposed_stride_2 transposed_1d_stride_3"
     ).split()

@@ -337,3 +337,24 @@ def test_not_finite_stays_local(name, layout, value, seed):
             assert torch.equal(actual.isfinite(), expected.isfinite()), "it reached other outputs"
             if row not in ROUNDS_INTEGERS:
                 assert torch.equal(actual.nan_to_num(7e7, 8e8, -8e8), expected.nan_to_num(7e7, 8e8, -8e8))
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+@pytest.mark.parametrize("direction", ["forward", "backward_input"])
+@pytest.mark.parametrize(
+    "name", ["dilation_mostly_padding", "dilation_reaches_only_padding", "aspp_dilated", "same_even"]
+)
+def test_weights_that_are_not_finite(name, direction, layout, seed):
+    """The padding multiplies: 0 x inf is NaN, also where a tap reads nothing but padding."""
+    case = BY_NAME[name]
+    x, w, b, y = make_tensors(case, torch.float32, layout, seed, integers=True)
+    w = w.clone()
+    w[0, 0, 0, 0], w[-1, -1, -1, -1] = float("inf"), float("nan")
+    expected = None
+    for row, isa in reversed(kernels(direction, case.problem, (x, w, y), layout)):
+        with forced(direction, row, isa):
+            actual = run_operator(direction, x, w, None, y, case.problem)
+        if expected is None:
+            assert row == "reference"
+            expected = actual
+        assert torch.equal(actual.nan_to_num(7e7, 8e8, -8e8), expected.nan_to_num(7e7, 8e8, -8e8)), (row, isa)

@@ -37,6 +37,8 @@ struct GatherAxis {
   int64_t last_inside(int64_t t) const {
     return offset[t] >= from_extent ? 0 : std::min(count, (from_extent - 1 - offset[t]) / from_step + 1);
   }
+  // Whether tap t reads nothing but zeros of the padding, whatever the position.
+  bool is_idle(int64_t t) const { return mode == PaddingMode::kZeros && first_inside(t) >= last_inside(t); }
   // Whether position j of the result lies at position j of what is read: nothing moves along this axis.
   bool is_identity() const {
     return taps() == 1 && offset[0] == 0 && from_step == 1 && to_step == 1 && count == from_extent;
@@ -115,6 +117,40 @@ inline Gather make_gather(const ConvShape& s, Direction direction) {
           g.phases.push_back(
               {{backward_input_axis(s, 0, d), backward_input_axis(s, 1, h), backward_input_axis(s, 2, w)}});
   return g;
+}
+
+// Leaves idle taps out of a gather. What they would add is 0 times a weight: nothing, if the weights are finite.
+inline void drop_idle_taps(Gather& g) {
+  for (GatherPhase& phase : g.phases)
+    for (GatherAxis& axis : phase.axis) {
+      GatherAxis kept = axis;
+      kept.tap.clear();
+      kept.offset.clear();
+      for (int64_t t = 0; t < axis.taps(); ++t) {
+        if (axis.is_idle(t)) continue;
+        kept.tap.push_back(axis.tap[t]);
+        kept.offset.push_back(axis.offset[t]);
+      }
+      axis = kept;
+    }
+}
+
+// Whether much of the work of a convolution is on zeros of the padding: the first or the last tap of an axis is idle, or
+// with a dilation, where whole tiles of pixels read zeros, more than half of all pairs of output and tap are.
+inline bool works_on_padding(const ConvShape& s) {
+  if (s.padding_mode != PaddingMode::kZeros) return false;
+  double inside = 1;
+  for (int d = 0; d < 3; ++d) {
+    const double reach = static_cast<double>(s.kernel[d] - 1) * s.dilation[d], pad = s.pad[d];
+    if (static_cast<double>(s.out[d] - 1) * s.stride[d] < pad || reach - pad >= s.in[d]) return true;
+    if (s.kernel[d] == 1 || s.dilation[d] == 1) continue;
+    const GatherAxis axis = forward_axis(s, d);
+    double pairs = 0;
+    for (int64_t t = 0; t < axis.taps(); ++t)
+      pairs += static_cast<double>(std::max<int64_t>(0, axis.last_inside(t) - axis.first_inside(t)));
+    inside *= pairs / static_cast<double>(axis.taps() * axis.count);
+  }
+  return inside < 0.5;
 }
 
 }  // namespace myconv::cpu

@@ -13,10 +13,18 @@
 //       channels; weights are read where they lie if they lie as OIHW, else packed to rows [result channel][channel]
 //       [tap]. Pixels that nothing moves (1x1, stride 1) and that few channels share are read in place.
 //
+// Where much of the work would be on zeros of the padding (dilations near the size of the image) and all weights are
+// finite, taps that read nothing else are left out; NHWC also leaves out, tile by tile, the taps that read nothing else
+// for the pixels of that tile. What is left is summed as before, and adding 0 changes nothing.
+//
 // Sums: blocks of at most kSumLength terms, each from a fresh accumulator, added in order; bias with the first. The
 // order does not depend on the tile, so results do not depend on batch or threads.
 // Declines: types other than float32 and float64, empty sums, kernels above kMaxTaps, backward_input with a padding
 // mode.
+#include <algorithm>
+#include <atomic>
+#include <bit>
+#include <type_traits>
 #include <vector>
 
 #include "cpu/algorithms.h"
@@ -69,7 +77,7 @@ struct Workspace {
       scatter = scatter || (!forward && s.stride[d] > 1);
     }
     const int64_t width = std::min(lanes * vectors, round_up(pixels, lanes));  // of any phase
-    in_rows = forward && lies_as_rows(s);
+    in_rows = forward && lies_as_rows(s) && !works_on_padding(s);
     if (!in_rows) packed = std::min(to, std::max<int64_t>(1, limit / (s.groups * depth))) * s.groups * depth;
     panel = std::min(kSumLength, depth) * width;
     kept = scatter ? std::min(kScatterRows, round_up(to, kMaxRows)) * width : 0;
@@ -128,9 +136,23 @@ T* result_pixel(const Gather& g, const PixelCursor& at, T* to) {
          (a[2].to_start + at.w * a[2].to_step) * g.to_stride.axis[2];
 }
 
+// The taps that some pixel of a tile reads outside the padding. Moves their pointers to the front of sources, which is
+// [taps][rows], and puts their numbers into live.
+template <typename T>
+void keep_live_taps(const T* zeros, int64_t taps, int64_t rows, const T** sources, std::vector<int64_t>& live) {
+  live.clear();
+  for (int64_t t = 0; t < taps; ++t) {
+    const T** const of_tap = sources + t * rows;
+    if (std::all_of(of_tap, of_tap + rows, [&](const T* source) { return source == zeros; })) continue;
+    std::copy_n(of_tap, rows, sources + static_cast<int64_t>(live.size()) * rows);
+    live.push_back(t);
+  }
+}
+
 template <typename T>
 void rows_are_pixels(const Gather& g, const GatherPhase& phase, const Kernels<T>& kernels, const T* from,
-                     const T* weight, const T* bias, T* to, const Workspace& sizes, T* workspace, int threads) {
+                     const T* weight, const T* bias, T* to, const Workspace& sizes, T* workspace, int threads,
+                     bool skip_zeros) {
   const int64_t taps = phase.taps(), depth = taps * g.from_per_group;
   const Blocks blocks = reduction_blocks(g.from_per_group, taps, /*taps_inside=*/false);
   const Panels panels(g.to_per_group, kernels.lanes, kernels.vectors);
@@ -167,6 +189,8 @@ void rows_are_pixels(const Gather& g, const GatherPhase& phase, const Kernels<T>
     parallel_tasks(chunks * splits, macs, [&](int64_t begin, int64_t end) {
       std::vector<const T*> sources(per_task * kernels.rows * taps);
       std::vector<T*> results(per_task * kernels.rows);
+      std::vector<std::vector<int64_t>> live(skip_zeros ? per_task : 0);  // taps, of each tile
+      std::vector<int64_t> b_offsets(skip_zeros ? taps : 0);
       int64_t prepared = -1;
       for (int64_t i = begin; i < end; ++i) {
         const int64_t chunk = i / splits, split = i % splits;
@@ -182,6 +206,10 @@ void rows_are_pixels(const Gather& g, const GatherPhase& phase, const Kernels<T>
               pixel_sources(g, at, from, zeros, sources.data() + slot * taps + r, rows);
               results[slot + r] = result_pixel(g, at, to);
             }
+          if (skip_zeros)
+            for (int64_t tile = tile0; tile < tile1; ++tile)
+              keep_live_taps(zeros, taps, rows_of(tile), sources.data() + (tile - tile0) * kernels.rows * taps,
+                             live[tile - tile0]);
           prepared = chunk;
         }
         const int64_t unit0 = first + (last - first) * split / splits,
@@ -194,13 +222,23 @@ void rows_are_pixels(const Gather& g, const GatherPhase& phase, const Kernels<T>
               const int64_t rows = rows_of(tile), slot = (tile - tile0) * kernels.rows;
               T* c[kMaxRows];
               for (int64_t r = 0; r < rows; ++r) c[r] = results[slot + r] + column;
-              kernels.gemm[rows - 1]({.taps = block.taps,
+              int64_t first_tap = block.tap, tap_count = block.taps;
+              if (skip_zeros) {
+                const std::vector<int64_t>& of_tile = live[tile - tile0];
+                const auto begin = std::lower_bound(of_tile.begin(), of_tile.end(), block.tap);
+                const auto end = std::lower_bound(begin, of_tile.end(), block.tap + block.taps);
+                first_tap = begin - of_tile.begin();
+                tap_count = end - begin;
+                for (int64_t t = 0; t < tap_count; ++t)
+                  b_offsets[t] = (begin[t] - block.tap) * block.channels * panels.width;
+              }
+              kernels.gemm[rows - 1]({.taps = tap_count,
                                       .depth = block.channels,
-                                      .a = sources.data() + slot * taps + block.tap * rows,
+                                      .a = sources.data() + slot * taps + first_tap * rows,
                                       .a_offset = group * g.from_per_group + block.channel,
                                       .a_step = 1,
                                       .b = packed + (unit - first) * unit_size + block.start * panels.width,
-                                      .b_offsets = nullptr,
+                                      .b_offsets = skip_zeros ? b_offsets.data() : nullptr,
                                       .ldb = panels.width,
                                       .c = c,
                                       .cols = panels.size(panel),
@@ -270,7 +308,8 @@ struct PanelRuns {
 
 template <typename T>
 void columns_are_pixels(const Gather& g, const GatherPhase& phase, const Kernels<T>& kernels, const T* from,
-                        const T* weight, const T* bias, T* to, const Workspace& sizes, T* workspace, int threads) {
+                        const T* weight, const T* bias, T* to, const Workspace& sizes, T* workspace, int threads,
+                        bool /*skip_zeros*/) {
   const int64_t taps = phase.taps(), depth = taps * g.from_per_group, channels = g.to_per_group;
   const Blocks blocks = reduction_blocks(g.from_per_group, taps, /*taps_inside=*/true);
   const Panels panels(phase.pixels(), kernels.lanes, kernels.vectors);
@@ -370,15 +409,38 @@ void columns_are_pixels(const Gather& g, const GatherPhase& phase, const Kernels
 }
 
 template <typename T>
+bool all_finite(const ConvShape& s, const T* weight) {
+  using Bits = std::conditional_t<sizeof(T) == 4, uint32_t, uint64_t>;
+  constexpr Bits kExponent = sizeof(T) == 4 ? Bits(0x7f800000) : static_cast<Bits>(0x7ff0000000000000);
+  std::atomic<bool> finite = true;
+  parallel_tasks(s.out_channels(), static_cast<double>(s.in_per_group) * s.taps(), [&](int64_t begin, int64_t end) {
+    bool found = false;
+    for (int64_t k = begin; k < end; ++k)
+      for (int64_t c = 0; c < s.in_per_group; ++c)
+        for (int64_t t = 0; t < s.taps(); ++t) {
+          const int64_t w = t % s.kernel[2], h = t / s.kernel[2] % s.kernel[1], d = t / (s.kernel[2] * s.kernel[1]);
+          const Bits bits =
+              std::bit_cast<Bits>(weight[k * s.weight_stride[0] + c * s.weight_stride[1] + d * s.weight_stride[2] +
+                                         h * s.weight_stride[3] + w * s.weight_stride[4]]);
+          found = found || (bits & kExponent) == kExponent;
+        }
+    if (found) finite = false;
+  });
+  return finite;
+}
+
+template <typename T>
 void run(const ConvShape& s, Direction direction, const void* from, const void* weight, const void* bias, void* to,
          void* workspace, int threads) {
-  const Gather g = make_gather(s, direction);
+  Gather g = make_gather(s, direction);
+  const bool skip_zeros = works_on_padding(s) && all_finite(s, static_cast<const T*>(weight));
+  if (skip_zeros) drop_idle_taps(g);
   const Workspace sizes(s, direction);
   const Kernels<T>& kernels = kernels_of<T>(microkernels());
   const auto f = s.channels_last() ? rows_are_pixels<T> : columns_are_pixels<T>;
   for (const GatherPhase& phase : g.phases)
     f(g, phase, kernels, static_cast<const T*>(from), static_cast<const T*>(weight), static_cast<const T*>(bias),
-      static_cast<T*>(to), sizes, static_cast<T*>(workspace), threads);
+      static_cast<T*>(to), sizes, static_cast<T*>(workspace), threads, skip_zeros);
 }
 
 void run(const ConvShape& s, Direction direction, const void* from, const ConvPointers& p, void* workspace,
