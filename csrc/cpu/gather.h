@@ -136,7 +136,7 @@ inline void drop_idle_taps(Gather& g) {
 }
 
 // Whether much of the work of a convolution is on zeros of the padding: the first or the last tap of an axis is idle, or
-// with a dilation, where whole tiles of pixels read zeros, more than half of all pairs of output and tap are.
+// with a dilation, where whole tiles of pixels read zeros, three in ten or more of all pairs of output and tap are.
 inline bool works_on_padding(const ConvShape& s) {
   if (s.padding_mode != PaddingMode::kZeros) return false;
   double inside = 1;
@@ -150,7 +150,7 @@ inline bool works_on_padding(const ConvShape& s) {
       pairs += static_cast<double>(std::max<int64_t>(0, axis.last_inside(t) - axis.first_inside(t)));
     inside *= pairs / static_cast<double>(axis.taps() * axis.count);
   }
-  return inside < 0.5;
+  return inside < 0.7;
 }
 
 }  // namespace myconv::cpu
