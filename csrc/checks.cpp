@@ -185,11 +185,11 @@ Sizes check_call(const Call& call) {
   return size;
 }
 
-void check_device(const at::Tensor& first, const std::optional<at::Tensor>& other) {
-  if (!first.defined() || !other || !other->defined()) return;  // for the check of dimensions to refuse
-  TORCH_CHECK(other->device() == first.device(),
+void check_device(const at::Tensor& first, const at::Tensor& other) {
+  if (!first.defined() || !other.defined()) return;  // for the check of dimensions to refuse
+  TORCH_CHECK(other.device() == first.device(),
               "Expected all tensors to be on the same device, but found at least two devices, ", first.device(),
-              " and ", other->device(), "!");
+              " and ", other.device(), "!");
 }
 
 void check_storage(const at::Tensor& x, const at::Tensor& w, const std::optional<at::Tensor>& bias) {

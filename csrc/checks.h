@@ -36,7 +36,10 @@ Sizes check_call(const Call& call);
 void check_storage(const at::Tensor& x, const at::Tensor& w, const std::optional<at::Tensor>& bias);
 
 // The kernels of a device are about to read both.
-void check_device(const at::Tensor& first, const std::optional<at::Tensor>& other);
+void check_device(const at::Tensor& first, const at::Tensor& other);
+inline void check_device(const at::Tensor& first, const std::optional<at::Tensor>& other) {
+  if (other) check_device(first, *other);
+}
 
 // One supported dtype. Inside the operators, behind autocast.
 void check_dtypes(const at::Tensor& x, const at::Tensor& w, const std::optional<at::Tensor>& bias, bool transposed);
