@@ -55,8 +55,9 @@ struct Workspace {
   int64_t packed = 0, zeros = 0;  // zeros: NHWC, one pixel
   int64_t panel = 0, kept = 0;    // NCHW, of each thread: a packed block, result rows to be scattered
   bool in_rows = false;
+  bool mostly_zeros;  // much of what the taps read is padding
 
-  Workspace(const ConvShape& s, Direction direction) {
+  Workspace(const ConvShape& s, Direction direction) : mostly_zeros(works_on_padding(s)) {
     const bool forward = direction == Direction::kForward;
     const int64_t from = forward ? s.in_per_group : s.out_per_group, to = forward ? s.out_per_group : s.in_per_group;
     const Microkernels& m = microkernels();
@@ -77,7 +78,7 @@ struct Workspace {
       scatter = scatter || (!forward && s.stride[d] > 1);
     }
     const int64_t width = std::min(lanes * vectors, round_up(pixels, lanes));  // of any phase
-    in_rows = forward && lies_as_rows(s) && !works_on_padding(s);
+    in_rows = forward && lies_as_rows(s) && !mostly_zeros;
     if (!in_rows) packed = std::min(to, std::max<int64_t>(1, limit / (s.groups * depth))) * s.groups * depth;
     panel = std::min(kSumLength, depth) * width;
     kept = scatter ? std::min(kScatterRows, round_up(to, kMaxRows)) * width : 0;
@@ -442,9 +443,9 @@ template <typename T>
 void run(const ConvShape& s, Direction direction, const void* from, const void* weight, const void* bias, void* to,
          void* workspace, int threads) {
   Gather g = make_gather(s, direction);
-  const bool skip_zeros = works_on_padding(s) && all_finite(s, static_cast<const T*>(weight));
-  if (skip_zeros) drop_idle_taps(g);
   const Workspace sizes(s, direction);
+  const bool skip_zeros = sizes.mostly_zeros && all_finite(s, static_cast<const T*>(weight));
+  if (skip_zeros) drop_idle_taps(g);
   const Kernels<T>& kernels = kernels_of<T>(microkernels());
   const auto f = s.channels_last() ? rows_are_pixels<T> : columns_are_pixels<T>;
   for (const GatherPhase& phase : g.phases)
