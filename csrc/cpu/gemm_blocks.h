@@ -80,12 +80,13 @@ inline bool lies_as_rows(const ConvShape& s) {
 
 // to[r * width + c] = from[r * row_stride + c * column_stride]; the columns up to width are left alone.
 template <typename T>
-void pack_matrix(const T* from, int64_t row_stride, int64_t column_stride, int64_t rows, int64_t columns, T* to,
-                 int64_t width) {
+void pack_matrix(const Kernels<T>& kernels, const T* from, int64_t row_stride, int64_t column_stride, int64_t rows,
+                 int64_t columns, T* to, int64_t width) {
   if (column_stride == 1) {
     for (int64_t r = 0; r < rows; ++r) std::copy_n(from + r * row_stride, columns, to + r * width);
     return;
   }
+  if (row_stride == 1) return kernels.transpose(from, column_stride, columns, rows, to, width);
   constexpr int64_t kTile = 16;  // one cache line of float on either side
   for (int64_t c0 = 0; c0 < columns; c0 += kTile)
     for (int64_t r0 = 0; r0 < rows; r0 += kTile) {

@@ -179,7 +179,8 @@ void rows_are_pixels(const Gather& g, const GatherPhase& phase, const Kernels<T>
         T* target = packed + (unit - first) * unit_size + block.start * panels.width;
         const T* source = weight + group * g.weight_group_stride + panels.begin(panel) * g.weight_to_stride;
         for (int64_t t = 0; t < block.taps; ++t)
-          pack_matrix(source + g.weight_tap_offset(phase, block.tap + t) + block.channel * g.weight_from_stride,
+          pack_matrix(kernels,
+                      source + g.weight_tap_offset(phase, block.tap + t) + block.channel * g.weight_from_stride,
                       g.weight_from_stride, g.weight_to_stride, block.channels, panels.size(panel),
                       target + t * block.channels * panels.width, panels.width);
       }

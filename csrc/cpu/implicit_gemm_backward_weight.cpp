@@ -133,7 +133,8 @@ struct Scratch {
 template <typename T>
 class Strip {
  public:
-  Strip(const ConvShape& s, T* data, int64_t channels) : s_(s), data_(data), channels_(channels) {}
+  Strip(const ConvShape& s, const Kernels<T>& kernels, T* data, int64_t channels)
+      : s_(s), kernels_(kernels), data_(data), channels_(channels) {}
 
   // Positions [lo, hi) of the lines; a new chunk forgets the old lines.
   void start(const T* x, int64_t lo, int64_t hi) {
@@ -153,13 +154,14 @@ class Strip {
       target = data_ + slot * (hi_ - lo_) * channels_;
       const int64_t plane = s_.in_pixels();
       const T* source = x_ + n * s_.in_channels() * plane + (d * s_.in[1] + h) * s_.in[2] + lo_;
-      pack_matrix(source, int64_t{1}, plane, hi_ - lo_, channels, target, channels_);
+      pack_matrix(kernels_, source, int64_t{1}, plane, hi_ - lo_, channels, target, channels_);
     }
     return target - lo_ * channels_;
   }
 
  private:
   const ConvShape& s_;
+  const Kernels<T>& kernels_;
   T* data_;
   int64_t channels_;  // between two positions
   const T* x_ = nullptr;
@@ -185,7 +187,7 @@ void run(const ConvShape& s, const T* gy, const T* x, T* gw, T* workspace, int t
     T* const folded = zeros + scratch.zeros;  // [pixel][tap][in channel]
     std::fill_n(zeros, scratch.zeros, T(0));
     const int64_t strip_channels = std::min(split.columns, s.in_per_group);
-    Strip<T> x_strip(s, gy_strip + scratch.gy, strip_channels);
+    Strip<T> x_strip(s, kernels, gy_strip + scratch.gy, strip_channels);
     std::vector<const T*> sources(plan.pixels());
     const int64_t line_taps = s.kernel[0] * s.kernel[1];
     std::vector<const T*> x_lines(plan.lines_per_chunk * line_taps);
@@ -219,7 +221,8 @@ void run(const ConvShape& s, const T* gy, const T* x, T* gw, T* workspace, int t
         for (int64_t line = chunk.first; line < chunk.last; ++line) {
           const int64_t h = line % s.out[1], d = line / s.out[1] % s.out[0], n = line / (s.out[1] * s.out[0]);
           if (!s.channels_last())
-            pack_matrix(gy + n * y_stride.batch + k_first * y_stride.channel + d * y_stride.axis[0] +
+            pack_matrix(kernels,
+                        gy + n * y_stride.batch + k_first * y_stride.channel + d * y_stride.axis[0] +
                             h * y_stride.axis[1] + chunk.begin,
                         int64_t{1}, y_stride.channel, length, rows, gy_strip + (line - chunk.first) * length * rows,
                         rows);

@@ -112,6 +112,8 @@ struct Kernels {
   // panel row r holds channel r / taps and tap r % taps: segments[first[tap], first[tap + 1]) of that channel's plane.
   void (*pack)(int64_t channels, int64_t taps, const T* plane, int64_t plane_stride, const Segment* segments,
                const int32_t* first, T* panel, int64_t width);
+  // to[c * to_step + r] = from[r * from_step + c],  r < rows, c < cols
+  void (*transpose)(const T* from, int64_t from_step, int64_t rows, int64_t cols, T* to, int64_t to_step);
 };
 
 struct Microkernels {

@@ -3,6 +3,9 @@
 #include "cpu/microkernels.h"
 
 #ifdef MYCONV_X86
+#if defined(__GNUC__) && !defined(__clang__)
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"  // in GCC's own header: gcc.gnu.org/PR105593
+#endif
 #include <immintrin.h>
 #ifdef __clang__
 #pragma clang attribute push(__attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma"))), \

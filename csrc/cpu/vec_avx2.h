@@ -26,6 +26,26 @@ struct F32 {
   static void store(float* p, V v, Mask m) { _mm256_maskstore_ps(p, m, v); }
   static V add(V a, V b) { return _mm256_add_ps(a, b); }
   static V fma(V a, V b, V c) { return _mm256_fmadd_ps(a, b, c); }
+  static void transpose(V (&v)[8]) {  // pairs, then quads of rows inside 128 bits, then the halves
+    V t[8], q[8];
+#pragma GCC unroll 4
+    for (int i = 0; i < 8; i += 2) {
+      t[i] = _mm256_unpacklo_ps(v[i], v[i + 1]);
+      t[i + 1] = _mm256_unpackhi_ps(v[i], v[i + 1]);
+    }
+#pragma GCC unroll 2
+    for (int i = 0; i < 8; i += 4) {
+      q[i] = _mm256_shuffle_ps(t[i], t[i + 2], 0x44);
+      q[i + 1] = _mm256_shuffle_ps(t[i], t[i + 2], 0xee);
+      q[i + 2] = _mm256_shuffle_ps(t[i + 1], t[i + 3], 0x44);
+      q[i + 3] = _mm256_shuffle_ps(t[i + 1], t[i + 3], 0xee);
+    }
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; ++i) {
+      v[i] = _mm256_permute2f128_ps(q[i], q[4 + i], 0x20);
+      v[4 + i] = _mm256_permute2f128_ps(q[i], q[4 + i], 0x31);
+    }
+  }
 };
 
 struct F64 {
@@ -47,6 +67,14 @@ struct F64 {
   static void store(double* p, V v, Mask m) { _mm256_maskstore_pd(p, m, v); }
   static V add(V a, V b) { return _mm256_add_pd(a, b); }
   static V fma(V a, V b, V c) { return _mm256_fmadd_pd(a, b, c); }
+  static void transpose(V (&v)[4]) {
+    const V a = _mm256_unpacklo_pd(v[0], v[1]), b = _mm256_unpackhi_pd(v[0], v[1]);
+    const V c = _mm256_unpacklo_pd(v[2], v[3]), d = _mm256_unpackhi_pd(v[2], v[3]);
+    v[0] = _mm256_permute2f128_pd(a, c, 0x20);
+    v[1] = _mm256_permute2f128_pd(b, d, 0x20);
+    v[2] = _mm256_permute2f128_pd(a, c, 0x31);
+    v[3] = _mm256_permute2f128_pd(b, d, 0x31);
+  }
 };
 
 inline constexpr int kRows = 6, kVectors = 2;  // 12 accumulators + 2 of B + 1 of A: 15 of 16 registers

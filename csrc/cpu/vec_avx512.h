@@ -24,6 +24,30 @@ struct F32 {
   static void store(float* p, V v, Mask m) { _mm512_mask_storeu_ps(p, m, v); }
   static V add(V a, V b) { return _mm512_add_ps(a, b); }
   static V fma(V a, V b, V c) { return _mm512_fmadd_ps(a, b, c); }
+  static void transpose(V (&v)[16]) {  // pairs, then quads of rows inside 128 bits, then the 128-bit quarters
+    V t[16];
+#pragma GCC unroll 8
+    for (int i = 0; i < 16; i += 2) {
+      t[i] = _mm512_unpacklo_ps(v[i], v[i + 1]);
+      t[i + 1] = _mm512_unpackhi_ps(v[i], v[i + 1]);
+    }
+#pragma GCC unroll 4
+    for (int i = 0; i < 16; i += 4) {
+      v[i] = _mm512_shuffle_ps(t[i], t[i + 2], 0x44);
+      v[i + 1] = _mm512_shuffle_ps(t[i], t[i + 2], 0xee);
+      v[i + 2] = _mm512_shuffle_ps(t[i + 1], t[i + 3], 0x44);
+      v[i + 3] = _mm512_shuffle_ps(t[i + 1], t[i + 3], 0xee);
+    }
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; ++i) {
+      const V a = _mm512_shuffle_f32x4(v[i], v[4 + i], 0x88), b = _mm512_shuffle_f32x4(v[i], v[4 + i], 0xdd);
+      const V c = _mm512_shuffle_f32x4(v[8 + i], v[12 + i], 0x88), d = _mm512_shuffle_f32x4(v[8 + i], v[12 + i], 0xdd);
+      v[i] = _mm512_shuffle_f32x4(a, c, 0x88);
+      v[4 + i] = _mm512_shuffle_f32x4(b, d, 0x88);
+      v[8 + i] = _mm512_shuffle_f32x4(a, c, 0xdd);
+      v[12 + i] = _mm512_shuffle_f32x4(b, d, 0xdd);
+    }
+  }
 };
 
 struct F64 {
@@ -43,6 +67,23 @@ struct F64 {
   static void store(double* p, V v, Mask m) { _mm512_mask_storeu_pd(p, m, v); }
   static V add(V a, V b) { return _mm512_add_pd(a, b); }
   static V fma(V a, V b, V c) { return _mm512_fmadd_pd(a, b, c); }
+  static void transpose(V (&v)[8]) {
+    V t[8];
+#pragma GCC unroll 4
+    for (int i = 0; i < 8; i += 2) {
+      t[i] = _mm512_unpacklo_pd(v[i], v[i + 1]);
+      t[i + 1] = _mm512_unpackhi_pd(v[i], v[i + 1]);
+    }
+#pragma GCC unroll 2
+    for (int i = 0; i < 2; ++i) {
+      const V a = _mm512_shuffle_f64x2(t[i], t[2 + i], 0x88), b = _mm512_shuffle_f64x2(t[i], t[2 + i], 0xdd);
+      const V c = _mm512_shuffle_f64x2(t[4 + i], t[6 + i], 0x88), d = _mm512_shuffle_f64x2(t[4 + i], t[6 + i], 0xdd);
+      v[i] = _mm512_shuffle_f64x2(a, c, 0x88);
+      v[2 + i] = _mm512_shuffle_f64x2(b, d, 0x88);
+      v[4 + i] = _mm512_shuffle_f64x2(a, c, 0xdd);
+      v[6 + i] = _mm512_shuffle_f64x2(b, d, 0xdd);
+    }
+  }
 };
 
 inline constexpr int kRows = 8, kVectors = 3;  // 24 accumulators + 3 of B + 1 of A: 28 of 32 registers
