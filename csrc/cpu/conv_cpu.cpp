@@ -22,6 +22,8 @@ int64_t no_workspace(const ConvShape&, int) { return 0; }
 constexpr Packing kDepthwisePacks{"lines of the activations, into padded strips"};
 constexpr Packing kDirectPacks{
     "planes of what is read, into padded strips, and weights, unless they lie as they are used"};
+constexpr Packing kPointwisePacks{"pixels of what is read, into panels, and weights, unless they lie as they are used",
+                                  "weights, into panels"};
 constexpr Packing kGemmPacks{"pixels of what is read and weights, into panels, unless they lie as they are used",
                              "weights, into panels"};
 constexpr Packing kGemmWeightPacks{"lines of both activations, transposed into strips",
@@ -29,6 +31,7 @@ constexpr Packing kGemmWeightPacks{"lines of both activations, transposed into s
 
 const Algorithm kForward[] = {
     {"depthwise", depthwise_forward_decline, depthwise_forward_workspace, depthwise_forward, kDepthwisePacks},
+    {"pointwise", pointwise_decline, pointwise_forward_workspace, pointwise_forward, kPointwisePacks},
     {"direct", direct_forward_decline, direct_forward_workspace, direct_forward, kDirectPacks},
     {"implicit_gemm", implicit_gemm_forward_decline, implicit_gemm_forward_workspace, implicit_gemm_forward,
      kGemmPacks},
@@ -37,6 +40,7 @@ const Algorithm kForward[] = {
 const Algorithm kBackwardInput[] = {
     {"depthwise", depthwise_backward_input_decline, depthwise_backward_input_workspace, depthwise_backward_input,
      kDepthwisePacks},
+    {"pointwise", pointwise_decline, pointwise_backward_input_workspace, pointwise_backward_input, kPointwisePacks},
     {"direct", direct_backward_input_decline, direct_backward_input_workspace, direct_backward_input, kDirectPacks},
     {"implicit_gemm", implicit_gemm_backward_input_decline, implicit_gemm_backward_input_workspace,
      implicit_gemm_backward_input, kGemmPacks},

@@ -54,6 +54,20 @@ struct OuterTile {
   int64_t cols;
 };
 
+// c[col * ldc + row] = sum over k < depth of a[row * lda + k] * b[col * ldb + k], + bias[row]
+// Both operands have depth innermost: nothing is packed. A lane sums every kLanes-th term.
+template <typename T>
+struct DotTile {
+  int64_t depth;
+  const T* a;
+  int64_t lda, rows;  // at most kLanes
+  const T* b;
+  int64_t ldb, cols;
+  const T* bias;  // [rows] or nullptr
+  T* c;
+  int64_t ldc;
+};
+
 // A run of one packed row: length elements to target; those in [first, last) come from the plane at source + i * step,
 // the others are zero.
 struct Segment {
@@ -97,12 +111,13 @@ struct DepthwiseWeightTile {
 
 template <typename T>
 struct Kernels {
-  int rows, lanes, vectors;                                              // register tile: rows x (vectors * lanes)
-  void (*gemm[kMaxRows])(const GemmTile<T>&);                            // [rows - 1]
-  void (*outer[kMaxRows])(const OuterTile<T>&);                          // [rows - 1]
-  void (*depthwise_lines[kMaxDepthwiseRows])(const DepthwiseTile<T>&);   // [rows - 1], NCHW
-  void (*depthwise_pixels[kMaxDepthwiseRows])(const DepthwiseTile<T>&);  // NHWC, all taps inside
-  void (*depthwise_border[kMaxDepthwiseRows])(const DepthwiseTile<T>&);  // NHWC, by pointers
+  int rows, lanes, vectors;                      // register tile: rows x (vectors * lanes)
+  void (*gemm[kMaxRows])(const GemmTile<T>&);    // [rows - 1]
+  void (*outer[kMaxRows])(const OuterTile<T>&);  // [rows - 1]
+  void (*dot)(const DotTile<T>&);
+  void (*depthwise_lines[kMaxDepthwiseRows])(const DepthwiseTile<T>&);               // [rows - 1], NCHW
+  void (*depthwise_pixels[kMaxDepthwiseRows])(const DepthwiseTile<T>&);              // NHWC, all taps inside
+  void (*depthwise_border[kMaxDepthwiseRows])(const DepthwiseTile<T>&);              // NHWC, by pointers
   void (*depthwise_weight_lines[kMaxDepthwiseTaps])(const DepthwiseWeightTile<T>&);  // [taps - 1]
   void (*depthwise_weight_pixels[kMaxDepthwiseTaps])(const DepthwiseWeightTile<T>&);
   // to[r * to_step][0, length) = from[r * from_step][0, length)

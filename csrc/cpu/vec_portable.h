@@ -38,10 +38,10 @@ struct Vec {
   static V add(V a, V b) { return a + b; }
   static V fma(V a, V b, V c) { return a * b + c; }
   static void transpose(V (&v)[kLanes]) {
-    V t[kLanes] = {};
+    T t[kLanes][kLanes];
     for (int i = 0; i < kLanes; ++i)
-      for (int j = 0; j < kLanes; ++j) t[i][j] = v[j][i];
-    for (int i = 0; i < kLanes; ++i) v[i] = t[i];
+      for (int j = 0; j < kLanes; ++j) t[j][i] = v[i][j];
+    for (int i = 0; i < kLanes; ++i) v[i] = load(t[i]);
   }
 };
 

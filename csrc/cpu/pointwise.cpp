@@ -1,0 +1,340 @@
+// Pointwise convolutions: one tap, stride 1, no padding. Pixel o of the result reads pixel o and no other, so that a
+// convolution is one matrix product per group (and, in NCHW, per sample) of the tensors as they lie. forward and
+// backward_input, float32 and float64; for backward_input in and out channels change places.
+//
+//   layout   rows (register tile)   columns (vectors)    depth      packed
+//   NHWC     pixels                 result channels      channels   weights, transposed into panels [channel][width]
+//   NCHW     result channels        pixels of a plane    channels   a panel [channel][width] of pixels, if rows share it
+//
+// Few pixels (at most kDotPixels a sample: squeeze-and-excitation, heads): nothing would share a packed weight. There
+// each result is a dot product of two rows as they lie, with vectors along the channels.
+//
+// Threads split pixels or result channels, whichever leaves them more equal work, never a sum.
+// Sums: blocks of at most kSumLength channels, each from a fresh accumulator, added in order; bias with the first. Dot
+// products: one sum per lane, then the lanes, then the bias.
+// Declines: more than one tap, a stride, padding, types other than float32 and float64.
+#include "cpu/algorithms.h"
+#include "cpu/gemm_blocks.h"
+#include "cpu/isa.h"
+#include "cpu/parallel.h"
+
+namespace myconv::cpu {
+namespace {
+
+constexpr int64_t kDotPixels = 4;
+constexpr int64_t kFewRows = 256;        // NHWC: up to here a thread packs the panels that it alone multiplies
+constexpr int64_t kTilesPerChunk = 16;   // NHWC: row tiles that meet a panel while they stay in L2
+constexpr int64_t kInPlaceRowTiles = 2;  // NCHW: up to so many uses a panel of pixels is not worth packing
+
+// Seen from either direction: "from" is what is read, "to" what is written.
+struct Product {
+  int64_t batch, groups, from, to, pixels;       // channels are those of a group
+  int64_t to_stride, from_stride, group_stride;  // of the weight
+
+  Product(const ConvShape& s, Direction direction)
+      : batch(s.batch), groups(s.groups), pixels(s.out_pixels()), group_stride(s.out_per_group * s.weight_stride[0]) {
+    const bool forward = direction == Direction::kForward;
+    from = forward ? s.in_per_group : s.out_per_group, to = forward ? s.out_per_group : s.in_per_group;
+    to_stride = s.weight_stride[forward ? 0 : 1], from_stride = s.weight_stride[forward ? 1 : 0];
+  }
+  // A sample of at most kDotPixels pixels, whose channels are contiguous, against weights that lie as [to][from].
+  bool is_dot(bool channels_last) const {
+    return pixels <= kDotPixels && (channels_last || pixels == 1) && (from_stride == 1 || from == 1);
+  }
+};
+
+template <typename T>
+struct Operands {
+  const T* from;
+  const T* weight;
+  const T* bias;
+  T* to;
+};
+
+// What a tile of `vectors` columns takes for each row and step of depth: one vector alone leaves the two multiply-add
+// units waiting for each other.
+constexpr double tile_cost(int64_t vectors) { return vectors == 1 ? 1.3 : static_cast<double>(vectors); }
+
+// --- NHWC ------------------------------------------------------------------------------------------------------------
+
+// How rows x columns are split among threads.
+struct RowPlan {
+  int64_t rows, tiles;    // all pixels of the batch
+  int64_t width, panels;  // of a group
+  bool split_columns;     // each thread packs the panels of its own columns
+
+  RowPlan(const Product& p, int64_t tile_rows, int64_t lanes, int64_t vectors, int threads)
+      : rows(p.batch * p.pixels), tiles(ceil_div(rows, tile_rows)) {
+    const Panels widest(p.to, lanes, vectors);
+    width = widest.width, panels = widest.count;
+    const double by_rows = static_cast<double>(ceil_div(tiles, threads)) * p.groups * panels * tile_cost(width / lanes);
+    double best = rows > kFewRows ? 0 : by_rows;
+    split_columns = false;
+    for (int64_t v = vectors; v >= 1; --v) {
+      const int64_t count = ceil_div(p.to, v * lanes);
+      const double cost = static_cast<double>(tiles) * ceil_div(p.groups * count, threads) * tile_cost(v);
+      if (cost > best) continue;
+      best = cost, width = v * lanes, panels = count, split_columns = true;
+    }
+  }
+  int64_t unit(const Product& p) const { return p.from * width; }  // elements of one packed panel
+  int64_t units_per_pass(const Product& p, int64_t element_size) const {
+    return std::clamp<int64_t>(kPackedBytes / (unit(p) * element_size), 1, p.groups * panels);
+  }
+  int64_t workspace(const Product& p, int64_t element_size, int threads) const {
+    return split_columns ? threads * std::min(p.from, kSumLength) * width : units_per_pass(p, element_size) * unit(p);
+  }
+};
+
+template <typename T>
+void rows_are_pixels(const Product& p, const Operands<T>& o, const Kernels<T>& kernels, T* workspace, int threads) {
+  const RowPlan plan(p, kernels.rows, kernels.lanes, kernels.vectors, threads);
+  const Blocks blocks = reduction_blocks(p.from, 1, /*taps_inside=*/false);
+  const int64_t width = plan.width, from_channels = p.groups * p.from, to_channels = p.groups * p.to;
+
+  const auto columns_of = [&](int64_t unit) { return std::min(width, p.to - unit % plan.panels * width); };
+  const auto pack = [&](int64_t unit, const Block& block, T* target) {
+    const int64_t group = unit / plan.panels, column = unit % plan.panels * width;
+    pack_matrix(kernels, o.weight + group * p.group_stride + column * p.to_stride + block.channel * p.from_stride,
+                p.from_stride, p.to_stride, block.channels, columns_of(unit), target, width);
+  };
+  const auto multiply = [&](int64_t unit, const Block& block, const T* b, int64_t tile0, int64_t tile1) {
+    const int64_t group = unit / plan.panels, column = group * p.to + unit % plan.panels * width;
+    const T* a[kMaxRows];
+    T* c[kMaxRows];
+    for (int64_t tile = tile0; tile < tile1; ++tile) {
+      const int64_t row = plan.rows * tile / plan.tiles, rows = plan.rows * (tile + 1) / plan.tiles - row;
+      for (int64_t r = 0; r < rows; ++r) {
+        a[r] = o.from + (row + r) * from_channels + group * p.from + block.channel;
+        c[r] = o.to + (row + r) * to_channels + column;
+      }
+      kernels.gemm[rows - 1]({.taps = 1,
+                              .depth = block.channels,
+                              .a = a,
+                              .a_offset = 0,
+                              .a_step = 1,
+                              .b = b,
+                              .b_offsets = nullptr,
+                              .ldb = width,
+                              .c = c,
+                              .cols = columns_of(unit),
+                              .row_bias = nullptr,
+                              .column_bias = o.bias ? o.bias + column : nullptr,
+                              .accumulate = block.start > 0});
+    }
+  };
+
+  const int64_t units = p.groups * plan.panels;
+  const double macs = static_cast<double>(plan.rows) * p.from * width;  // of a unit
+  if (plan.split_columns) {
+    parallel_tasks(units, macs + 8.0 * plan.unit(p), [&](int64_t begin, int64_t end) {
+      T* const packed = workspace + at::get_thread_num() * std::min(p.from, kSumLength) * width;
+      for (int64_t unit = begin; unit < end; ++unit)
+        for (const Block& block : blocks) {
+          pack(unit, block, packed);
+          multiply(unit, block, packed, 0, plan.tiles);
+        }
+    });
+    return;
+  }
+  const int64_t per_pass = plan.units_per_pass(p, sizeof(T));
+  for (int64_t first = 0; first < units; first += per_pass) {
+    const int64_t count = std::min(per_pass, units - first);
+    parallel_tasks(count, 8.0 * plan.unit(p), [&](int64_t begin, int64_t end) {
+      for (int64_t i = begin; i < end; ++i)
+        for (const Block& block : blocks) pack(first + i, block, workspace + i * plan.unit(p) + block.start * width);
+    });
+    parallel_tasks(plan.tiles, macs * count / plan.tiles, [&](int64_t begin, int64_t end) {
+      for (int64_t tile = begin; tile < end; tile += kTilesPerChunk)
+        for (const Block& block : blocks)
+          for (int64_t i = 0; i < count; ++i)
+            multiply(first + i, block, workspace + i * plan.unit(p) + block.start * width, tile,
+                     std::min(end, tile + kTilesPerChunk));
+    });
+  }
+}
+
+// --- NCHW ------------------------------------------------------------------------------------------------------------
+
+struct ColumnPlan {
+  int64_t row_tiles, vectors;  // of one product
+  int64_t splits, pieces;      // of the rows, of all vectors of all products
+  bool in_rows, in_place;
+  int64_t packed_rows;  // weights that are packed at a time
+
+  ColumnPlan(const Product& p, int64_t tile_rows, int64_t lanes, int64_t element_size, int threads)
+      : row_tiles(ceil_div(p.to, tile_rows)), vectors(ceil_div(p.pixels, lanes)) {
+    const int64_t all = p.batch * p.groups * vectors;
+    double best = -1;
+    for (int64_t s = 1; s <= std::min<int64_t>(threads, row_tiles); ++s) {
+      if (threads % s) continue;
+      // Packing a vector takes as long as half a row tile's arithmetic on it.
+      const double cost = (static_cast<double>(ceil_div(row_tiles, s)) + 0.5) * ceil_div(all, threads / s);
+      if (best < 0 || cost < best) best = cost, splits = s;
+    }
+    pieces = std::min<int64_t>(all, threads / splits);
+    in_rows = p.from_stride == 1 || p.from == 1;
+    in_place = ceil_div(row_tiles, splits) <= kInPlaceRowTiles;
+    packed_rows = in_rows ? p.to : std::clamp<int64_t>(kPackedBytes / (p.groups * p.from * element_size), 1, p.to);
+  }
+  int64_t packed(const Product& p) const { return in_rows ? 0 : packed_rows * p.groups * p.from; }
+  int64_t panel(const Product& p, int64_t width) const { return in_place ? 0 : std::min(p.from, kSumLength) * width; }
+};
+
+template <typename T>
+void columns_are_pixels(const Product& p, const Operands<T>& o, const Kernels<T>& kernels, T* workspace, int threads) {
+  const ColumnPlan plan(p, kernels.rows, kernels.lanes, sizeof(T), threads);
+  const Blocks blocks = reduction_blocks(p.from, 1, /*taps_inside=*/true);
+  const int64_t lanes = kernels.lanes, widest = lanes * kernels.vectors, panel_size = plan.panel(p, widest);
+  const int64_t all = p.batch * p.groups * plan.vectors;
+
+  for (int64_t first = 0; first < p.to; first += plan.packed_rows) {
+    const int64_t count = std::min(plan.packed_rows, p.to - first), row_tiles = ceil_div(count, kernels.rows);
+    if (!plan.in_rows)  // workspace[group][row][channel]
+      parallel_tasks(p.groups * ceil_div(count, lanes), 8.0 * lanes * p.from, [&](int64_t begin, int64_t end) {
+        for (int64_t i = begin; i < end; ++i) {
+          const int64_t group = i / ceil_div(count, lanes), row = i % ceil_div(count, lanes) * lanes;
+          pack_matrix(kernels, o.weight + group * p.group_stride + (first + row) * p.to_stride, p.to_stride,
+                      p.from_stride, std::min(lanes, count - row), p.from, workspace + (group * count + row) * p.from,
+                      p.from);
+        }
+      });
+    const T* const weight = plan.in_rows ? o.weight + first * p.to_stride : workspace;
+    const int64_t group_stride = plan.in_rows ? p.group_stride : count * p.from;
+    const int64_t row_stride = plan.in_rows ? p.to_stride : p.from;
+
+    const int64_t tasks = plan.pieces * plan.splits;
+    const double macs = static_cast<double>(all) * lanes * p.from * count / tasks;
+    parallel_tasks(tasks, macs, [&](int64_t begin, int64_t end) {
+      T* const packed = workspace + plan.packed(p) + at::get_thread_num() * panel_size;
+      const T* a[kMaxRows];
+      T* c[kMaxRows];
+      for (int64_t task = begin; task < end; ++task) {
+        const int64_t split = task % plan.splits, piece = task / plan.splits;
+        const int64_t tile0 = row_tiles * split / plan.splits, tile1 = row_tiles * (split + 1) / plan.splits;
+        const int64_t last = all * (piece + 1) / plan.pieces;
+        for (int64_t at = all * piece / plan.pieces; at < last;) {
+          // What is left of this product, in panels as equal as possible.
+          const int64_t product = at / plan.vectors, vector = at % plan.vectors;
+          const int64_t left = std::min(last - at, plan.vectors - vector);
+          const int64_t take = ceil_div(left, ceil_div(left, kernels.vectors));
+          const int64_t pixel = vector * lanes, cols = std::min(take * lanes, p.pixels - pixel);
+          const int64_t group = product % p.groups;
+          const T* const plane = o.from + product * p.from * p.pixels + pixel;
+          T* const result = o.to + (product * p.to + first) * p.pixels + pixel;
+          const T* const bias = o.bias ? o.bias + group * p.to + first : nullptr;
+          for (const Block& block : blocks) {
+            const T* b = plane + block.channel * p.pixels;
+            if (!plan.in_place) {
+              kernels.copy_rows(b, p.pixels, block.channels, cols, packed, take * lanes);
+              b = packed;
+            }
+            for (int64_t tile = tile0; tile < tile1; ++tile) {
+              const int64_t row = count * tile / row_tiles, rows = count * (tile + 1) / row_tiles - row;
+              for (int64_t r = 0; r < rows; ++r) {
+                a[r] = weight + group * group_stride + (row + r) * row_stride + block.channel;
+                c[r] = result + (row + r) * p.pixels;
+              }
+              kernels.gemm[rows - 1]({.taps = 1,
+                                      .depth = block.channels,
+                                      .a = a,
+                                      .a_offset = 0,
+                                      .a_step = 1,
+                                      .b = b,
+                                      .b_offsets = nullptr,
+                                      .ldb = plan.in_place ? p.pixels : take * lanes,
+                                      .c = c,
+                                      .cols = cols,
+                                      .row_bias = bias ? bias + row : nullptr,
+                                      .column_bias = nullptr,
+                                      .accumulate = block.start > 0});
+            }
+          }
+          at += take;
+        }
+      }
+    });
+  }
+}
+
+// --- few pixels ------------------------------------------------------------------------------------------------------
+
+template <typename T>
+void dot_products(const Product& p, const Operands<T>& o, const Kernels<T>& kernels) {
+  const int64_t rows = p.batch * p.pixels, pieces = ceil_div(p.to, kernels.lanes);
+  parallel_tasks(p.groups * pieces, static_cast<double>(rows + 2) * p.from * kernels.lanes,
+                 [&](int64_t begin, int64_t end) {
+                   for (int64_t i = begin; i < end; ++i) {
+                     const int64_t group = i / pieces, first = i % pieces * kernels.lanes;
+                     kernels.dot({.depth = p.from,
+                                  .a = o.weight + group * p.group_stride + first * p.to_stride,
+                                  .lda = p.to_stride,
+                                  .rows = std::min<int64_t>(kernels.lanes, p.to - first),
+                                  .b = o.from + group * p.from,
+                                  .ldb = p.groups * p.from,
+                                  .cols = rows,
+                                  .bias = o.bias ? o.bias + group * p.to + first : nullptr,
+                                  .c = o.to + group * p.to + first,
+                                  .ldc = p.groups * p.to});
+                   }
+                 });
+}
+
+// --- both ------------------------------------------------------------------------------------------------------------
+
+template <typename T>
+void run(const ConvShape& s, Direction direction, const void* from, const ConvPointers& pointers, void* workspace,
+         int threads) {
+  const Product p(s, direction);
+  const Operands<T> o{static_cast<const T*>(from), static_cast<const T*>(pointers.weight),
+                      static_cast<const T*>(pointers.bias), static_cast<T*>(pointers.result)};
+  const Kernels<T>& kernels = kernels_of<T>(microkernels());
+  if (p.is_dot(s.channels_last())) return dot_products(p, o, kernels);
+  (s.channels_last() ? rows_are_pixels<T> : columns_are_pixels<T>)(p, o, kernels, static_cast<T*>(workspace), threads);
+}
+
+template <typename T>
+int64_t workspace_elements(const ConvShape& s, Direction direction, int threads) {
+  const Product p(s, direction);
+  const Kernels<T>& k = kernels_of<T>(microkernels());
+  if (p.is_dot(s.channels_last())) return 0;
+  if (s.channels_last()) return RowPlan(p, k.rows, k.lanes, k.vectors, threads).workspace(p, sizeof(T), threads);
+  const ColumnPlan plan(p, k.rows, k.lanes, sizeof(T), threads);
+  return plan.packed(p) + threads * plan.panel(p, k.lanes * k.vectors);
+}
+
+int64_t workspace(const ConvShape& s, Direction direction, int threads) {
+  return (s.dtype == Dtype::kFloat32 ? workspace_elements<float> : workspace_elements<double>)(s, direction, threads) *
+         dtype_size(s.dtype);
+}
+
+const char* decline(const ConvShape& s) {
+  if (s.dtype != Dtype::kFloat32 && s.dtype != Dtype::kFloat64) return "only float32 and float64";
+  if (s.in_per_group == 0 || s.out_per_group == 0 || s.in_pixels() == 0 || s.out_pixels() == 0)
+    return "nothing to sum over";
+  if (s.taps() != 1) return "more than one tap";
+  for (int d = 0; d < 3; ++d)
+    if ((s.stride[d] != 1 && s.out[d] != 1) || s.pad[d] != 0 || s.in[d] != s.out[d]) return "a stride or padding";
+  return nullptr;
+}
+
+}  // namespace
+
+const char* pointwise_decline(const ConvShape& s) { return decline(s); }
+
+int64_t pointwise_forward_workspace(const ConvShape& s, int threads) {
+  return workspace(s, Direction::kForward, threads);
+}
+int64_t pointwise_backward_input_workspace(const ConvShape& s, int threads) {
+  return workspace(s, Direction::kBackwardInput, threads);
+}
+
+void pointwise_forward(const ConvShape& s, const ConvPointers& p, void* workspace, int threads) {
+  (s.dtype == Dtype::kFloat32 ? run<float> : run<double>)(s, Direction::kForward, p.input, p, workspace, threads);
+}
+void pointwise_backward_input(const ConvShape& s, const ConvPointers& p, void* workspace, int threads) {
+  const Direction direction = Direction::kBackwardInput;
+  (s.dtype == Dtype::kFloat32 ? run<float> : run<double>)(s, direction, p.grad_output, p, workspace, threads);
+}
+
+}  // namespace myconv::cpu
