@@ -39,6 +39,7 @@ struct GemmTile {
   const T* row_bias;     // [rows] or nullptr
   const T* column_bias;  // [cols] or nullptr
   bool accumulate;
+  const T* next = nullptr;  // what the next tile reads first, rows x depth values: fetched into L2 meanwhile
 };
 
 // C[row][0, cols) += sum over p < depth of  a[p * lda + row] * b[p][col]          (C is always accumulated into)

@@ -22,8 +22,10 @@ namespace myconv::cpu {
 namespace {
 
 constexpr int64_t kDotPixels = 4;
-constexpr int64_t kFewRows = 256;        // NHWC: up to here a thread packs the panels that it alone multiplies
-constexpr int64_t kTilesPerChunk = 16;   // NHWC: row tiles that meet a panel while they stay in L2
+constexpr int64_t kFewRows = 256;               // NHWC: up to here a thread packs the panels that it alone multiplies
+constexpr int64_t kChunkBytes = 64 << 10;       // NHWC: pixels that meet all panels while these stay in L2
+constexpr int64_t kWideChunkBytes = 256 << 10;  // NHWC: and where the panels come from farther away
+constexpr int64_t kPanelsInL2 = 512 << 10;
 constexpr int64_t kInPlaceRowTiles = 2;  // NCHW: up to so many uses a panel of pixels is not worth packing
 
 // Seen from either direction: "from" is what is read, "to" what is written.
@@ -98,7 +100,8 @@ void rows_are_pixels(const Product& p, const Operands<T>& o, const Kernels<T>& k
     pack_matrix(kernels, o.weight + group * p.group_stride + column * p.to_stride + block.channel * p.from_stride,
                 p.from_stride, p.to_stride, block.channels, columns_of(unit), target, width);
   };
-  const auto multiply = [&](int64_t unit, const Block& block, const T* b, int64_t tile0, int64_t tile1) {
+  const auto multiply = [&](int64_t unit, const Block& block, const T* b, int64_t tile0, int64_t tile1,
+                            bool from_afar) {
     const int64_t group = unit / plan.panels, column = group * p.to + unit % plan.panels * width;
     const T* a[kMaxRows];
     T* c[kMaxRows];
@@ -120,7 +123,8 @@ void rows_are_pixels(const Product& p, const Operands<T>& o, const Kernels<T>& k
                               .cols = columns_of(unit),
                               .row_bias = nullptr,
                               .column_bias = o.bias ? o.bias + column : nullptr,
-                              .accumulate = block.start > 0});
+                              .accumulate = block.start > 0,
+                              .next = from_afar ? a[rows - 1] + from_channels : nullptr});
     }
   };
 
@@ -132,7 +136,7 @@ void rows_are_pixels(const Product& p, const Operands<T>& o, const Kernels<T>& k
       for (int64_t unit = begin; unit < end; ++unit)
         for (const Block& block : blocks) {
           pack(unit, block, packed);
-          multiply(unit, block, packed, 0, plan.tiles);
+          multiply(unit, block, packed, 0, plan.tiles, false);
         }
     });
     return;
@@ -144,12 +148,17 @@ void rows_are_pixels(const Product& p, const Operands<T>& o, const Kernels<T>& k
       for (int64_t i = begin; i < end; ++i)
         for (const Block& block : blocks) pack(first + i, block, workspace + i * plan.unit(p) + block.start * width);
     });
+    const int64_t chunk_bytes = count * plan.unit(p) * sizeof(T) <= kPanelsInL2 ? kChunkBytes : kWideChunkBytes;
+    const int64_t tile_bytes = kernels.rows * std::min(p.from, kSumLength) * sizeof(T);
+    const int64_t chunk = std::max<int64_t>(1, chunk_bytes / tile_bytes);
+    // One block, one group: what the next tile reads follows what this one reads.
+    const bool contiguous = p.groups == 1 && blocks.size() == 1;
     parallel_tasks(plan.tiles, macs * count / plan.tiles, [&](int64_t begin, int64_t end) {
-      for (int64_t tile = begin; tile < end; tile += kTilesPerChunk)
+      for (int64_t tile = begin; tile < end; tile += chunk)
         for (const Block& block : blocks)
           for (int64_t i = 0; i < count; ++i)
             multiply(first + i, block, workspace + i * plan.unit(p) + block.start * width, tile,
-                     std::min(end, tile + kTilesPerChunk));
+                     std::min(end, tile + chunk), contiguous && i == 0);
     });
   }
 }
