@@ -55,7 +55,7 @@ struct OuterTile {
   int64_t cols;
 };
 
-// c[col * ldc + row] = sum over k < depth of a[row * lda + k] * b[col * ldb + k], + bias[row]
+// c[col][row * c_step] = sum over k < depth of a[row * lda + k] * b[col * ldb + k], + bias[row]
 // Both operands have depth innermost: nothing is packed. A lane sums every kLanes-th term.
 template <typename T>
 struct DotTile {
@@ -65,8 +65,8 @@ struct DotTile {
   const T* b;
   int64_t ldb, cols;
   const T* bias;  // [rows] or nullptr
-  T* c;
-  int64_t ldc;
+  T* const* c;    // [cols]
+  int64_t c_step;
 };
 
 // A run of one packed row: length elements to target; those in [first, last) come from the plane at source + i * step,

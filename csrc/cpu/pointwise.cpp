@@ -7,7 +7,8 @@
 //   NCHW     result channels        pixels of a plane    channels   a panel [channel][width] of pixels, if rows share it
 //
 // Few pixels (at most kDotPixels a sample: squeeze-and-excitation, heads): nothing would share a packed weight. There
-// each result is a dot product of two rows as they lie, with vectors along the channels.
+// each result is a dot product of two rows as they lie, with vectors along the channels. So are, in NCHW, the last
+// pixels of a plane if they are too few for a vector (one of 49, four of 196) and the channels are many.
 //
 // Threads split pixels or result channels, whichever leaves them more equal work, never a sum.
 // Sums: blocks of at most kSumLength channels, each from a fresh accumulator, added in order; bias with the first. Dot
@@ -43,7 +44,15 @@ struct Product {
   bool is_dot(bool channels_last) const {
     return pixels <= kDotPixels && (channels_last || pixels == 1) && (from_stride == 1 || from == 1);
   }
+  // How many of the last pixels of a plane are better off as dot products (NCHW). For each result channel a vector, full
+  // or not, takes 0.5 to 0.7 cycles a step; a dot product takes 1/32 cycle a step and about 5 to add its lanes up.
+  int64_t tail(int64_t lanes) const {
+    const int64_t left = pixels % lanes;
+    return left * (from + 160) * 2 < from * lanes ? left : 0;
+  }
 };
+
+constexpr int64_t kTailColumns = 32;  // NCHW: last pixels that are gathered at a time
 
 template <typename T>
 struct Operands {
@@ -170,9 +179,11 @@ struct ColumnPlan {
   int64_t splits, pieces;      // of the rows, of all vectors of all products
   bool in_rows, in_place;
   int64_t packed_rows;  // weights that are packed at a time
+  int64_t tail;         // last pixels of a plane, as dot products
 
   ColumnPlan(const Product& p, int64_t tile_rows, int64_t lanes, int64_t element_size, int threads)
-      : row_tiles(ceil_div(p.to, tile_rows)), vectors(ceil_div(p.pixels, lanes)) {
+      : row_tiles(ceil_div(p.to, tile_rows)), tail(p.tail(lanes)) {
+    vectors = ceil_div(p.pixels - tail, lanes);
     const int64_t all = p.batch * p.groups * vectors;
     double best = -1;
     for (int64_t s = 1; s <= std::min<int64_t>(threads, row_tiles); ++s) {
@@ -181,20 +192,53 @@ struct ColumnPlan {
       const double cost = (static_cast<double>(ceil_div(row_tiles, s)) + 0.5) * ceil_div(all, threads / s);
       if (best < 0 || cost < best) best = cost, splits = s;
     }
-    pieces = std::min<int64_t>(all, threads / splits);
+    pieces = std::clamp<int64_t>(all, 1, threads / splits);
     in_rows = p.from_stride == 1 || p.from == 1;
     in_place = ceil_div(row_tiles, splits) <= kInPlaceRowTiles;
     packed_rows = in_rows ? p.to : std::clamp<int64_t>(kPackedBytes / (p.groups * p.from * element_size), 1, p.to);
   }
   int64_t packed(const Product& p) const { return in_rows ? 0 : packed_rows * p.groups * p.from; }
   int64_t panel(const Product& p, int64_t width) const { return in_place ? 0 : std::min(p.from, kSumLength) * width; }
+  int64_t tails(const Product& p) const { return tail ? kTailColumns * p.from : 0; }
+  int64_t scratch(const Product& p, int64_t width) const { return std::max(panel(p, width), tails(p)); }
 };
+
+// The last pixels of every plane against rows [row0, row1) of the weights at hand, which begin at channel `first`.
+template <typename T>
+void multiply_tails(const Product& p, const Operands<T>& o, const Kernels<T>& kernels, int64_t tail, const T* weight,
+                    int64_t group_stride, int64_t row_stride, int64_t first, int64_t row0, int64_t row1, T* gathered) {
+  const int64_t columns = p.batch * tail, begin = p.pixels - tail;
+  T* c[kTailColumns];
+  for (int64_t group = 0; group < p.groups; ++group)
+    for (int64_t column = 0; column < columns; column += kTailColumns) {
+      const int64_t cols = std::min(kTailColumns, columns - column);
+      for (int64_t j = 0; j < cols; ++j) {
+        const int64_t product = (column + j) / tail * p.groups + group, pixel = begin + (column + j) % tail;
+        const T* const source = o.from + product * p.from * p.pixels + pixel;
+        for (int64_t k = 0; k < p.from; ++k) gathered[j * p.from + k] = source[k * p.pixels];
+        c[j] = o.to + (product * p.to + first + row0) * p.pixels + pixel;
+      }
+      for (int64_t row = row0; row < row1; row += kernels.lanes) {
+        kernels.dot({.depth = p.from,
+                     .a = weight + group * group_stride + row * row_stride,
+                     .lda = row_stride,
+                     .rows = std::min<int64_t>(kernels.lanes, row1 - row),
+                     .b = gathered,
+                     .ldb = p.from,
+                     .cols = cols,
+                     .bias = o.bias ? o.bias + group * p.to + first + row : nullptr,
+                     .c = c,
+                     .c_step = p.pixels});
+        for (int64_t j = 0; j < cols; ++j) c[j] += kernels.lanes * p.pixels;
+      }
+    }
+}
 
 template <typename T>
 void columns_are_pixels(const Product& p, const Operands<T>& o, const Kernels<T>& kernels, T* workspace, int threads) {
   const ColumnPlan plan(p, kernels.rows, kernels.lanes, sizeof(T), threads);
   const Blocks blocks = reduction_blocks(p.from, 1, /*taps_inside=*/true);
-  const int64_t lanes = kernels.lanes, widest = lanes * kernels.vectors, panel_size = plan.panel(p, widest);
+  const int64_t lanes = kernels.lanes, widest = lanes * kernels.vectors, scratch_size = plan.scratch(p, widest);
   const int64_t all = p.batch * p.groups * plan.vectors;
 
   for (int64_t first = 0; first < p.to; first += plan.packed_rows) {
@@ -215,7 +259,7 @@ void columns_are_pixels(const Product& p, const Operands<T>& o, const Kernels<T>
     const int64_t tasks = plan.pieces * plan.splits;
     const double macs = static_cast<double>(all) * lanes * p.from * count / tasks;
     parallel_tasks(tasks, macs, [&](int64_t begin, int64_t end) {
-      T* const packed = workspace + plan.packed(p) + at::get_thread_num() * panel_size;
+      T* const packed = workspace + plan.packed(p) + at::get_thread_num() * scratch_size;
       const T* a[kMaxRows];
       T* c[kMaxRows];
       for (int64_t task = begin; task < end; ++task) {
@@ -227,11 +271,15 @@ void columns_are_pixels(const Product& p, const Operands<T>& o, const Kernels<T>
           const int64_t product = at / plan.vectors, vector = at % plan.vectors;
           const int64_t left = std::min(last - at, plan.vectors - vector);
           const int64_t take = ceil_div(left, ceil_div(left, kernels.vectors));
-          const int64_t pixel = vector * lanes, cols = std::min(take * lanes, p.pixels - pixel);
+          const int64_t pixel = vector * lanes, cols = std::min(take * lanes, p.pixels - plan.tail - pixel);
           const int64_t group = product % p.groups;
           const T* const plane = o.from + product * p.from * p.pixels + pixel;
           T* const result = o.to + (product * p.to + first) * p.pixels + pixel;
           const T* const bias = o.bias ? o.bias + group * p.to + first : nullptr;
+          // While this panel is multiplied, the one that comes next is fetched into L2, some rows with each tile.
+          const T* const next = at + take < last && !plan.in_place
+                                    ? take < left ? plane + take * lanes : o.from + (product + 1) * p.from * p.pixels
+                                    : nullptr;
           for (const Block& block : blocks) {
             const T* b = plane + block.channel * p.pixels;
             if (!plan.in_place) {
@@ -240,6 +288,12 @@ void columns_are_pixels(const Product& p, const Operands<T>& o, const Kernels<T>
             }
             for (int64_t tile = tile0; tile < tile1; ++tile) {
               const int64_t row = count * tile / row_tiles, rows = count * (tile + 1) / row_tiles - row;
+              if (next) {
+                const int64_t part = tile - tile0, parts = tile1 - tile0;
+                for (int64_t k = block.channels * part / parts; k < block.channels * (part + 1) / parts; ++k)
+                  for (int64_t j = 0; j < widest; j += 64 / static_cast<int64_t>(sizeof(T)))
+                    __builtin_prefetch(next + (block.channel + k) * p.pixels + j, 0, 2);
+              }
               for (int64_t r = 0; r < rows; ++r) {
                 a[r] = weight + group * group_stride + (row + r) * row_stride + block.channel;
                 c[r] = result + (row + r) * p.pixels;
@@ -261,6 +315,9 @@ void columns_are_pixels(const Product& p, const Operands<T>& o, const Kernels<T>
           }
           at += take;
         }
+        if (plan.tail > 0)
+          multiply_tails(p, o, kernels, plan.tail, weight, group_stride, row_stride, first, count * task / tasks,
+                         count * (task + 1) / tasks, packed);
       }
     });
   }
@@ -273,8 +330,10 @@ void dot_products(const Product& p, const Operands<T>& o, const Kernels<T>& kern
   const int64_t rows = p.batch * p.pixels, pieces = ceil_div(p.to, kernels.lanes);
   parallel_tasks(p.groups * pieces, static_cast<double>(rows + 2) * p.from * kernels.lanes,
                  [&](int64_t begin, int64_t end) {
+                   c10::SmallVector<T*, 32> c(rows);
                    for (int64_t i = begin; i < end; ++i) {
                      const int64_t group = i / pieces, first = i % pieces * kernels.lanes;
+                     for (int64_t r = 0; r < rows; ++r) c[r] = o.to + (r * p.groups + group) * p.to + first;
                      kernels.dot({.depth = p.from,
                                   .a = o.weight + group * p.group_stride + first * p.to_stride,
                                   .lda = p.to_stride,
@@ -283,8 +342,8 @@ void dot_products(const Product& p, const Operands<T>& o, const Kernels<T>& kern
                                   .ldb = p.groups * p.from,
                                   .cols = rows,
                                   .bias = o.bias ? o.bias + group * p.to + first : nullptr,
-                                  .c = o.to + group * p.to + first,
-                                  .ldc = p.groups * p.to});
+                                  .c = c.data(),
+                                  .c_step = 1});
                    }
                  });
 }
@@ -309,7 +368,7 @@ int64_t workspace_elements(const ConvShape& s, Direction direction, int threads)
   if (p.is_dot(s.channels_last())) return 0;
   if (s.channels_last()) return RowPlan(p, k.rows, k.lanes, k.vectors, threads).workspace(p, sizeof(T), threads);
   const ColumnPlan plan(p, k.rows, k.lanes, sizeof(T), threads);
-  return plan.packed(p) + threads * plan.panel(p, k.lanes * k.vectors);
+  return plan.packed(p) + threads * plan.scratch(p, k.lanes * k.vectors);
 }
 
 int64_t workspace(const ConvShape& s, Direction direction, int threads) {
