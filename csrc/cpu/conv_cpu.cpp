@@ -32,6 +32,8 @@ constexpr Packing kGemmWeightPacks{"lines of both activations, transposed into s
 const Algorithm kForward[] = {
     {"depthwise", depthwise_forward_decline, depthwise_forward_workspace, depthwise_forward, kDepthwisePacks},
     {"pointwise", pointwise_decline, pointwise_forward_workspace, pointwise_forward, kPointwisePacks},
+    winograd<Direction::kForward, 4>(),
+    winograd<Direction::kForward, 2>(),
     {"direct", direct_forward_decline, direct_forward_workspace, direct_forward, kDirectPacks},
     {"implicit_gemm", implicit_gemm_forward_decline, implicit_gemm_forward_workspace, implicit_gemm_forward,
      kGemmPacks},
@@ -41,6 +43,8 @@ const Algorithm kBackwardInput[] = {
     {"depthwise", depthwise_backward_input_decline, depthwise_backward_input_workspace, depthwise_backward_input,
      kDepthwisePacks},
     {"pointwise", pointwise_decline, pointwise_backward_input_workspace, pointwise_backward_input, kPointwisePacks},
+    winograd<Direction::kBackwardInput, 4>(),
+    winograd<Direction::kBackwardInput, 2>(),
     {"direct", direct_backward_input_decline, direct_backward_input_workspace, direct_backward_input, kDirectPacks},
     {"implicit_gemm", implicit_gemm_backward_input_decline, implicit_gemm_backward_input_workspace,
      implicit_gemm_backward_input, kGemmPacks},

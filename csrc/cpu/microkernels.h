@@ -110,6 +110,18 @@ struct DepthwiseWeightTile {
   T* sums;
 };
 
+// Winograd transforms of one tile, all channels: [position] is a step of position_step.
+template <typename T>
+struct WinogradKernels {
+  int out, tile;  // results, pixels of a side
+  // v[position][channel], from pixels[tile * tile] that each point to the channels of one
+  void (*input)(const T* const* pixels, int64_t channels, T* v, int64_t position_step);
+  // u[position][lane], from taps[tap_offsets[9]][lane], for a number of whole vectors
+  void (*weight)(const T* taps, const int64_t* tap_offsets, int64_t vectors, T* u, int64_t position_step);
+  // pixels[out * out][channel], from m[position][channel]; whether all results are finite
+  bool (*output)(const T* m, int64_t position_step, int64_t channels, const T* bias, T* const* pixels);
+};
+
 template <typename T>
 struct Kernels {
   int rows, lanes, vectors;                      // register tile: rows x (vectors * lanes)
@@ -128,6 +140,7 @@ struct Kernels {
   // panel row r holds channel r / taps and tap r % taps: segments[first[tap], first[tap + 1]) of that channel's plane.
   void (*pack)(int64_t channels, int64_t taps, const T* plane, int64_t plane_stride, const Segment* segments,
                const int32_t* first, T* panel, int64_t width);
+  WinogradKernels<T> winograd[2];  // F(2x2), F(4x4)
   // to[c * to_step + r] = from[r * from_step + c],  r < rows, c < cols
   void (*transpose)(const T* from, int64_t from_step, int64_t rows, int64_t cols, T* to, int64_t to_step);
 };
