@@ -52,6 +52,10 @@ struct Axis {
   }
 };
 
+// From one position to the next. A line is added: steps that are powers of two would put all positions into the same few
+// sets of the cache.
+constexpr int64_t step(int64_t elements) { return elements + 16; }
+
 // Sizes, in elements.
 struct Plan {
   int64_t positions, out;
@@ -87,7 +91,7 @@ struct Plan {
     block = std::clamp<int64_t>(fit, 8, kMostTiles);
     block = std::min(block, split_columns ? tiles : ceil_div(tiles, threads));
     chunk = split_columns ? std::clamp<int64_t>(kInputBytes / (bytes * from), block, tiles) : block;
-    u = positions * from * width, v = positions * chunk * from, m = positions * block * width;
+    u = positions * step(from * width), v = positions * step(chunk * from), m = positions * step(block * width);
     strip = result_strip = 0;
     if (!s.channels_last()) {
       // Whole tile rows, or a piece of one.
@@ -232,7 +236,7 @@ class Winograd {
     for (int64_t t = 0; t < 9; ++t) offsets[t] = (h_.tap[t / 3] * 3 + w_.tap[t % 3]) * width;
     for (int64_t c = 0; c < channels; ++c)
       transforms_.weight(packed + c * 9 * width, offsets, width / kernels_.lanes, u + (c0 + c) * width,
-                         gather_.from_per_group * width);
+                         step(gather_.from_per_group * width));
   }
 
   // Calls f(rectangle, tiles before it) for the rectangles that tiles [first, last) are made of.
@@ -254,9 +258,9 @@ class Winograd {
     const float* const group = from_ + group_ * from * gather_.from_stride.channel;
     each_rectangle(first, last, [&](const Tiles& r, int64_t before) {
       const float* const image = group + r.image * gather_.from_stride.batch;
-      const int64_t step = channels_last_ ? from : kStripChannels;
-      for (int64_t c = 0; c < from; c += step) {
-        const int64_t channels = std::min(step, from - c);
+      const int64_t most = channels_last_ ? from : kStripChannels;
+      for (int64_t c = 0; c < from; c += most) {
+        const int64_t channels = std::min(most, from - c);
         const int64_t pitch = ((r.w1 - r.w0) * out + 2) * channels;  // of a line of the strip
         if (!channels_last_) fill_strip(r, image + c * gather_.from_stride.channel, channels, s.strip);
         float* target = v + before * from + c;
@@ -272,7 +276,7 @@ class Winograd {
                         ? zeros_
                         : image + at_h * gather_.from_stride.axis[1] + at_w * gather_.from_stride.axis[2];
               }
-            transforms_.input(pixels, channels, target, v_tiles * from);
+            transforms_.input(pixels, channels, target, step(v_tiles * from));
           }
       }
     });
@@ -307,15 +311,15 @@ class Winograd {
         for (int64_t i = 0; i < row_tiles; ++i) {
           const int64_t row = tiles * i / row_tiles, rows = tiles * (i + 1) / row_tiles - row;
           for (int64_t r = 0; r < rows; ++r) {
-            a[r] = v + (position * v_tiles + row + r) * from + channel;
-            c[r] = m + (position * tiles + row + r) * width;
+            a[r] = v + position * step(v_tiles * from) + (row + r) * from + channel;
+            c[r] = m + position * step(tiles * width) + (row + r) * width;
           }
           kernels_.gemm[rows - 1]({.taps = 1,
                                    .depth = std::min(kBlock, from - channel),
                                    .a = a,
                                    .a_offset = 0,
                                    .a_step = 1,
-                                   .b = u + (position * from + channel) * width,
+                                   .b = u + position * step(from * width) + channel * width,
                                    .b_offsets = nullptr,
                                    .ldb = width,
                                    .c = c,
@@ -346,7 +350,7 @@ class Winograd {
                   : at_h >= h_.count || at_w >= w_.count ? s.trash
                                                          : image + at_h * to_stride.axis[1] + at_w * to_stride.axis[2];
             }
-          if (!transforms_.output(s.m + tile * width, (last - first) * width, columns, bias, pixels))
+          if (!transforms_.output(s.m + tile * width, step((last - first) * width), columns, bias, pixels))
             compute_directly(r.image, h, w, panel, pixels);
         }
       if (channels_last_) return;
