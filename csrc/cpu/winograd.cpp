@@ -63,6 +63,7 @@ struct Plan {
   int64_t width, panels;
   bool split_columns;
   int64_t block, chunk;  // tiles that M is of, and V is of
+  int64_t u_channels;    // that a U is of: few tiles do not wait for all of it
   int64_t u, v, m, strip, result_strip, taps;
   int64_t shared, of_thread;
 
@@ -91,7 +92,8 @@ struct Plan {
     block = std::clamp<int64_t>(fit, 8, kMostTiles);
     block = std::min(block, split_columns ? tiles : ceil_div(tiles, threads));
     chunk = split_columns ? std::clamp<int64_t>(kInputBytes / (bytes * from), block, tiles) : block;
-    u = positions * step(from * width), v = positions * step(chunk * from), m = positions * step(block * width);
+    u_channels = split_columns && tiles <= block ? std::min(from, kBlock) : from;
+    u = positions * step(u_channels * width), v = positions * step(chunk * from), m = positions * step(block * width);
     strip = result_strip = 0;
     if (!s.channels_last()) {
       // Whole tile rows, or a piece of one.
@@ -164,7 +166,8 @@ class Winograd {
       const Scratch s = scratch();
       for (int64_t i = begin; i < end; ++i) {
         const int64_t panel = i / pieces, c = i % pieces * kWeightChannels;
-        transform_weights(panel, c, std::min(from, c + kWeightChannels), s.taps, shared_ + panel * plan_.u);
+        transform_weights(panel, c, std::min(from, c + kWeightChannels), s.taps,
+                          shared_ + panel * plan_.u + c * plan_.width);
       }
     });
     const int64_t blocks = std::min(plan_.tiles, round_up(ceil_div(plan_.tiles, plan_.block), threads_));
@@ -174,7 +177,7 @@ class Winograd {
         const int64_t first = plan_.tiles * i / blocks, last = plan_.tiles * (i + 1) / blocks;
         transform_input(first, last, s, s.of_strategy, last - first);
         for (int64_t panel = 0; panel < plan_.panels; ++panel) {
-          multiply(panel, shared_ + panel * plan_.u, s.of_strategy, last - first, last - first, s.m);
+          multiply(panel, 0, from, shared_ + panel * plan_.u, s.of_strategy, last - first, last - first, s.m);
           transform_output(panel, first, last, s);
         }
       }
@@ -196,15 +199,18 @@ class Winograd {
       parallel_tasks(plan_.panels, macs() / plan_.panels, [&](int64_t begin, int64_t end) {
         const Scratch s = scratch();
         const int64_t blocks = ceil_div(count, plan_.block);
-        for (int64_t panel = begin; panel < end; ++panel) {
-          for (int64_t c = 0; c < from; c += kWeightChannels)
-            transform_weights(panel, c, std::min(from, c + kWeightChannels), s.taps, s.of_strategy);
-          for (int64_t i = 0; i < blocks; ++i) {
-            const int64_t tile = count * i / blocks, end_tile = count * (i + 1) / blocks;
-            multiply(panel, s.of_strategy, shared_ + tile * from, end_tile - tile, count, s.m);
-            transform_output(panel, first + tile, first + end_tile, s);
+        for (int64_t panel = begin; panel < end; ++panel)
+          for (int64_t c0 = 0; c0 < from; c0 += plan_.u_channels) {
+            const int64_t c1 = std::min(from, c0 + plan_.u_channels);
+            for (int64_t c = c0; c < c1; c += kWeightChannels)
+              transform_weights(panel, c, std::min(c1, c + kWeightChannels), s.taps,
+                                s.of_strategy + (c - c0) * plan_.width);
+            for (int64_t i = 0; i < blocks; ++i) {
+              const int64_t tile = count * i / blocks, end_tile = count * (i + 1) / blocks;
+              multiply(panel, c0, c1, s.of_strategy, shared_ + tile * from, end_tile - tile, count, s.m);
+              if (c1 == from) transform_output(panel, first + tile, first + end_tile, s);
+            }
           }
-        }
       });
     }
   }
@@ -213,7 +219,7 @@ class Winograd {
     return static_cast<double>(plan_.positions) * plan_.tiles * gather_.from_per_group * gather_.to_per_group;
   }
 
-  // u[position][channel][column] for channels [c0, c1) of one panel.
+  // u[position][channel - c0][column] for channels [c0, c1) of one panel.
   void transform_weights(int64_t panel, int64_t c0, int64_t c1, float* packed, float* u) const {
     const int64_t width = plan_.width, columns = panel_columns(panel), channels = c1 - c0;
     const int64_t to_stride = gather_.weight_to_stride, from_stride = gather_.weight_from_stride;
@@ -235,8 +241,8 @@ class Winograd {
     int64_t offsets[9];
     for (int64_t t = 0; t < 9; ++t) offsets[t] = (h_.tap[t / 3] * 3 + w_.tap[t % 3]) * width;
     for (int64_t c = 0; c < channels; ++c)
-      transforms_.weight(packed + c * 9 * width, offsets, width / kernels_.lanes, u + (c0 + c) * width,
-                         step(gather_.from_per_group * width));
+      transforms_.weight(packed + c * 9 * width, offsets, width / kernels_.lanes, u + c * width,
+                         step(plan_.u_channels * width));
   }
 
   // Calls f(rectangle, tiles before it) for the rectangles that tiles [first, last) are made of.
@@ -301,13 +307,15 @@ class Winograd {
     }
   }
 
-  // m[position][tile][column] = sum over channels of v[position][tile][channel] * u[position][channel][column]
-  void multiply(int64_t panel, const float* u, const float* v, int64_t tiles, int64_t v_tiles, float* m) const {
+  // m[position][tile][column] += sum over channels [c0, c1) of v[position][tile][channel] * u[position][channel - c0]
+  // [column]; from channel 0 on, m is overwritten.
+  void multiply(int64_t panel, int64_t c0, int64_t c1, const float* u, const float* v, int64_t tiles, int64_t v_tiles,
+                float* m) const {
     const int64_t from = gather_.from_per_group, width = plan_.width, row_tiles = ceil_div(tiles, kernels_.rows);
     const float* a[kMaxRows];
     float* c[kMaxRows];
     for (int64_t position = 0; position < plan_.positions; ++position)
-      for (int64_t channel = 0; channel < from; channel += kBlock)
+      for (int64_t channel = c0; channel < c1; channel += kBlock)
         for (int64_t i = 0; i < row_tiles; ++i) {
           const int64_t row = tiles * i / row_tiles, rows = tiles * (i + 1) / row_tiles - row;
           for (int64_t r = 0; r < rows; ++r) {
@@ -315,11 +323,11 @@ class Winograd {
             c[r] = m + position * step(tiles * width) + (row + r) * width;
           }
           kernels_.gemm[rows - 1]({.taps = 1,
-                                   .depth = std::min(kBlock, from - channel),
+                                   .depth = std::min(kBlock, c1 - channel),
                                    .a = a,
                                    .a_offset = 0,
                                    .a_step = 1,
-                                   .b = u + position * step(from * width) + channel * width,
+                                   .b = u + position * step(plan_.u_channels * width) + (channel - c0) * width,
                                    .b_offsets = nullptr,
                                    .ldb = width,
                                    .c = c,
