@@ -253,7 +253,7 @@ def add_shares(rows: list[dict], ceilings: dict) -> None:
     """The part of its time that ours, and torch's, would take at the roofline."""
     for row in rows:
         for name in ("ours", "torch"):
-            if f"{name}_ms" in row:
+            if f"{name}_ms" in row and not row["failed"]:
                 row[f"{name}_share"] = roof_seconds(row["flops"], row["bytes"], ceilings) / row[f"{name}_ms"] * 1e3
 
 
