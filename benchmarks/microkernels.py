@@ -96,7 +96,7 @@ def all_tiles(arguments: argparse.Namespace) -> Iterator[Tile]:
             most_rows, lanes, vectors = register_tile(isa, dtype)
             for kernel in (k for k in arguments.kernel if k != "brgemm"):
                 for rows in range(1, most_rows + 1):
-                    for cols in (v * lanes - arguments.tail for v in range(1, vectors + 1)):
+                    for cols in (v * lanes - arguments.tail for v in range(1, vectors + 1) if arguments.tail < lanes):
                         yield from (Tile(kernel, isa, dtype, rows, cols, depth) for depth in arguments.depth)
 
 
