@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+import subprocess
 import sys
 import sysconfig
 from collections.abc import Callable, Sequence
@@ -25,6 +26,10 @@ CALL = 1e-3  # seconds that a timed call into C++ takes at least: ctypes takes a
 COPIED = 1 << 28  # bytes, beyond the caches
 # The loops that bound a type: it may be computed in another one.
 COMPUTED_IN = {"float16": ("float32",), "bfloat16": ("bfloat16", "float32")}
+
+
+class NotBuilt(Exception):
+    """There is no ninja or no compiler, or it refused."""
 
 
 def native(name: str, sources: Sequence[str | Path]) -> ctypes.CDLL:
@@ -45,6 +50,8 @@ def native(name: str, sources: Sequence[str | Path]) -> ctypes.CDLL:
             build_directory=str(folder),
             is_python_module=False,
         )
+    except (OSError, RuntimeError, subprocess.SubprocessError) as error:
+        raise NotBuilt(f"cannot build {name}: {error}") from error
     finally:
         os.environ["PATH"] = path
     return ctypes.CDLL(library)
@@ -104,8 +111,8 @@ def measure(dtype: str) -> dict | None:
     """
     try:
         flops, loop = peak(dtype, torch.get_num_threads())
-    except (OSError, RuntimeError) as exception:
-        print(f"no ceilings, and so no shares of them: {exception}", file=sys.stderr)
+    except NotBuilt as error:
+        print(f"no ceilings, and so no shares of them: {error}", file=sys.stderr)
         return None
     source = torch.ones(COPIED, dtype=torch.uint8)
     copy = partial(torch.zeros_like(source).copy_, source)
@@ -129,4 +136,5 @@ def describe_ceilings(ceilings: dict) -> str:
 
 if __name__ == "__main__":
     for name in ("float32", "float64", "bfloat16"):
-        print(f"{name}, {torch.get_num_threads()} threads: {describe_ceilings(measure(name))}")
+        if measured := measure(name):
+            print(f"{name}, {torch.get_num_threads()} threads: {describe_ceilings(measured)}")

@@ -14,10 +14,11 @@ import ctypes
 import sys
 from collections.abc import Callable, Iterator
 from functools import cache
+from itertools import product
 from typing import NamedTuple
 
 import torch
-from ceilings import Loop, long_enough, loops, native
+from ceilings import Loop, NotBuilt, long_enough, loops, native
 from common import (
     ROOT,
     check,
@@ -90,14 +91,13 @@ def all_tiles(arguments: argparse.Namespace) -> Iterator[Tile]:
     for dtype in arguments.dtype:
         if "brgemm" in arguments.kernel and dtype != "float64":
             isa = [loop.isa for loop in loops() if loop.dtype == dtype][-1:]
-            for name, rows, cols in ((i, r, c) for i in isa for r in BRGEMM_ROWS for c in BRGEMM_COLS):
-                yield from (Tile("brgemm", name, dtype, rows, cols, depth) for depth in arguments.depth)
+            depths = [depth for depth in arguments.depth if dtype == "float32" or depth % 2 == 0]
+            yield from (Tile("brgemm", *t) for t in product(isa, [dtype], BRGEMM_ROWS, BRGEMM_COLS, depths))
         for isa in arguments.isa if dtype != "bfloat16" else ():
             most_rows, lanes, vectors = register_tile(isa, dtype)
-            for kernel in (k for k in arguments.kernel if k != "brgemm"):
-                for rows in range(1, most_rows + 1):
-                    for cols in (v * lanes - arguments.tail for v in range(1, vectors + 1) if arguments.tail < lanes):
-                        yield from (Tile(kernel, isa, dtype, rows, cols, depth) for depth in arguments.depth)
+            names = [name for name in arguments.kernel if name != "brgemm"]
+            cols = [v * lanes - arguments.tail for v in range(1, vectors + 1) if arguments.tail < lanes]
+            yield from map(Tile._make, product(names, [isa], [dtype], range(1, most_rows + 1), cols, arguments.depth))
 
 
 def caller(tile: Tile, a: Tensor, b: Tensor, c: Tensor) -> Callable[[int], object]:
@@ -164,7 +164,10 @@ def main() -> int:
     start(arguments, threads=1)
     record = describe("microkernels") | {"budget_s": arguments.budget}
     path = output_path(record, "microkernels", arguments.json, arguments.record)
-    tiles = list(all_tiles(arguments))
+    try:
+        tiles = list(all_tiles(arguments))
+    except NotBuilt as error:
+        stop(str(error))
     if not tiles:
         stop("no tile matches these options")
     rows = [row for tile in progress(tiles, arguments.plain) if (row := measure(tile, arguments.budget))]
