@@ -29,13 +29,13 @@
 namespace myconv::cpu {
 namespace {
 
-constexpr int64_t kBlock = 64;               // channels of one sum: errors of the transforms add up
+constexpr int64_t kBlock = 128;              // channels of one sum: errors of the transforms add up
 constexpr int64_t kSharedWeights = 4 << 20;  // bytes of U up to which threads split tiles
 constexpr int64_t kTilesInL2 = 640 << 10;    // bytes of V and M of one thread
 constexpr int64_t kInputBytes = 16 << 20;    // bytes of V of all threads
 constexpr int64_t kMostTiles = 64;           // of a block
 constexpr int64_t kStripChannels = 64;       // NCHW: channels that are transposed at a time
-constexpr int64_t kWeightChannels = 16;      // whose taps are packed at a time
+constexpr int64_t kWeightChannels = 64;      // whose taps are packed at a time
 
 // The source of each position of an axis, from the first pixel of the first tile on; -1 is a zero.
 using Sources = c10::SmallVector<int64_t, 128>;
@@ -416,7 +416,7 @@ class Winograd {
 
 const WinogradKernels<float>& transforms(int64_t out) { return microkernels().f32.winograd[out == 4]; }
 
-const char* decline(const ConvShape& s, Direction direction) {
+const char* decline(const ConvShape& s, Direction direction, int64_t out) {
   if (s.dtype != Dtype::kFloat32) return "only float32";
   if (s.in_per_group == 0 || s.out_per_group == 0 || s.in_pixels() == 0 || s.out_pixels() == 0)
     return "nothing to sum over";
@@ -425,6 +425,9 @@ const char* decline(const ConvShape& s, Direction direction) {
   for (int d = 1; d < 3; ++d)
     if (s.stride[d] != 1 || s.dilation[d] != 1) return "a stride or dilation";
   if (direction != Direction::kForward && s.padding_mode != PaddingMode::kZeros) return "the adjoint of a padding mode";
+  const int64_t* const extent = direction == Direction::kForward ? s.out : s.in;
+  // Its rounding errors are those of a whole tile, whatever part of it is wanted.
+  if (out == 4 && std::min(extent[1], extent[2]) < out) return "results smaller than a tile";
   return nullptr;
 }
 
@@ -477,7 +480,7 @@ void run(const ConvShape& s, const ConvPointers& p, void* workspace, int threads
 template <Direction direction, int out>
 Algorithm winograd() {
   return {out == 4 ? "winograd_4x4" : "winograd_2x2",
-          [](const ConvShape& s) { return decline(s, direction); },
+          [](const ConvShape& s) { return decline(s, direction, out); },
           [](const ConvShape& s, int threads) { return workspace(s, direction, out, threads); },
           run<direction, out>,
           {"lines of the activations, into strips, tiles and weights, transformed", "tiles and weights, transformed"},
