@@ -31,7 +31,7 @@ namespace {
 
 constexpr int64_t kBlock = 128;              // channels of one sum: errors of the transforms add up
 constexpr int64_t kSharedWeights = 4 << 20;  // bytes of U up to which threads split tiles
-constexpr int64_t kTilesInL2 = 640 << 10;    // bytes of V and M of one thread
+constexpr int64_t kTilesInL2 = 400 << 10;    // bytes of V and M of one thread
 constexpr int64_t kInputBytes = 16 << 20;    // bytes of V of all threads
 constexpr int64_t kMostTiles = 64;           // of a block
 constexpr int64_t kStripChannels = 64;       // NCHW: channels that are transposed at a time
