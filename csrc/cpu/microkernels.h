@@ -40,6 +40,7 @@ struct GemmTile {
   const T* column_bias;  // [cols] or nullptr
   bool accumulate;
   const T* next = nullptr;  // what the next tile reads first, rows x depth values: fetched into L2 meanwhile
+  T* packed = nullptr;      // of gemm_packing: a copy of B is left here, [tap][k][cols up to a whole vector]
 };
 
 // C[row][0, cols) += sum over p < depth of  a[p * lda + row] * b[p][col]          (C is always accumulated into)
@@ -126,6 +127,7 @@ template <typename T>
 struct Kernels {
   int rows, lanes, vectors;                      // register tile: rows x (vectors * lanes)
   void (*gemm[kMaxRows])(const GemmTile<T>&);    // [rows - 1]
+  void (*gemm_packing)(const GemmTile<T>&);      // of `rows` rows
   void (*outer[kMaxRows])(const OuterTile<T>&);  // [rows - 1]
   void (*dot)(const DotTile<T>&);
   void (*depthwise_lines[kMaxDepthwiseRows])(const DepthwiseTile<T>&);               // [rows - 1], NCHW

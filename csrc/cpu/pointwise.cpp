@@ -242,7 +242,7 @@ void columns_are_pixels(const Product& p, const Operands<T>& o, const Kernels<T>
   const int64_t all = p.batch * p.groups * plan.vectors;
 
   for (int64_t first = 0; first < p.to; first += plan.packed_rows) {
-    const int64_t count = std::min(plan.packed_rows, p.to - first), row_tiles = ceil_div(count, kernels.rows);
+    const int64_t count = std::min(plan.packed_rows, p.to - first);
     if (!plan.in_rows)  // workspace[group][row][channel]
       parallel_tasks(p.groups * ceil_div(count, lanes), 8.0 * lanes * p.from, [&](int64_t begin, int64_t end) {
         for (int64_t i = begin; i < end; ++i) {
@@ -264,7 +264,7 @@ void columns_are_pixels(const Product& p, const Operands<T>& o, const Kernels<T>
       T* c[kMaxRows];
       for (int64_t task = begin; task < end; ++task) {
         const int64_t split = task % plan.splits, piece = task / plan.splits;
-        const int64_t tile0 = row_tiles * split / plan.splits, tile1 = row_tiles * (split + 1) / plan.splits;
+        const int64_t row0 = count * split / plan.splits, row1 = count * (split + 1) / plan.splits;
         const int64_t last = all * (piece + 1) / plan.pieces;
         for (int64_t at = all * piece / plan.pieces; at < last;) {
           // What is left of this product, in panels as equal as possible.
@@ -281,15 +281,18 @@ void columns_are_pixels(const Product& p, const Operands<T>& o, const Kernels<T>
                                     ? take < left ? plane + take * lanes : o.from + (product + 1) * p.from * p.pixels
                                     : nullptr;
           for (const Block& block : blocks) {
-            const T* b = plane + block.channel * p.pixels;
-            if (!plan.in_place) {
-              kernels.copy_rows(b, p.pixels, block.channels, cols, packed, take * lanes);
-              b = packed;
-            }
-            for (int64_t tile = tile0; tile < tile1; ++tile) {
-              const int64_t row = count * tile / row_tiles, rows = count * (tile + 1) / row_tiles - row;
+            const T* const source = plane + block.channel * p.pixels;
+            // The first tile reads the pixels where they lie and leaves the panel behind for the others.
+            const bool packs = !plan.in_place && row1 - row0 >= kernels.rows;
+            if (!plan.in_place && !packs)
+              kernels.copy_rows(source, p.pixels, block.channels, cols, packed, take * lanes);
+            const int64_t rest0 = row0 + (packs ? kernels.rows : 0), rest = ceil_div(row1 - rest0, kernels.rows);
+            for (int64_t tile = packs ? -1 : 0; tile < rest; ++tile) {
+              const bool in_place = plan.in_place || tile < 0;
+              const int64_t row = tile < 0 ? row0 : rest0 + (row1 - rest0) * tile / rest;
+              const int64_t rows = tile < 0 ? kernels.rows : rest0 + (row1 - rest0) * (tile + 1) / rest - row;
               if (next) {
-                const int64_t part = tile - tile0, parts = tile1 - tile0;
+                const int64_t part = tile + packs, parts = rest + packs;
                 for (int64_t k = block.channels * part / parts; k < block.channels * (part + 1) / parts; ++k)
                   for (int64_t j = 0; j < widest; j += 64 / static_cast<int64_t>(sizeof(T)))
                     __builtin_prefetch(next + (block.channel + k) * p.pixels + j, 0, 2);
@@ -298,19 +301,21 @@ void columns_are_pixels(const Product& p, const Operands<T>& o, const Kernels<T>
                 a[r] = weight + group * group_stride + (row + r) * row_stride + block.channel;
                 c[r] = result + (row + r) * p.pixels;
               }
-              kernels.gemm[rows - 1]({.taps = 1,
-                                      .depth = block.channels,
-                                      .a = a,
-                                      .a_offset = 0,
-                                      .a_step = 1,
-                                      .b = b,
-                                      .b_offsets = nullptr,
-                                      .ldb = plan.in_place ? p.pixels : take * lanes,
-                                      .c = c,
-                                      .cols = cols,
-                                      .row_bias = bias ? bias + row : nullptr,
-                                      .column_bias = nullptr,
-                                      .accumulate = block.start > 0});
+              const auto gemm = tile < 0 ? kernels.gemm_packing : kernels.gemm[rows - 1];
+              gemm({.taps = 1,
+                    .depth = block.channels,
+                    .a = a,
+                    .a_offset = 0,
+                    .a_step = 1,
+                    .b = in_place ? source : packed,
+                    .b_offsets = nullptr,
+                    .ldb = in_place ? p.pixels : take * lanes,
+                    .c = c,
+                    .cols = cols,
+                    .row_bias = bias ? bias + row : nullptr,
+                    .column_bias = nullptr,
+                    .accumulate = block.start > 0,
+                    .packed = tile < 0 ? packed : nullptr});
             }
           }
           at += take;

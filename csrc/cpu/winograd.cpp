@@ -33,6 +33,7 @@ constexpr int64_t kBlock = 128;              // channels of one sum: errors of t
 constexpr int64_t kSharedWeights = 4 << 20;  // bytes of U up to which threads split tiles
 constexpr int64_t kTilesInL2 = 400 << 10;    // bytes of V and M of one thread
 constexpr int64_t kInputBytes = 16 << 20;    // bytes of V of all threads
+constexpr int64_t kFewChannels = 32;         // of a group, whose transforms would not be shared
 constexpr int64_t kMostTiles = 64;           // of a block
 constexpr int64_t kStripChannels = 64;       // NCHW: channels that are transposed at a time
 constexpr int64_t kWeightChannels = 64;      // whose taps are packed at a time
@@ -456,6 +457,7 @@ double direct_cycles(const ConvShape& s, Direction direction) {
 }
 
 const char* yield(const ConvShape& s, Direction direction, int64_t out) {
+  if (s.groups > 1 && std::min(s.in_per_group, s.out_per_group) < kFewChannels) return "few channels a group";
   const double cycles = winograd_cycles(s, direction, out);
   if (winograd_cycles(s, direction, 6 - out) < cycles)
     return out == 4 ? "tiles of 2x2 take less" : "tiles of 4x4 take less";
