@@ -23,6 +23,10 @@ const char* implicit_gemm_backward_weight_decline(const ConvShape&);
 int64_t implicit_gemm_backward_weight_workspace(const ConvShape&, int threads);
 void implicit_gemm_backward_weight(const ConvShape&, const ConvPointers&, void* workspace, int threads);
 
+// widened.cpp
+template <Direction>
+Algorithm widened();
+
 // winograd.cpp: rows of tiles of out x out results, 2 or 4
 template <Direction, int out>
 Algorithm winograd();

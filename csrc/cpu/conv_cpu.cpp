@@ -37,6 +37,7 @@ const Algorithm kForward[] = {
     {"direct", direct_forward_decline, direct_forward_workspace, direct_forward, kDirectPacks},
     {"implicit_gemm", implicit_gemm_forward_decline, implicit_gemm_forward_workspace, implicit_gemm_forward,
      kGemmPacks},
+    widened<Direction::kForward>(),
     {"reference", accept_all, no_workspace, reference_forward},
 };
 const Algorithm kBackwardInput[] = {
@@ -48,6 +49,7 @@ const Algorithm kBackwardInput[] = {
     {"direct", direct_backward_input_decline, direct_backward_input_workspace, direct_backward_input, kDirectPacks},
     {"implicit_gemm", implicit_gemm_backward_input_decline, implicit_gemm_backward_input_workspace,
      implicit_gemm_backward_input, kGemmPacks},
+    widened<Direction::kBackwardInput>(),
     {"reference", accept_all, no_workspace, reference_backward_input},
 };
 const Algorithm kBackwardWeight[] = {

@@ -3,6 +3,9 @@
 #include <c10/util/Exception.h>
 
 #include <cstdlib>
+#if defined(__x86_64__)
+#include <cpuid.h>
+#endif
 
 namespace myconv::cpu {
 namespace {
@@ -12,11 +15,20 @@ struct Isa {
   bool (*runs_here)();
 };
 
+#ifdef MYCONV_X86
+// Every CPU with AVX2 has F16C; not every compiler knows its name in __builtin_cpu_supports.
+bool has_f16c() {
+  unsigned a, b, c, d;
+  return __get_cpuid(1, &a, &b, &c, &d) && (c >> 29 & 1);
+}
+#endif
+
 // Worst first. __builtin_cpu_supports asks the processor and the operating system.
 const Isa kIsas[] = {
     {&portable::kMicrokernels, [] { return true; }},
 #ifdef MYCONV_X86
-    {&avx2::kMicrokernels, [] { return bool(__builtin_cpu_supports("avx2")) && __builtin_cpu_supports("fma"); }},
+    {&avx2::kMicrokernels,
+     [] { return bool(__builtin_cpu_supports("avx2")) && __builtin_cpu_supports("fma") && has_f16c(); }},
     {&avx512::kMicrokernels,
      [] {
        return bool(__builtin_cpu_supports("avx512f")) && __builtin_cpu_supports("avx512bw") &&

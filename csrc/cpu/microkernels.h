@@ -147,10 +147,17 @@ struct Kernels {
   void (*transpose)(const T* from, int64_t from_step, int64_t rows, int64_t cols, T* to, int64_t to_step);
 };
 
+// A 16-bit type against float32; narrowing rounds to nearest, ties to even.
+struct Widening {
+  void (*widen)(const uint16_t* from, int64_t count, float* to);
+  void (*narrow)(const float* from, int64_t count, uint16_t* to);
+};
+
 struct Microkernels {
   const char* isa;
   Kernels<float> f32;
   Kernels<double> f64;
+  Widening widening[2];  // bfloat16, float16
 };
 
 template <typename T>

@@ -5,17 +5,17 @@
 #ifdef MYCONV_X86
 #include <immintrin.h>
 #ifdef __clang__
-#pragma clang attribute push(__attribute__((target("avx2,fma"))), apply_to = function)
+#pragma clang attribute push(__attribute__((target("avx2,fma,f16c"))), apply_to = function)
 #else
 #pragma GCC push_options
-#pragma GCC target("avx2,fma")
+#pragma GCC target("avx2,fma,f16c")
 #endif
 #include "cpu/vec_avx2.h"
 
 namespace myconv::cpu::avx2 {
 #include "cpu/microkernels.inc"
 
-extern const Microkernels kMicrokernels = {"avx2", kernels<F32>(), kernels<F64>()};
+extern const Microkernels kMicrokernels = {"avx2", kernels<F32>(), kernels<F64>(), MYCONV_WIDENING};
 }  // namespace myconv::cpu::avx2
 #ifdef __clang__
 #pragma clang attribute pop

@@ -8,18 +8,18 @@
 #endif
 #include <immintrin.h>
 #ifdef __clang__
-#pragma clang attribute push(__attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma"))), \
+#pragma clang attribute push(__attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c"))), \
                              apply_to = function)
 #else
 #pragma GCC push_options
-#pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma")
+#pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c")
 #endif
 #include "cpu/vec_avx512.h"
 
 namespace myconv::cpu::avx512 {
 #include "cpu/microkernels.inc"
 
-extern const Microkernels kMicrokernels = {"avx512", kernels<F32>(), kernels<F64>()};
+extern const Microkernels kMicrokernels = {"avx512", kernels<F32>(), kernels<F64>(), MYCONV_WIDENING};
 }  // namespace myconv::cpu::avx512
 #ifdef __clang__
 #pragma clang attribute pop

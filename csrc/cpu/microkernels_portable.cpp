@@ -5,5 +5,5 @@
 namespace myconv::cpu::portable {
 #include "cpu/microkernels.inc"
 
-extern const Microkernels kMicrokernels = {"portable", kernels<F32>(), kernels<F64>()};
+extern const Microkernels kMicrokernels = {"portable", kernels<F32>(), kernels<F64>(), MYCONV_WIDENING};
 }  // namespace myconv::cpu::portable

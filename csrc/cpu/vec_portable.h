@@ -45,7 +45,67 @@ struct Vec {
   }
 };
 
-using F32 = Vec<float>;
+struct F32 : Vec<float> {
+  static V load_bfloat16(const uint16_t* p) {
+    V v;
+    for (int i = 0; i < kLanes; ++i) {
+      const uint32_t bits = uint32_t{p[i]} << 16;
+      float value;
+      std::memcpy(&value, &bits, sizeof(value));
+      v[i] = value;
+    }
+    return v;
+  }
+  static void store_bfloat16(uint16_t* p, V v) {
+    for (int i = 0; i < kLanes; ++i) {
+      uint32_t bits;
+      const float value = v[i];
+      std::memcpy(&bits, &value, sizeof(bits));
+      p[i] = static_cast<uint16_t>((value != value ? bits | 0x400000 : bits + 0x7fff + (bits >> 16 & 1)) >> 16);
+    }
+  }
+  // float16: sign, 5 bits of exponent, 10 of mantissa. The products and sums with powers of two below are exact but for
+  // the one rounding that is wanted, and meet no float32 denormal.
+  static V load_float16(const uint16_t* p) {
+    V v;
+    for (int i = 0; i < kLanes; ++i) {
+      const uint32_t h = p[i], sign = (h & 0x8000) << 16, exponent = h >> 10 & 0x1f, mantissa = h & 0x3ff;
+      uint32_t bits = exponent == 31 ? 0x7f800000 | mantissa << 13 : (exponent + 112) << 23 | mantissa << 13;
+      if (exponent == 0) {
+        const float small = static_cast<float>(mantissa) * 0x1p-24f;
+        std::memcpy(&bits, &small, sizeof(bits));
+      }
+      bits |= sign;
+      float value;
+      std::memcpy(&value, &bits, sizeof(value));
+      v[i] = value;
+    }
+    return v;
+  }
+  static void store_float16(uint16_t* p, V v) {
+    for (int i = 0; i < kLanes; ++i) {
+      uint32_t bits;
+      float value = v[i];
+      std::memcpy(&bits, &value, sizeof(bits));
+      const uint32_t sign = bits >> 16 & 0x8000;
+      bits &= 0x7fffffff;
+      uint32_t h;
+      if (bits > 0x7f800000)
+        h = 0x7e00 | (bits >> 13 & 0x3ff);
+      else if (bits >= 0x477ff000)  // rounds beyond the largest
+        h = 0x7c00;
+      else if (bits >= 0x38800000)
+        h = (bits - 0x38000000 + 0xfff + (bits >> 13 & 1)) >> 13;
+      else {  // denormal: the addition rounds at its last place
+        std::memcpy(&value, &bits, sizeof(value));
+        const float shifted = value + 0.5f;
+        std::memcpy(&bits, &shifted, sizeof(bits));
+        h = bits - 0x3f000000;
+      }
+      p[i] = static_cast<uint16_t>(sign | h);
+    }
+  }
+};
 using F64 = Vec<double>;
 inline constexpr int kRows = 4, kVectors = 2;  // 8 accumulators + 2 of B + 1 of A: 11 of 16 registers
 
