@@ -22,12 +22,10 @@
 // Declines: types other than float32 and float64, empty sums, kernels above kMaxTaps, backward_input with a padding
 // mode.
 #include <algorithm>
-#include <atomic>
-#include <bit>
-#include <type_traits>
 #include <vector>
 
 #include "cpu/algorithms.h"
+#include "cpu/finite.h"
 #include "cpu/gather.h"
 #include "cpu/gemm_blocks.h"
 #include "cpu/isa.h"
@@ -39,11 +37,10 @@ namespace {
 constexpr int64_t kMaxPhases = 65536;        // of backward_input: each costs a little set-up
 constexpr int64_t kPointerBytes = 64 << 10;  // pointer list of the tiles that one task works on
 constexpr int64_t kMaxTilesPerTask = 16;
-constexpr int64_t kScatterRows = 512;    // result rows of one task that are kept until they are scattered
-constexpr int64_t kInPlaceRowTiles = 2;  // up to so many uses a pixel panel is not worth packing
 
 const char* decline(const ConvShape& s) {
   if (s.dtype != Dtype::kFloat32 && s.dtype != Dtype::kFloat64) return "only float32 and float64";
+  if (!s.channels_last()) return "only NHWC";
   if (s.in_per_group == 0 || s.out_per_group == 0 || s.in_pixels() == 0 || s.out_pixels() == 0)
     return "nothing to sum over";
   if (s.taps() > kMaxTaps) return "more than 16384 taps";
@@ -52,41 +49,21 @@ const char* decline(const ConvShape& s) {
 
 // What one call needs, in elements. Packed weights are those of the pass that is being worked on.
 struct Workspace {
-  int64_t packed = 0, zeros = 0;  // zeros: NHWC, one pixel
-  int64_t panel = 0, kept = 0;    // NCHW, of each thread: a packed block, result rows to be scattered
-  bool in_rows = false;
-  bool mostly_zeros;  // much of what the taps read is padding
+  int64_t packed, zeros;  // zeros: one pixel
 
-  Workspace(const ConvShape& s, Direction direction) : mostly_zeros(works_on_padding(s)) {
+  Workspace(const ConvShape& s, Direction direction) {
     const bool forward = direction == Direction::kForward;
     const int64_t from = forward ? s.in_per_group : s.out_per_group, to = forward ? s.out_per_group : s.in_per_group;
     const Microkernels& m = microkernels();
     const int64_t lanes = s.dtype == Dtype::kFloat32 ? m.f32.lanes : m.f64.lanes;
     const int64_t vectors = s.dtype == Dtype::kFloat32 ? m.f32.vectors : m.f64.vectors;
-    const int64_t limit = kPackedBytes / dtype_size(s.dtype), depth = s.taps() * from;
-    if (s.channels_last()) {
-      const Panels panels(to, lanes, vectors);
-      const int64_t unit = depth * panels.width;
-      packed = std::min(s.groups * panels.count, std::max<int64_t>(1, limit / unit)) * unit;
-      zeros = s.groups * from;
-      return;
-    }
-    int64_t pixels = 1;
-    bool scatter = false;
-    for (int d = 0; d < 3; ++d) {
-      pixels *= forward ? s.out[d] : ceil_div(s.in[d], s.stride[d]);
-      scatter = scatter || (!forward && s.stride[d] > 1);
-    }
-    const int64_t width = std::min(lanes * vectors, round_up(pixels, lanes));  // of any phase
-    in_rows = forward && lies_as_rows(s) && !mostly_zeros;
-    if (!in_rows) packed = std::min(to, std::max<int64_t>(1, limit / (s.groups * depth))) * s.groups * depth;
-    panel = std::min(kSumLength, depth) * width;
-    kept = scatter ? std::min(kScatterRows, round_up(to, kMaxRows)) * width : 0;
+    const Panels panels(to, lanes, vectors);
+    const int64_t unit = s.taps() * from * panels.width;
+    packed = std::min(s.groups * panels.count, std::max<int64_t>(1, kPackedBytes / dtype_size(s.dtype) / unit)) * unit;
+    zeros = s.groups * from;
   }
-  int64_t elements(int threads) const { return packed + zeros + threads * (panel + kept); }
+  int64_t elements() const { return packed + zeros; }
 };
-
-// --- NHWC: rows are pixels -------------------------------------------------------------------------------------------
 
 // Walks the result pixels of a phase in the order n, d, h, w.
 struct PixelCursor {
@@ -151,9 +128,8 @@ void keep_live_taps(const T* zeros, int64_t taps, int64_t rows, const T** source
 }
 
 template <typename T>
-void rows_are_pixels(const Gather& g, const GatherPhase& phase, const Kernels<T>& kernels, const T* from,
-                     const T* weight, const T* bias, T* to, const Workspace& sizes, T* workspace, int threads,
-                     bool skip_zeros) {
+void run_phase(const Gather& g, const GatherPhase& phase, const Kernels<T>& kernels, const T* from, const T* weight,
+               const T* bias, T* to, const Workspace& sizes, T* workspace, int threads, bool skip_zeros) {
   const int64_t taps = phase.taps(), depth = taps * g.from_per_group;
   const Blocks blocks = reduction_blocks(g.from_per_group, taps, /*taps_inside=*/false);
   const Panels panels(g.to_per_group, kernels.lanes, kernels.vectors);
@@ -254,204 +230,17 @@ void rows_are_pixels(const Gather& g, const GatherPhase& phase, const Kernels<T>
   }
 }
 
-// --- NCHW: columns are pixels ----------------------------------------------------------------------------------------
-
-// The runs that a panel of pixels [begin, begin + width) of one image is packed from, tap by tap.
-struct PanelRuns {
-  c10::SmallVector<Segment, 128> segments;
-  c10::SmallVector<int32_t, 64> first;  // [taps + 1]
-
-  void prepare(const Gather& g, const GatherPhase& phase, int64_t begin, int64_t width) {
-    segments.clear();
-    first.assign(1, 0);
-    const GatherAxis* a = phase.axis;
-    const PixelCursor start(phase, begin);
-    for (int64_t td = 0; td < a[0].taps(); ++td)
-      for (int64_t th = 0; th < a[1].taps(); ++th)
-        for (int64_t tw = 0; tw < a[2].taps(); ++tw) {
-          const int64_t first_inside = a[2].first_inside(tw), last_inside = a[2].last_inside(tw);
-          PixelCursor at = start;
-          for (int64_t i = 0; i < width;) {  // line by line
-            const int64_t end = std::min(a[2].count, at.w + width - i);
-            const int64_t d = a[0].source(at.d, td), h = a[1].source(at.h, th);
-            if (d < 0 || h < 0)
-              segments.push_back({0, 1, static_cast<int32_t>(i), static_cast<int32_t>(end - at.w), 0, 0});
-            else
-              append_line(a[2], tw, d * g.from_stride.axis[0] + h * g.from_stride.axis[1], at.w, end, first_inside,
-                          last_inside, static_cast<int32_t>(i));
-            i += end - at.w;
-            at.w = end - 1;
-            at.next();
-          }
-          first.push_back(static_cast<int32_t>(segments.size()));
-        }
-  }
-
- private:
-  // Positions [begin, end) of one line. A padding mode's border goes value by value.
-  void append_line(const GatherAxis& axis, int64_t t, int64_t line, int64_t begin, int64_t end, int64_t first_inside,
-                   int64_t last_inside, int32_t target) {
-    const int64_t inside = std::clamp(first_inside, begin, end), outside = std::clamp(last_inside, inside, end);
-    const auto append = [&](int64_t from, int64_t to) {
-      segments.push_back({line + axis.offset[t] + from * axis.from_step, axis.from_step,
-                          static_cast<int32_t>(target + from - begin), static_cast<int32_t>(to - from),
-                          static_cast<int32_t>(inside - from), static_cast<int32_t>(outside - from)});
-    };
-    if (axis.mode == PaddingMode::kZeros) return append(begin, end);
-    const auto border = [&](int64_t from, int64_t to) {
-      for (int64_t j = from; j < to; ++j)
-        segments.push_back({line + axis.source(j, t), 1, static_cast<int32_t>(target + j - begin), 1, 0, 1});
-    };
-    border(begin, inside);
-    if (inside < outside) append(inside, outside);
-    border(outside, end);
-  }
-};
-
-template <typename T>
-void columns_are_pixels(const Gather& g, const GatherPhase& phase, const Kernels<T>& kernels, const T* from,
-                        const T* weight, const T* bias, T* to, const Workspace& sizes, T* workspace, int threads,
-                        bool /*skip_zeros*/) {
-  const int64_t taps = phase.taps(), depth = taps * g.from_per_group, channels = g.to_per_group;
-  const Blocks blocks = reduction_blocks(g.from_per_group, taps, /*taps_inside=*/true);
-  const Panels panels(phase.pixels(), kernels.lanes, kernels.vectors);
-  const GatherAxis* a = phase.axis;
-  const bool still = a[0].is_identity() && a[1].is_identity() && a[2].is_identity();
-  const bool scatter = a[0].to_step != 1 || a[1].to_step != 1 || a[2].to_step != 1;
-  const bool in_rows = sizes.in_rows;
-  T* const packed = workspace;
-  T* const scratch = packed + sizes.packed;
-  const int64_t from_pixels = g.from_pixels(), to_pixels = g.to_pixels();
-
-  const int64_t channels_per_pass =
-      in_rows ? channels : std::clamp<int64_t>(sizes.packed / std::max<int64_t>(1, g.groups * depth), 1, channels);
-  for (int64_t first = 0; first < channels; first += channels_per_pass) {
-    const int64_t count = std::min(channels_per_pass, channels - first);
-    if (!in_rows)
-      parallel_tasks(g.groups * count, 8.0 * depth, [&](int64_t begin, int64_t end) {
-        for (int64_t i = begin; i < end; ++i) {
-          const T* source = weight + i / count * g.weight_group_stride + (first + i % count) * g.weight_to_stride;
-          for (int64_t t = 0; t < taps; ++t) {
-            const T* tap = source + g.weight_tap_offset(phase, t);
-            for (int64_t c = 0; c < g.from_per_group; ++c)
-              packed[i * depth + c * taps + t] = tap[c * g.weight_from_stride];
-          }
-        }
-      });
-
-    const int64_t row_tiles = ceil_div(count, kernels.rows);
-    const int64_t problems = g.batch * g.groups * panels.count;
-    int64_t splits = std::clamp<int64_t>(ceil_div(2 * threads, problems), 1, row_tiles);
-    if (scatter) splits = std::max(splits, ceil_div(count, kScatterRows / kMaxRows * kernels.rows));
-    const bool in_place = still && row_tiles <= kInPlaceRowTiles;
-    const double macs = static_cast<double>(panels.width) * depth * count / splits;
-    // Panels outermost: the runs of a panel serve all images and groups.
-    parallel_tasks(problems * splits, macs, [&](int64_t begin, int64_t end) {
-      T* const block_panel = scratch + at::get_thread_num() * (sizes.panel + sizes.kept);
-      T* const kept = block_panel + sizes.panel;
-      PanelRuns runs;
-      std::vector<int64_t> targets(scatter ? panels.width : 0);
-      int64_t prepared = -1;
-      for (int64_t i = begin; i < end; ++i) {
-        const int64_t split = i % splits, group = i / splits % g.groups, n = i / (splits * g.groups) % g.batch;
-        const int64_t panel = i / (splits * g.groups * g.batch), pixel = panels.begin(panel),
-                      width = panels.size(panel);
-        if (prepared != panel) {
-          if (!in_place) runs.prepare(g, phase, pixel, width);
-          if (scatter) {
-            PixelCursor at(phase, pixel);
-            for (int64_t j = 0; j < width; ++j, at.next())
-              targets[j] = result_pixel(g, at, static_cast<T*>(nullptr)) - static_cast<T*>(nullptr);
-          }
-          prepared = panel;
-        }
-        const int64_t tile0 = row_tiles * split / splits, tile1 = row_tiles * (split + 1) / splits;
-        const T* const image = from + n * g.from_stride.batch + group * g.from_per_group * from_pixels;
-        T* const result = to + n * g.to_stride.batch + (group * channels + first) * to_pixels;
-        for (const Block& block : blocks) {
-          const T* b = image + block.channel * from_pixels + pixel;
-          if (!in_place) {
-            kernels.pack(block.channels, block.taps, image + block.channel * from_pixels, from_pixels,
-                         runs.segments.data(), runs.first.data() + block.tap, block_panel, panels.width);
-            b = block_panel;
-          }
-          for (int64_t tile = tile0; tile < tile1; ++tile) {
-            const int64_t row = tile * kernels.rows, rows = std::min<int64_t>(kernels.rows, count - row);
-            const T* w[kMaxRows];
-            T* c[kMaxRows];
-            for (int64_t r = 0; r < rows; ++r) {
-              w[r] = in_rows ? weight + group * g.weight_group_stride + (first + row + r) * g.weight_to_stride
-                             : packed + (group * count + row + r) * depth;
-              c[r] = scatter ? kept + (row - tile0 * kernels.rows + r) * panels.width
-                             : result + (row + r) * to_pixels + pixel;
-            }
-            kernels.gemm[rows - 1]({.taps = 1,
-                                    .depth = block.terms(),
-                                    .a = w,
-                                    .a_offset = block.start,
-                                    .a_step = 1,
-                                    .b = b,
-                                    .b_offsets = nullptr,
-                                    .ldb = in_place ? from_pixels : panels.width,
-                                    .c = c,
-                                    .cols = width,
-                                    .row_bias = bias ? bias + group * channels + first + row : nullptr,
-                                    .column_bias = nullptr,
-                                    .accumulate = block.start > 0});
-          }
-        }
-        if (scatter)
-          for (int64_t row = tile0 * kernels.rows; row < std::min(count, tile1 * kernels.rows); ++row) {
-            const T* kept_row = kept + (row - tile0 * kernels.rows) * panels.width;
-            for (int64_t j = 0; j < width; ++j) result[row * to_pixels + targets[j]] = kept_row[j];
-          }
-      }
-    });
-  }
-}
-
-template <typename T>
-bool all_finite(const ConvShape& s, const T* weight) {
-  using Bits = std::conditional_t<sizeof(T) == 4, uint32_t, uint64_t>;
-  constexpr Bits kExponent = sizeof(T) == 4 ? Bits(0x7f800000) : static_cast<Bits>(0x7ff0000000000000);
-  const auto not_finite = [](T value) { return Bits((std::bit_cast<Bits>(value) & kExponent) == kExponent); };
-  const int64_t extent[4] = {s.in_per_group, s.kernel[0], s.kernel[1], s.kernel[2]};
-  const int64_t* const stride = s.weight_stride + 1;
-  int64_t values = 1, span = 1;  // of one out channel
-  for (int d = 0; d < 4; ++d) values *= extent[d], span += (extent[d] - 1) * stride[d];
-
-  std::atomic<bool> finite = true;
-  parallel_tasks(s.out_channels(), static_cast<double>(values), [&](int64_t begin, int64_t end) {
-    Bits found = 0;
-    for (int64_t k = begin; k < end; ++k) {
-      const T* const of_channel = weight + k * s.weight_stride[0];
-      if (span == values) {
-        for (int64_t i = 0; i < values; ++i) found |= not_finite(of_channel[i]);
-        continue;
-      }
-      for (int64_t d = 0; d < extent[1]; ++d)
-        for (int64_t h = 0; h < extent[2]; ++h)
-          for (int64_t w = 0; w < extent[3]; ++w)
-            for (int64_t c = 0; c < extent[0]; ++c)
-              found |= not_finite(of_channel[c * stride[0] + d * stride[1] + h * stride[2] + w * stride[3]]);
-    }
-    if (found) finite = false;
-  });
-  return finite;
-}
-
 template <typename T>
 void run(const ConvShape& s, Direction direction, const void* from, const void* weight, const void* bias, void* to,
          void* workspace, int threads) {
   Gather g = make_gather(s, direction);
   const Workspace sizes(s, direction);
-  const bool skip_zeros = sizes.mostly_zeros && all_finite(s, static_cast<const T*>(weight));
+  const bool skip_zeros = works_on_padding(s) && all_finite(s, static_cast<const T*>(weight));
   if (skip_zeros) drop_idle_taps(g);
   const Kernels<T>& kernels = kernels_of<T>(microkernels());
-  const auto f = s.channels_last() ? rows_are_pixels<T> : columns_are_pixels<T>;
   for (const GatherPhase& phase : g.phases)
-    f(g, phase, kernels, static_cast<const T*>(from), static_cast<const T*>(weight), static_cast<const T*>(bias),
-      static_cast<T*>(to), sizes, static_cast<T*>(workspace), threads, skip_zeros);
+    run_phase(g, phase, kernels, static_cast<const T*>(from), static_cast<const T*>(weight),
+              static_cast<const T*>(bias), static_cast<T*>(to), sizes, static_cast<T*>(workspace), threads, skip_zeros);
 }
 
 void run(const ConvShape& s, Direction direction, const void* from, const ConvPointers& p, void* workspace,
@@ -472,12 +261,12 @@ const char* implicit_gemm_backward_input_decline(const ConvShape& s) {
   return decline(s);
 }
 
-int64_t implicit_gemm_forward_workspace(const ConvShape& s, int threads) {
-  return Workspace(s, Direction::kForward).elements(threads) * dtype_size(s.dtype);
+int64_t implicit_gemm_forward_workspace(const ConvShape& s, int) {
+  return Workspace(s, Direction::kForward).elements() * dtype_size(s.dtype);
 }
 
-int64_t implicit_gemm_backward_input_workspace(const ConvShape& s, int threads) {
-  return Workspace(s, Direction::kBackwardInput).elements(threads) * dtype_size(s.dtype);
+int64_t implicit_gemm_backward_input_workspace(const ConvShape& s, int) {
+  return Workspace(s, Direction::kBackwardInput).elements() * dtype_size(s.dtype);
 }
 
 void implicit_gemm_forward(const ConvShape& s, const ConvPointers& p, void* workspace, int threads) {

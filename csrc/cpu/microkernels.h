@@ -41,6 +41,26 @@ struct GemmTile {
   bool accumulate;
 };
 
+// A term of a sum whose operands both lie anywhere: offsets of the value of A, in every row, and of the vectors of B.
+struct Term {
+  int64_t a, b;
+};
+
+// C[row][0, cols) = sum over terms of  a[row * a_row + term.a] * b[term.b + col]  + (as in GemmTile)
+template <typename T>
+struct StripTile {
+  int64_t terms;
+  const Term* term;
+  const T* a;
+  int64_t a_row;
+  const T* b;
+  T* c;
+  int64_t c_row;
+  int64_t cols;
+  const T* row_bias;  // [rows] or nullptr
+  bool accumulate;
+};
+
 // C[row][0, cols) += sum over p < depth of  a[p * lda + row] * b[p][col]          (C is always accumulated into)
 template <typename T>
 struct OuterTile {
@@ -99,6 +119,7 @@ template <typename T>
 struct Kernels {
   int rows, lanes, vectors;                                              // register tile: rows x (vectors * lanes)
   void (*gemm[kMaxRows])(const GemmTile<T>&);                            // [rows - 1]
+  void (*strip[kMaxRows])(const StripTile<T>&);                          // [rows - 1]
   void (*outer[kMaxRows])(const OuterTile<T>&);                          // [rows - 1]
   void (*depthwise_lines[kMaxDepthwiseRows])(const DepthwiseTile<T>&);   // [rows - 1], NCHW
   void (*depthwise_pixels[kMaxDepthwiseRows])(const DepthwiseTile<T>&);  // NHWC, all taps inside
