@@ -36,10 +36,12 @@ namespace {
 
 constexpr int64_t kStripsBytes = 384 << 10;  // strips of the in channels that are in use at a time: they stay in L2
 constexpr int64_t kKeptBytes = 256 << 10;    // result rows of a task that are in the making
-constexpr int64_t kMostColumns = 512;        // of a block
-constexpr int64_t kFewChannels = 32;         // of a group, where NHWC is transposed
-constexpr int64_t kChannelsAtOnce = 16;      // of several groups that NHWC transposes together
-constexpr int64_t kMaxPhases = 65536;        // of backward_input: each costs a little set-up
+constexpr int64_t kLeastColumns = 384;       // of a block, if there are as many: a row tile of weights is read for all
+constexpr int64_t kMostColumns = 512;
+constexpr int64_t kFewChannels = 32;     // of a group, where NHWC is transposed
+constexpr int64_t kChannelsAtOnce = 16;  // of several groups that NHWC transposes together
+constexpr int64_t kSlack = 16;           // behind the strips: vectors are read whole
+constexpr int64_t kMaxPhases = 65536;    // of backward_input: each costs a little set-up
 
 // One axis of a strip: planes of equal length. Position i of plane p holds source position base[p] + i * step, counted
 // from what the block's first result reads. Taps share planes, one for each residue of their offsets, or where they
@@ -47,7 +49,7 @@ constexpr int64_t kMaxPhases = 65536;        // of backward_input: each costs a 
 struct StripAxis {
   const GatherAxis& axis;
   int64_t low = 0, residues = 0, extra = 0;  // residues: how many different ones there are
-  bool shareable = false;
+  bool shareable = false, per_tap = false;
   c10::SmallVector<int64_t, 8> base;
 
   explicit StripAxis(const GatherAxis& a) : axis(a) {
@@ -64,7 +66,9 @@ struct StripAxis {
     for (int64_t& b : base) b += low;
   }
 
-  bool shared(int64_t block) const { return shareable && residues * (block + extra) <= axis.taps() * block; }
+  bool shared(int64_t block) const {
+    return shareable && !per_tap && residues * (block + extra) <= axis.taps() * block;
+  }
   int64_t planes(int64_t block) const { return shared(block) ? residues : axis.taps(); }
   int64_t length(int64_t block) const { return shared(block) ? block + extra : block; }
   int64_t values(int64_t block) const { return planes(block) * length(block); }
@@ -84,24 +88,26 @@ struct Plan {
   StripAxis axis[3];
   int64_t block[3] = {1, 1, 1}, blocks[3];
   int64_t pitch, size, columns;       // of a strip: distance of lines, elements; of the result at its pitch
+  int64_t vectors;                    // of a block
   int64_t groups_at_once = 1, chunk;  // channels whose strips are in use at a time
   int64_t kept_rows, splits;
   bool joined, keep, keep_all;  // lines are joined to one run of columns; results go through scratch rows, all at once
 
-  Plan(const Gather& g, const GatherPhase& phase, int64_t lanes, int64_t vectors, int64_t element_size, int threads)
+  Plan(const Gather& g, const GatherPhase& phase, int64_t lanes, int64_t element_size, int threads, bool line_per_tap)
       : axis{StripAxis(phase.axis[0]), StripAxis(phase.axis[1]), StripAxis(phase.axis[2])} {
     const GatherAxis* a = phase.axis;
+    axis[2].per_tap = line_per_tap;
     const bool nhwc = g.to_stride.channel == 1 && g.to_stride.axis[2] != 1;
     const Blocks sums = reduction_blocks(g.from_per_group, phase.taps(), /*taps_inside=*/true);
     if (nhwc)
       groups_at_once = std::clamp<int64_t>(kChannelsAtOnce / std::max(g.from_per_group, g.to_per_group), 1, g.groups);
-    const int64_t least = 2 * lanes * vectors, step = groups_at_once * sums[0].channels;
+    const int64_t step = groups_at_once * sums[0].channels;
     const int64_t budget = kStripsBytes / element_size / std::max<int64_t>(step, 1);
     const auto fits = [&](int64_t lines, int64_t line) {
       return axis[0].values(1) * axis[1].values(lines) * axis[2].values(line) <= budget;
     };
     block[2] = ceil_div(a[2].count, ceil_div(a[2].count, kMostColumns));
-    block[1] = std::min(a[1].count, ceil_div(least, block[2]));
+    block[1] = std::min(a[1].count, ceil_div(kLeastColumns, block[2]));
     while (block[1] > 1 && !fits(block[1], block[2])) block[1] /= 2;
     while (block[2] > 1 && !fits(block[1], block[2])) block[2] /= 2;
     const auto values = [&] { return axis[0].values(1) * axis[1].values(block[1]) * axis[2].values(block[2]); };
@@ -125,12 +131,14 @@ struct Plan {
     }
     size = values();
     pitch = axis[2].length(block[2]);
-    const int64_t run = (block[1] - 1) * pitch + block[2];
+    columns = (block[1] - 1) * pitch + block[2];
     const bool scatter = nhwc || a[2].to_step != 1;
-    joined = ceil_div(run, lanes) < block[1] * ceil_div(block[2], lanes) || (pitch == block[2] && blocks[2] == 1);
-    const bool gapless = joined && (block[1] == 1 || (pitch == block[2] && a[1].to_step == 1 && blocks[2] == 1));
+    const int64_t joined_vectors = ceil_div(columns, lanes), line_vectors = block[1] * ceil_div(block[2], lanes);
+    joined = joined_vectors < line_vectors;
+    vectors = std::min(joined_vectors, line_vectors);
+    // Joined lines that follow each other in the result, too, are a run there.
+    const bool gapless = block[1] == 1 || (pitch == block[2] && a[1].to_step == 1 && blocks[2] == 1);
     keep = scatter || (joined && !gapless);
-    columns = run;
 
     // Threads take different blocks, or where these do not go round, different result channels.
     const int64_t rows = g.to_per_group;
@@ -148,7 +156,12 @@ struct Plan {
     splits = std::min(splits, ceil_div(rows, kMaxRows));
     kept_rows = keep_all ? groups_at_once * ceil_div(rows, splits) : keep ? kMaxRows : 0;
   }
-  int64_t strips() const { return groups_at_once * chunk * size; }
+  // About how many cycles one image and group take.
+  double cost(const Gather& g, const GatherPhase& phase) const {
+    const double products = 0.5 * vectors * phase.taps() * round_up(g.to_per_group, kMaxRows), copies = 0.7 * size;
+    return (products + copies) * g.from_per_group * blocks[0] * blocks[1] * blocks[2];
+  }
+  int64_t strips() const { return groups_at_once * chunk * size + kSlack; }
   int64_t elements(int threads) const { return threads * (strips() + kept_rows * columns); }
 };
 
@@ -279,7 +292,8 @@ void run_phase(const Gather& g, const GatherPhase& phase, const Plan& plan, cons
     T* const kept = strips + plan.strips();
     std::vector<Segment> runs;
     Terms terms;
-    int64_t prepared = -1, filled = -1;
+    std::vector<StripVector> vectors;
+    int64_t prepared = -1, vectors_of = -1, filled = -1;
     for (int64_t i = begin; i < end; ++i) {
       const int64_t split = i % splits, problem = i / splits, gather = problem % gathers;
       const int64_t n = problem / gathers % g.batch, at = problem / gathers / g.batch;
@@ -323,9 +337,16 @@ void run_phase(const Gather& g, const GatherPhase& phase, const Plan& plan, cons
         }
       };
 
-      const int64_t runs_of_columns = plan.joined ? 1 : lines;
-      const int64_t columns = plan.joined ? (lines - 1) * plan.pitch + line : line;
-      const int64_t vectors = ceil_div(columns, kernels.lanes), panels = ceil_div(vectors, kernels.vectors);
+      if (vectors_of != at) {
+        vectors.clear();
+        const int64_t c_line = plan.keep ? plan.pitch : line_step;
+        const int64_t length = plan.joined ? (lines - 1) * plan.pitch + line : line;
+        for (int64_t h = 0; h < (plan.joined ? 1 : lines); ++h)
+          for (int64_t j = 0; j < length; j += kernels.lanes)
+            vectors.push_back({h * plan.pitch + j, h * c_line + j, std::min<int64_t>(kernels.lanes, length - j)});
+        vectors_of = at;
+      }
+      const auto vector_count = static_cast<int64_t>(vectors.size()), panels = ceil_div(vector_count, kernels.vectors);
       for (int64_t c0 = 0; c0 == 0 || c0 < g.from_per_group; c0 += plan.chunk) {
         const int64_t c1 = std::min(g.from_per_group, c0 + plan.chunk);
         if (taps > 0 && (chunked || filled != problem)) {
@@ -343,28 +364,26 @@ void run_phase(const Gather& g, const GatherPhase& phase, const Plan& plan, cons
                          : plan.keep_all ? kept + (group * channels + row - row0) * plan.columns
                                          : kept;
             const int64_t c_row = plan.keep ? plan.columns : g.to_stride.channel;
-            const int64_t c_line = plan.keep ? plan.pitch : line_step;
             for (const Block& sum : sums) {
               if (sum.channel < c0 || (sum.channel >= c1 && sum.channels > 0)) continue;
               const auto [term, count] = terms.of(sum, taps);
               const T* const w = weight + in_group * g.weight_group_stride + row * g.weight_to_stride +
                                  sum.channel * g.weight_from_stride;
               const T* const b = strips + (group * (c1 - c0) + sum.channel - c0) * plan.size;
-              for (int64_t run = 0; run < runs_of_columns; ++run)
-                for (int64_t panel = 0; panel < panels; ++panel) {
-                  const int64_t column = vectors * panel / panels * kernels.lanes;
-                  const int64_t to_column = std::min(columns, vectors * (panel + 1) / panels * kernels.lanes);
-                  kernels.strip[rows - 1]({.terms = count,
-                                           .term = term,
-                                           .a = w,
-                                           .a_row = g.weight_to_stride,
-                                           .b = b + run * plan.pitch + column,
-                                           .c = c + run * c_line + column,
-                                           .c_row = c_row,
-                                           .cols = to_column - column,
-                                           .row_bias = bias ? bias + in_group * channels + row : nullptr,
-                                           .accumulate = sum.start > 0});
-                }
+              for (int64_t panel = 0; panel < panels; ++panel) {
+                const int64_t v0 = vector_count * panel / panels, v1 = vector_count * (panel + 1) / panels;
+                kernels.strip[rows - 1]({.terms = count,
+                                         .term = term,
+                                         .a = w,
+                                         .a_row = g.weight_to_stride,
+                                         .b = b,
+                                         .c = c,
+                                         .c_row = c_row,
+                                         .vectors = static_cast<int>(v1 - v0),
+                                         .vector = vectors.data() + v0,
+                                         .row_bias = bias ? bias + in_group * channels + row : nullptr,
+                                         .accumulate = sum.start > 0});
+              }
             }
             if (plan.keep && !plan.keep_all) deliver(kept, group * channels + row, rows);
           }
@@ -376,8 +395,14 @@ void run_phase(const Gather& g, const GatherPhase& phase, const Plan& plan, cons
 
 Plan plan_for(const ConvShape& s, const Gather& g, const GatherPhase& phase, int threads) {
   const Microkernels& m = microkernels();
-  return s.dtype == Dtype::kFloat32 ? Plan(g, phase, m.f32.lanes, m.f32.vectors, 4, threads)
-                                    : Plan(g, phase, m.f64.lanes, m.f64.vectors, 8, threads);
+  const bool single = s.dtype == Dtype::kFloat32;
+  const auto plan = [&](bool line_per_tap) {
+    return Plan(g, phase, single ? m.f32.lanes : m.f64.lanes, dtype_size(s.dtype), threads, line_per_tap);
+  };
+  Plan shared = plan(false);
+  if (phase.axis[2].taps() <= 1) return shared;
+  Plan per_tap = plan(true);
+  return per_tap.cost(g, phase) < shared.cost(g, phase) ? per_tap : shared;
 }
 
 template <typename T>

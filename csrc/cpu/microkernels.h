@@ -46,7 +46,13 @@ struct Term {
   int64_t a, b;
 };
 
-// C[row][0, cols) = sum over terms of  a[row * a_row + term.a] * b[term.b + col]  + (as in GemmTile)
+// A vector of columns that lies anywhere: offsets in B and C, and how many of its lanes are columns.
+struct StripVector {
+  int64_t b, c, lanes;
+};
+
+// C[row][v.c + l] = sum over terms of  a[row * a_row + term.a] * b[term.b + v.b + l]  + (as in GemmTile)
+// for l < v.lanes of each vector v. B is read in whole vectors.
 template <typename T>
 struct StripTile {
   int64_t terms;
@@ -56,7 +62,8 @@ struct StripTile {
   const T* b;
   T* c;
   int64_t c_row;
-  int64_t cols;
+  int vectors;  // up to Kernels::vectors
+  const StripVector* vector;
   const T* row_bias;  // [rows] or nullptr
   bool accumulate;
 };
