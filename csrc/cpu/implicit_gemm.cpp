@@ -37,6 +37,7 @@ namespace {
 constexpr int64_t kMaxPhases = 65536;        // of backward_input: each costs a little set-up
 constexpr int64_t kPointerBytes = 64 << 10;  // pointer list of the tiles that one task works on
 constexpr int64_t kMaxTilesPerTask = 16;
+constexpr int64_t kPatchBytes = 64 << 10;  // of a tile's padded copy of what it reads
 
 const char* decline(const ConvShape& s) {
   if (s.dtype != Dtype::kFloat32 && s.dtype != Dtype::kFloat64) return "only float32 and float64";
@@ -49,7 +50,7 @@ const char* decline(const ConvShape& s) {
 
 // What one call needs, in elements. Packed weights are those of the pass that is being worked on.
 struct Workspace {
-  int64_t packed, zeros;  // zeros: one pixel
+  int64_t packed, zeros, patch;  // zeros: one pixel; patch: of a thread
 
   Workspace(const ConvShape& s, Direction direction) {
     const bool forward = direction == Direction::kForward;
@@ -61,8 +62,9 @@ struct Workspace {
     const int64_t unit = s.taps() * from * panels.width;
     packed = std::min(s.groups * panels.count, std::max<int64_t>(1, kPackedBytes / dtype_size(s.dtype) / unit)) * unit;
     zeros = s.groups * from;
+    patch = s.taps() * from <= kSumLength ? kPatchBytes / dtype_size(s.dtype) : 0;
   }
-  int64_t elements() const { return packed + zeros; }
+  int64_t elements(int threads) const { return packed + std::max(zeros, threads * patch); }
 };
 
 // Walks the result pixels of a phase in the order n, d, h, w.
@@ -127,106 +129,266 @@ void keep_live_taps(const T* zeros, int64_t taps, int64_t rows, const T** source
   }
 }
 
+// The packed weights of a unit: one panel of one group, as [tap][channel][width].
 template <typename T>
-void run_phase(const Gather& g, const GatherPhase& phase, const Kernels<T>& kernels, const T* from, const T* weight,
-               const T* bias, T* to, const Workspace& sizes, T* workspace, int threads, bool skip_zeros) {
+void pack_unit(const Gather& g, const GatherPhase& phase, const Kernels<T>& kernels, const Panels& panels,
+               const T* weight, int64_t unit, const Block& block, T* target) {
+  const int64_t group = unit / panels.count, panel = unit % panels.count, columns = panels.size(panel);
+  const int64_t in_channels = g.from_per_group, taps = phase.taps();
+  const T* const source = weight + group * g.weight_group_stride + panels.begin(panel) * g.weight_to_stride;
+  bool taps_last = true, channels_last = g.weight_from_stride == 1;  // how the terms of a result channel lie
+  for (int64_t t = 0; t < taps; ++t) {
+    const int64_t offset = g.weight_tap_offset(phase, t);
+    taps_last = taps_last && offset == t;
+    channels_last = channels_last && offset == t * in_channels;
+  }
+  if (channels_last)
+    return pack_matrix(kernels, source + block.tap * in_channels + block.channel, int64_t{1}, g.weight_to_stride,
+                       block.terms(), columns, target, panels.width);
+  if (taps_last && block.taps > 1) {
+    for (int64_t c = 0; c < block.channels; ++c)
+      kernels.transpose(source + block.tap + (block.channel + c) * g.weight_from_stride, g.weight_to_stride, columns,
+                        block.taps, target + c * panels.width, block.channels * panels.width);
+    return;
+  }
+  for (int64_t t = 0; t < block.taps; ++t)
+    pack_matrix(kernels, source + g.weight_tap_offset(phase, block.tap + t) + block.channel * g.weight_from_stride,
+                g.weight_from_stride, g.weight_to_stride, block.channels, columns,
+                target + t * block.channels * panels.width, panels.width);
+}
+
+// Sums of one block: a tile is a few pixels of one line, and every term is an offset from the first value that they
+// read, so that nothing is set up for a tile. Tiles that read padding read a padded copy of their piece of each line.
+struct Patch {
+  int64_t low[3] = {0, 0, 0};
+  int64_t width = 0, size = 0;  // positions of a line of the copy, elements
+
+  Patch(const Gather& g, const GatherPhase& phase, int64_t rows) {
+    const GatherAxis* a = phase.axis;
+    if (phase.taps() == 0) return;
+    for (int d = 0; d < 3; ++d) low[d] = *std::min_element(a[d].offset.begin(), a[d].offset.end());
+    const double reach = static_cast<double>(*std::max_element(a[2].offset.begin(), a[2].offset.end())) - low[2];
+    if (reach + static_cast<double>(rows) * a[2].from_step > kPatchBytes) return;
+    width = static_cast<int64_t>(reach) + (rows - 1) * a[2].from_step + 1;
+    size = a[0].taps() * a[1].taps() * width * g.from_per_group;
+  }
+};
+
+// Whether a phase is worked on by terms, and not by pointers.
+bool takes_terms(const Gather& g, const GatherPhase& phase, int64_t rows, int64_t element_size) {
+  const Patch patch(g, phase, rows);
+  const bool lines = phase.axis[2].count >= rows / 2 || phase.axis[0].count * phase.axis[1].count == 1;
+  return lines && patch.size > 0 && patch.size <= kPatchBytes / element_size &&
+         phase.taps() * g.from_per_group <= kSumLength;
+}
+
+template <typename T>
+void multiply_by_terms(const Gather& g, const GatherPhase& phase, const Kernels<T>& kernels, const T* from,
+                       const T* bias, T* to, const T* packed, T* scratch, int64_t first, int64_t last, int threads) {
+  const GatherAxis* a = phase.axis;
+  const int64_t taps = phase.taps(), channels = g.from_per_group, depth = taps * channels;
+  const Panels panels(g.to_per_group, kernels.lanes, kernels.vectors);
+  const Patch patch(g, phase, kernels.rows);
+  // Terms from the first value that a tile reads, where it lies and in its padded copy.
+  c10::SmallVector<Term, kSumLength> in_place(depth), in_patch(depth);
+  const auto offset = [&](int d, int64_t t) { return a[d].offset[t] - patch.low[d]; };
+  for (int64_t td = 0, t = 0; td < a[0].taps(); ++td)
+    for (int64_t th = 0; th < a[1].taps(); ++th)
+      for (int64_t tw = 0; tw < a[2].taps(); ++tw, ++t)
+        for (int64_t c = 0; c < channels; ++c) {
+          const int64_t row = (t * channels + c) * panels.width;
+          in_place[t * channels + c] = {offset(0, td) * g.from_stride.axis[0] + offset(1, th) * g.from_stride.axis[1] +
+                                            offset(2, tw) * g.from_stride.axis[2] + c,
+                                        row};
+          in_patch[t * channels + c] = {((td * a[1].taps() + th) * patch.width + offset(2, tw)) * channels + c, row};
+        }
+  int64_t inside[3], outside[3];  // results that read no padding: [inside, outside)
+  for (int d = 0; d < 3; ++d) {
+    inside[d] = 0, outside[d] = a[d].count;
+    for (int64_t t = 0; t < a[d].taps(); ++t)
+      inside[d] = std::max(inside[d], a[d].first_inside(t)), outside[d] = std::min(outside[d], a[d].last_inside(t));
+  }
+  const auto fill = [&](const T* image, int64_t d, int64_t h, int64_t w, int64_t rows, T* target) {
+    const int64_t used = patch.width - (kernels.rows - rows) * a[2].from_step;
+    for (int64_t td = 0; td < a[0].taps(); ++td)
+      for (int64_t th = 0; th < a[1].taps(); ++th, target += patch.width * channels) {
+        const int64_t from_d = a[0].source(d, td), from_h = a[1].source(h, th);
+        if (from_d < 0 || from_h < 0) {
+          std::fill_n(target, used * channels, T(0));
+          continue;
+        }
+        const T* const line = image + from_d * g.from_stride.axis[0] + from_h * g.from_stride.axis[1];
+        const int64_t begin = patch.low[2] + w * a[2].from_step;
+        for (int64_t i = 0; i < used; ++i) {
+          const int64_t at = padded_index(begin + i, a[2].from_extent, a[2].mode);
+          T* const pixel = target + i * channels;
+          // What no tap reads may lie beyond any padding mode's reach.
+          if (at < 0 || at >= a[2].from_extent)
+            for (int64_t c = 0; c < channels; ++c) pixel[c] = 0;
+          else
+            for (int64_t c = 0; c < channels; ++c) pixel[c] = line[at * g.from_stride.axis[2] + c];
+        }
+      }
+  };
+
+  const int64_t lines = g.batch * a[0].count * a[1].count, tiles = ceil_div(a[2].count, kernels.rows);
+  const int64_t chunks =
+      std::clamp<int64_t>(ceil_div(lines * tiles, 4), 1, std::max<int64_t>(1, std::min<int64_t>(lines, 16 * threads)));
+  const int64_t splits = std::clamp<int64_t>(ceil_div(2 * threads, chunks), 1, last - first);
+  const double macs = static_cast<double>(lines) * a[2].count * depth * panels.width * (last - first);
+  parallel_tasks(chunks * splits, macs / (chunks * splits), [&](int64_t begin, int64_t end) {
+    T* const patched = scratch + at::get_thread_num() * patch.size;
+    for (int64_t i = begin; i < end; ++i) {
+      const int64_t chunk = i / splits, split = i % splits;
+      const int64_t unit0 = first + (last - first) * split / splits;
+      const int64_t unit1 = first + (last - first) * (split + 1) / splits;
+      for (int64_t unit = unit0; unit < unit1; ++unit) {
+        const int64_t group = unit / panels.count, panel = unit % panels.count;
+        const int64_t column = group * g.to_per_group + panels.begin(panel), columns = panels.size(panel);
+        StripVector vectors[kMaxVectors];
+        int count = 0;
+        for (int64_t j = 0; j < columns; j += kernels.lanes)
+          vectors[count++] = {j, j, std::min<int64_t>(kernels.lanes, columns - j)};
+        for (int64_t line = lines * chunk / chunks; line < lines * (chunk + 1) / chunks; ++line) {
+          const int64_t h = line % a[1].count, d = line / a[1].count % a[0].count, n = line / a[1].count / a[0].count;
+          const T* const image = from + n * g.from_stride.batch + group * channels;
+          T* const result = to + n * g.to_stride.batch + (a[0].to_start + d * a[0].to_step) * g.to_stride.axis[0] +
+                            (a[1].to_start + h * a[1].to_step) * g.to_stride.axis[1] +
+                            a[2].to_start * g.to_stride.axis[2] + column;
+          const bool line_inside = d >= inside[0] && d < outside[0] && h >= inside[1] && h < outside[1];
+          const T* const origin = line_inside ? image + (patch.low[0] + d * a[0].from_step) * g.from_stride.axis[0] +
+                                                    (patch.low[1] + h * a[1].from_step) * g.from_stride.axis[1]
+                                              : nullptr;
+          for (int64_t tile = 0; tile < tiles; ++tile) {
+            const int64_t w = a[2].count * tile / tiles, rows = a[2].count * (tile + 1) / tiles - w;
+            const bool whole = line_inside && w >= inside[2] && w + rows <= outside[2];
+            if (!whole) fill(image, d, h, w, rows, patched);
+            kernels.strip[rows - 1](
+                {.terms = depth,
+                 .term = whole ? in_place.data() : in_patch.data(),
+                 .a = whole ? origin + (patch.low[2] + w * a[2].from_step) * g.from_stride.axis[2] : patched,
+                 .a_row = a[2].from_step * (whole ? g.from_stride.axis[2] : channels),
+                 .b = packed + (unit - first) * depth * panels.width,
+                 .c = result + w * a[2].to_step * g.to_stride.axis[2],
+                 .c_row = a[2].to_step * g.to_stride.axis[2],
+                 .vectors = count,
+                 .vector = vectors,
+                 .row_bias = nullptr,
+                 .column_bias = bias ? bias + column : nullptr,
+                 .accumulate = false});
+          }
+        }
+      }
+    }
+  });
+}
+
+// By pointers: any shape.
+template <typename T>
+void multiply_by_pointers(const Gather& g, const GatherPhase& phase, const Kernels<T>& kernels, const T* from,
+                          const T* bias, T* to, const T* packed, const T* zeros, int64_t first, int64_t last,
+                          int threads, bool skip_zeros) {
   const int64_t taps = phase.taps(), depth = taps * g.from_per_group;
   const Blocks blocks = reduction_blocks(g.from_per_group, taps, /*taps_inside=*/false);
   const Panels panels(g.to_per_group, kernels.lanes, kernels.vectors);
-  T* const packed = workspace;
-  T* const zeros = packed + sizes.packed;
-  std::fill_n(zeros, sizes.zeros, T(0));
-
+  const int64_t unit_size = depth * panels.width;
   const int64_t pixels = g.batch * phase.pixels(), tiles = ceil_div(pixels, kernels.rows);
   const int64_t fit = std::max<int64_t>(1, kPointerBytes / (std::max<int64_t>(taps, 1) * kernels.rows * sizeof(T*)));
   const int64_t per_task = std::clamp<int64_t>(tiles / (4 * threads), 1, std::min(fit, kMaxTilesPerTask));
   const int64_t chunks = ceil_div(tiles, per_task);
 
-  // A unit is one panel of one group.
+  const int64_t splits = std::clamp<int64_t>(ceil_div(2 * threads, chunks), 1, last - first);
+  const double macs = static_cast<double>(pixels) * depth * (last - first) * panels.width / (chunks * splits);
+  parallel_tasks(chunks * splits, macs, [&](int64_t begin, int64_t end) {
+    std::vector<const T*> sources(per_task * kernels.rows * taps);
+    std::vector<T*> results(per_task * kernels.rows);
+    std::vector<std::vector<int64_t>> live(skip_zeros ? per_task : 0);  // taps, of each tile
+    std::vector<int64_t> b_offsets(skip_zeros ? taps : 0);
+    int64_t prepared = -1;
+    for (int64_t i = begin; i < end; ++i) {
+      const int64_t chunk = i / splits, split = i % splits;
+      const int64_t tile0 = chunk * per_task, tile1 = std::min(tiles, tile0 + per_task);
+      const auto rows_of = [&](int64_t tile) { return std::min<int64_t>(kernels.rows, pixels - tile * kernels.rows); };
+      if (prepared != chunk) {
+        PixelCursor at(phase, tile0 * kernels.rows);
+        for (int64_t tile = tile0; tile < tile1; ++tile)
+          for (int64_t r = 0, rows = rows_of(tile); r < rows; ++r, at.next()) {
+            const int64_t slot = (tile - tile0) * kernels.rows;
+            pixel_sources(g, at, from, zeros, sources.data() + slot * taps + r, rows);
+            results[slot + r] = result_pixel(g, at, to);
+          }
+        if (skip_zeros)
+          for (int64_t tile = tile0; tile < tile1; ++tile)
+            keep_live_taps(zeros, taps, rows_of(tile), sources.data() + (tile - tile0) * kernels.rows * taps,
+                           live[tile - tile0]);
+        prepared = chunk;
+      }
+      const int64_t unit0 = first + (last - first) * split / splits,
+                    unit1 = first + (last - first) * (split + 1) / splits;
+      for (const Block& block : blocks)
+        for (int64_t unit = unit0; unit < unit1; ++unit) {
+          const int64_t group = unit / panels.count, panel = unit % panels.count;
+          const int64_t column = group * g.to_per_group + panels.begin(panel);
+          for (int64_t tile = tile0; tile < tile1; ++tile) {
+            const int64_t rows = rows_of(tile), slot = (tile - tile0) * kernels.rows;
+            T* c[kMaxRows];
+            for (int64_t r = 0; r < rows; ++r) c[r] = results[slot + r] + column;
+            int64_t first_tap = block.tap, tap_count = block.taps;
+            if (skip_zeros) {
+              const std::vector<int64_t>& of_tile = live[tile - tile0];
+              const auto begin = std::lower_bound(of_tile.begin(), of_tile.end(), block.tap);
+              const auto end = std::lower_bound(begin, of_tile.end(), block.tap + block.taps);
+              first_tap = begin - of_tile.begin();
+              tap_count = end - begin;
+              for (int64_t t = 0; t < tap_count; ++t)
+                b_offsets[t] = (begin[t] - block.tap) * block.channels * panels.width;
+            }
+            kernels.gemm[rows - 1]({.taps = tap_count,
+                                    .depth = block.channels,
+                                    .a = sources.data() + slot * taps + first_tap * rows,
+                                    .a_offset = group * g.from_per_group + block.channel,
+                                    .a_step = 1,
+                                    .b = packed + (unit - first) * unit_size + block.start * panels.width,
+                                    .b_offsets = skip_zeros ? b_offsets.data() : nullptr,
+                                    .ldb = panels.width,
+                                    .c = c,
+                                    .cols = panels.size(panel),
+                                    .row_bias = nullptr,
+                                    .column_bias = bias ? bias + column : nullptr,
+                                    .accumulate = block.start > 0});
+          }
+        }
+    }
+  });
+}
+
+template <typename T>
+void run_phase(const Gather& g, const GatherPhase& phase, const Kernels<T>& kernels, const T* from, const T* weight,
+               const T* bias, T* to, const Workspace& sizes, T* workspace, int threads, bool skip_zeros) {
+  const int64_t depth = phase.taps() * g.from_per_group;
+  const Blocks blocks = reduction_blocks(g.from_per_group, phase.taps(), /*taps_inside=*/false);
+  const Panels panels(g.to_per_group, kernels.lanes, kernels.vectors);
+  T* const packed = workspace;
+  T* const scratch = packed + sizes.packed;
+  const bool terms = !skip_zeros && takes_terms(g, phase, kernels.rows, sizeof(T));
+  if (!terms) std::fill_n(scratch, sizes.zeros, T(0));
+
   const int64_t units = g.groups * panels.count, unit_size = depth * panels.width;
   const int64_t units_per_pass = std::clamp<int64_t>(sizes.packed / std::max<int64_t>(unit_size, 1), 1, units);
   for (int64_t first = 0; first < units; first += units_per_pass) {
-    const int64_t last = std::min(units, first + units_per_pass);
-    const int64_t block_count = static_cast<int64_t>(blocks.size());
-    parallel_tasks((last - first) * block_count, 8.0 * unit_size / block_count, [&](int64_t begin, int64_t end) {
+    const int64_t last = std::min(units, first + units_per_pass), block_count = static_cast<int64_t>(blocks.size());
+    parallel_tasks((last - first) * block_count, 2.0 * unit_size / block_count, [&](int64_t begin, int64_t end) {
       for (int64_t i = begin; i < end; ++i) {
-        const int64_t unit = first + i / block_count, group = unit / panels.count, panel = unit % panels.count;
         const Block& block = blocks[i % block_count];
-        T* target = packed + (unit - first) * unit_size + block.start * panels.width;
-        const T* source = weight + group * g.weight_group_stride + panels.begin(panel) * g.weight_to_stride;
-        for (int64_t t = 0; t < block.taps; ++t)
-          pack_matrix(kernels,
-                      source + g.weight_tap_offset(phase, block.tap + t) + block.channel * g.weight_from_stride,
-                      g.weight_from_stride, g.weight_to_stride, block.channels, panels.size(panel),
-                      target + t * block.channels * panels.width, panels.width);
+        const int64_t unit = i / block_count;
+        pack_unit(g, phase, kernels, panels, weight, first + unit, block,
+                  packed + unit * unit_size + block.start * panels.width);
       }
     });
-
-    const int64_t splits = std::clamp<int64_t>(ceil_div(2 * threads, chunks), 1, last - first);
-    const double macs = static_cast<double>(pixels) * depth * (last - first) * panels.width / (chunks * splits);
-    parallel_tasks(chunks * splits, macs, [&](int64_t begin, int64_t end) {
-      std::vector<const T*> sources(per_task * kernels.rows * taps);
-      std::vector<T*> results(per_task * kernels.rows);
-      std::vector<std::vector<int64_t>> live(skip_zeros ? per_task : 0);  // taps, of each tile
-      std::vector<int64_t> b_offsets(skip_zeros ? taps : 0);
-      int64_t prepared = -1;
-      for (int64_t i = begin; i < end; ++i) {
-        const int64_t chunk = i / splits, split = i % splits;
-        const int64_t tile0 = chunk * per_task, tile1 = std::min(tiles, tile0 + per_task);
-        const auto rows_of = [&](int64_t tile) {
-          return std::min<int64_t>(kernels.rows, pixels - tile * kernels.rows);
-        };
-        if (prepared != chunk) {
-          PixelCursor at(phase, tile0 * kernels.rows);
-          for (int64_t tile = tile0; tile < tile1; ++tile)
-            for (int64_t r = 0, rows = rows_of(tile); r < rows; ++r, at.next()) {
-              const int64_t slot = (tile - tile0) * kernels.rows;
-              pixel_sources(g, at, from, zeros, sources.data() + slot * taps + r, rows);
-              results[slot + r] = result_pixel(g, at, to);
-            }
-          if (skip_zeros)
-            for (int64_t tile = tile0; tile < tile1; ++tile)
-              keep_live_taps(zeros, taps, rows_of(tile), sources.data() + (tile - tile0) * kernels.rows * taps,
-                             live[tile - tile0]);
-          prepared = chunk;
-        }
-        const int64_t unit0 = first + (last - first) * split / splits,
-                      unit1 = first + (last - first) * (split + 1) / splits;
-        for (const Block& block : blocks)
-          for (int64_t unit = unit0; unit < unit1; ++unit) {
-            const int64_t group = unit / panels.count, panel = unit % panels.count;
-            const int64_t column = group * g.to_per_group + panels.begin(panel);
-            for (int64_t tile = tile0; tile < tile1; ++tile) {
-              const int64_t rows = rows_of(tile), slot = (tile - tile0) * kernels.rows;
-              T* c[kMaxRows];
-              for (int64_t r = 0; r < rows; ++r) c[r] = results[slot + r] + column;
-              int64_t first_tap = block.tap, tap_count = block.taps;
-              if (skip_zeros) {
-                const std::vector<int64_t>& of_tile = live[tile - tile0];
-                const auto begin = std::lower_bound(of_tile.begin(), of_tile.end(), block.tap);
-                const auto end = std::lower_bound(begin, of_tile.end(), block.tap + block.taps);
-                first_tap = begin - of_tile.begin();
-                tap_count = end - begin;
-                for (int64_t t = 0; t < tap_count; ++t)
-                  b_offsets[t] = (begin[t] - block.tap) * block.channels * panels.width;
-              }
-              kernels.gemm[rows - 1]({.taps = tap_count,
-                                      .depth = block.channels,
-                                      .a = sources.data() + slot * taps + first_tap * rows,
-                                      .a_offset = group * g.from_per_group + block.channel,
-                                      .a_step = 1,
-                                      .b = packed + (unit - first) * unit_size + block.start * panels.width,
-                                      .b_offsets = skip_zeros ? b_offsets.data() : nullptr,
-                                      .ldb = panels.width,
-                                      .c = c,
-                                      .cols = panels.size(panel),
-                                      .row_bias = nullptr,
-                                      .column_bias = bias ? bias + column : nullptr,
-                                      .accumulate = block.start > 0});
-            }
-          }
-      }
-    });
+    if (terms)
+      multiply_by_terms(g, phase, kernels, from, bias, to, packed, scratch, first, last, threads);
+    else
+      multiply_by_pointers(g, phase, kernels, from, bias, to, packed, scratch, first, last, threads, skip_zeros);
   }
 }
 
@@ -261,12 +423,12 @@ const char* implicit_gemm_backward_input_decline(const ConvShape& s) {
   return decline(s);
 }
 
-int64_t implicit_gemm_forward_workspace(const ConvShape& s, int) {
-  return Workspace(s, Direction::kForward).elements() * dtype_size(s.dtype);
+int64_t implicit_gemm_forward_workspace(const ConvShape& s, int threads) {
+  return Workspace(s, Direction::kForward).elements(threads) * dtype_size(s.dtype);
 }
 
-int64_t implicit_gemm_backward_input_workspace(const ConvShape& s, int) {
-  return Workspace(s, Direction::kBackwardInput).elements() * dtype_size(s.dtype);
+int64_t implicit_gemm_backward_input_workspace(const ConvShape& s, int threads) {
+  return Workspace(s, Direction::kBackwardInput).elements(threads) * dtype_size(s.dtype);
 }
 
 void implicit_gemm_forward(const ConvShape& s, const ConvPointers& p, void* workspace, int threads) {

@@ -64,7 +64,8 @@ struct StripTile {
   int64_t c_row;
   int vectors;  // up to Kernels::vectors
   const StripVector* vector;
-  const T* row_bias;  // [rows] or nullptr
+  const T* row_bias;     // [rows] or nullptr
+  const T* column_bias;  // at v.c + l, or nullptr
   bool accumulate;
 };
 
