@@ -22,6 +22,7 @@
 // Declines: types other than float32 and float64, empty sums, kernels above kMaxTaps, backward_input with a padding
 // mode.
 #include <algorithm>
+#include <atomic>
 #include <vector>
 
 #include "cpu/algorithms.h"
@@ -37,6 +38,7 @@ namespace {
 constexpr int64_t kMaxPhases = 65536;        // of backward_input: each costs a little set-up
 constexpr int64_t kPointerBytes = 64 << 10;  // pointer list of the tiles that one task works on
 constexpr int64_t kMaxTilesPerTask = 16;
+constexpr int64_t kFewChannels = 16;
 constexpr int64_t kPatchBytes = 64 << 10;  // of a tile's padded copy of what it reads
 
 const char* decline(const ConvShape& s) {
@@ -48,11 +50,48 @@ const char* decline(const ConvShape& s) {
   return nullptr;
 }
 
+// Whether some result reads padding along the axis.
+bool is_padded(const GatherAxis& axis) {
+  for (int64_t t = 0; t < axis.taps(); ++t)
+    if (axis.first_inside(t) > 0 || axis.last_inside(t) < axis.count) return true;
+  return false;
+}
+
+// Sums of one block: a tile is a few pixels of one line, and every term is an offset from the first value that they
+// read, so that nothing is set up for a tile. Tiles that read padding read a padded copy of their piece of each line.
+struct Patch {
+  int64_t low[3] = {0, 0, 0};
+  int64_t width = 0, size = 0;  // positions of a line of the copy, elements
+
+  Patch(const Gather& g, const GatherPhase& phase, int64_t rows) {
+    const GatherAxis* a = phase.axis;
+    if (phase.taps() == 0) return;
+    for (int d = 0; d < 3; ++d) low[d] = *std::min_element(a[d].offset.begin(), a[d].offset.end());
+    const double reach = static_cast<double>(*std::max_element(a[2].offset.begin(), a[2].offset.end())) - low[2];
+    if (reach + static_cast<double>(rows) * a[2].from_step > kPatchBytes) return;
+    width = static_cast<int64_t>(reach) + (rows - 1) * a[2].from_step + 1;
+    size = a[0].taps() * a[1].taps() * width * g.from_per_group;
+  }
+};
+
+// Whether a phase is worked on by terms, and not by pointers: where copies are rare, or pointers to a few channels each
+// would cost more than what they are for.
+bool takes_terms(const Gather& g, const GatherPhase& phase, int64_t rows, int64_t element_size) {
+  const Patch patch(g, phase, rows);
+  const GatherAxis* a = phase.axis;
+  const bool lines = a[2].count >= rows / 2 || a[0].count * a[1].count == 1;
+  bool padded = false;
+  for (int d = 0; d < 3; ++d) padded = padded || is_padded(a[d]);
+  const bool worth = !padded || g.from_per_group < kFewChannels || a[2].count >= 4 * rows;
+  return lines && worth && patch.size > 0 && patch.size <= kPatchBytes / element_size &&
+         phase.taps() * g.from_per_group <= kSumLength;
+}
+
 // What one call needs, in elements. Packed weights are those of the pass that is being worked on.
 struct Workspace {
   int64_t packed, zeros, patch;  // zeros: one pixel; patch: of a thread
 
-  Workspace(const ConvShape& s, Direction direction) {
+  Workspace(const ConvShape& s, const Gather& g, Direction direction) {
     const bool forward = direction == Direction::kForward;
     const int64_t from = forward ? s.in_per_group : s.out_per_group, to = forward ? s.out_per_group : s.in_per_group;
     const Microkernels& m = microkernels();
@@ -62,38 +101,103 @@ struct Workspace {
     const int64_t unit = s.taps() * from * panels.width;
     packed = std::min(s.groups * panels.count, std::max<int64_t>(1, kPackedBytes / dtype_size(s.dtype) / unit)) * unit;
     zeros = s.groups * from;
-    patch = s.taps() * from <= kSumLength ? kPatchBytes / dtype_size(s.dtype) : 0;
+    patch = 0;
+    const int64_t rows = s.dtype == Dtype::kFloat32 ? m.f32.rows : m.f64.rows;
+    for (const GatherPhase& phase : g.phases)
+      if (takes_terms(g, phase, rows, dtype_size(s.dtype))) patch = std::max(patch, Patch(g, phase, rows).size);
   }
   int64_t elements(int threads) const { return packed + std::max(zeros, threads * patch); }
 };
 
-// Walks the result pixels of a phase in the order n, d, h, w.
-struct PixelCursor {
-  const GatherPhase& phase;
+// A result pixel of a phase.
+struct Pixel {
   int64_t n, d, h, w;
-  PixelCursor(const GatherPhase& phase, int64_t pixel) : phase(phase) {
+};
+
+// The tiles of a phase. A tile is a run of pixels along one axis: the one that leaves out most products with padding,
+// since a tap is left out where it reads nothing else for a whole tile. Where no tap is, pixels run on from line to
+// line.
+struct Tiles {
+  enum Along { kAll, kBatch, kLine, kColumn } along = kAll;
+  int64_t count, of_run, run;  // tiles, tiles of a run, pixels of a run
+  int64_t rows, pixels, extent[4];
+
+  Tiles(const Gather& g, const GatherPhase& phase, int64_t rows, bool skip_zeros) : rows(rows) {
     const GatherAxis* a = phase.axis;
-    w = pixel % a[2].count, pixel /= a[2].count;
-    h = pixel % a[1].count, pixel /= a[1].count;
-    d = pixel % a[0].count, n = pixel / a[0].count;
+    extent[0] = g.batch;
+    double live[3];  // of all pairs of a position and a tap, those inside
+    for (int d = 0; d < 3; ++d) {
+      extent[d + 1] = a[d].count;
+      double inside = 0;
+      for (int64_t t = 0; t < a[d].taps(); ++t)
+        inside += static_cast<double>(std::max<int64_t>(0, a[d].last_inside(t) - a[d].first_inside(t)));
+      live[d] = inside / static_cast<double>(std::max<int64_t>(1, a[d].taps() * a[d].count));
+    }
+    pixels = g.batch * phase.pixels();
+    run = pixels;
+    // What a pixel costs for the products that are left: a tile of few rows costs no less than one of four.
+    const auto cost = [&](int64_t length, double products) {
+      const double tile = static_cast<double>(length) / static_cast<double>(ceil_div(length, rows));
+      return products * (std::max(tile, 4.0) + 0.7) / tile;
+    };
+    // Of all pairs of a tile along axis d and a tap, those of which some pixel is inside.
+    const auto live_tiles = [&](int d) {
+      const int64_t tiles = ceil_div(a[d].count, rows);
+      int64_t alive = 0;
+      for (int64_t t = 0; t < a[d].taps(); ++t)
+        for (int64_t i = 0; i < tiles; ++i)
+          alive += std::max(a[d].first_inside(t), a[d].count * i / tiles) <
+                   std::min(a[d].last_inside(t), a[d].count * (i + 1) / tiles);
+      return static_cast<double>(alive) / static_cast<double>(std::max<int64_t>(1, a[d].taps() * tiles));
+    };
+    double least = cost(std::max<int64_t>(1, pixels), 1);
+    const auto consider = [&](Along axis, int64_t length, double products) {
+      if (cost(length, products) >= least) return;
+      least = cost(length, products), along = axis, run = length;
+    };
+    if (skip_zeros && pixels > 0) {
+      consider(kLine, a[2].count, live[0] * live[1] * live_tiles(2));
+      consider(kColumn, a[1].count, live[0] * live[2] * live_tiles(1));
+      consider(kBatch, g.batch, live[0] * live[1] * live[2]);
+    }
+    of_run = ceil_div(run, rows);
+    count = run == 0 ? 0 : pixels / run * of_run;
   }
-  void next() {
-    const GatherAxis* a = phase.axis;
-    if (++w < a[2].count) return;
-    w = 0;
-    if (++h < a[1].count) return;
-    h = 0;
-    if (++d < a[0].count) return;
-    d = 0;
-    ++n;
+  // Of the tile, how many pixels precede it in its run.
+  int64_t begin(int64_t tile) const {
+    const int64_t i = tile % of_run;
+    return along == kAll ? i * rows : run * i / of_run;
+  }
+  int64_t size(int64_t tile) const {
+    const int64_t i = tile % of_run;
+    return along == kAll ? std::min(rows, run - i * rows) : run * (i + 1) / of_run - run * i / of_run;
+  }
+  Pixel first(int64_t tile) const {
+    int64_t at[4] = {0, 0, 0, 0}, rest = along == kAll ? begin(tile) : tile / of_run;
+    const int inner = along == kBatch ? 0 : along == kColumn ? 2 : 3;
+    for (int d = 3; d >= 0; --d)
+      if (along == kAll || d != inner) at[d] = rest % extent[d], rest /= extent[d];
+    if (along != kAll) at[inner] = begin(tile);
+    return {at[0], at[1], at[2], at[3]};
+  }
+  void next(Pixel& p) const {
+    if (along == kBatch) return void(++p.n);
+    if (along == kColumn) return void(++p.h);
+    if (++p.w < extent[3] || along == kLine) return;
+    p.w = 0;
+    if (++p.h < extent[2]) return;
+    p.h = 0;
+    if (++p.d < extent[1]) return;
+    p.d = 0;
+    ++p.n;
   }
 };
 
 // sources[t * stride] = where tap t of this pixel is read.
 template <typename T>
-void pixel_sources(const Gather& g, const PixelCursor& at, const T* from, const T* zeros, const T** sources,
-                   int64_t stride) {
-  const GatherAxis* a = at.phase.axis;
+void pixel_sources(const Gather& g, const GatherPhase& phase, const Pixel& at, const T* from, const T* zeros,
+                   const T** sources, int64_t stride) {
+  const GatherAxis* a = phase.axis;
   const T* image = from + at.n * g.from_stride.batch;
   for (int64_t td = 0; td < a[0].taps(); ++td) {
     const int64_t d = a[0].source(at.d, td);
@@ -109,8 +213,8 @@ void pixel_sources(const Gather& g, const PixelCursor& at, const T* from, const 
 }
 
 template <typename T>
-T* result_pixel(const Gather& g, const PixelCursor& at, T* to) {
-  const GatherAxis* a = at.phase.axis;
+T* result_pixel(const Gather& g, const GatherPhase& phase, const Pixel& at, T* to) {
+  const GatherAxis* a = phase.axis;
   return to + at.n * g.to_stride.batch + (a[0].to_start + at.d * a[0].to_step) * g.to_stride.axis[0] +
          (a[1].to_start + at.h * a[1].to_step) * g.to_stride.axis[1] +
          (a[2].to_start + at.w * a[2].to_step) * g.to_stride.axis[2];
@@ -136,6 +240,8 @@ void pack_unit(const Gather& g, const GatherPhase& phase, const Kernels<T>& kern
   const int64_t group = unit / panels.count, panel = unit % panels.count, columns = panels.size(panel);
   const int64_t in_channels = g.from_per_group, taps = phase.taps();
   const T* const source = weight + group * g.weight_group_stride + panels.begin(panel) * g.weight_to_stride;
+  for (int64_t r = 0; columns < panels.width && r < block.terms(); ++r)
+    std::fill(target + r * panels.width + columns, target + (r + 1) * panels.width, T(0));
   bool taps_last = true, channels_last = g.weight_from_stride == 1;  // how the terms of a result channel lie
   for (int64_t t = 0; t < taps; ++t) {
     const int64_t offset = g.weight_tap_offset(phase, t);
@@ -155,31 +261,6 @@ void pack_unit(const Gather& g, const GatherPhase& phase, const Kernels<T>& kern
     pack_matrix(kernels, source + g.weight_tap_offset(phase, block.tap + t) + block.channel * g.weight_from_stride,
                 g.weight_from_stride, g.weight_to_stride, block.channels, columns,
                 target + t * block.channels * panels.width, panels.width);
-}
-
-// Sums of one block: a tile is a few pixels of one line, and every term is an offset from the first value that they
-// read, so that nothing is set up for a tile. Tiles that read padding read a padded copy of their piece of each line.
-struct Patch {
-  int64_t low[3] = {0, 0, 0};
-  int64_t width = 0, size = 0;  // positions of a line of the copy, elements
-
-  Patch(const Gather& g, const GatherPhase& phase, int64_t rows) {
-    const GatherAxis* a = phase.axis;
-    if (phase.taps() == 0) return;
-    for (int d = 0; d < 3; ++d) low[d] = *std::min_element(a[d].offset.begin(), a[d].offset.end());
-    const double reach = static_cast<double>(*std::max_element(a[2].offset.begin(), a[2].offset.end())) - low[2];
-    if (reach + static_cast<double>(rows) * a[2].from_step > kPatchBytes) return;
-    width = static_cast<int64_t>(reach) + (rows - 1) * a[2].from_step + 1;
-    size = a[0].taps() * a[1].taps() * width * g.from_per_group;
-  }
-};
-
-// Whether a phase is worked on by terms, and not by pointers.
-bool takes_terms(const Gather& g, const GatherPhase& phase, int64_t rows, int64_t element_size) {
-  const Patch patch(g, phase, rows);
-  const bool lines = phase.axis[2].count >= rows / 2 || phase.axis[0].count * phase.axis[1].count == 1;
-  return lines && patch.size > 0 && patch.size <= kPatchBytes / element_size &&
-         phase.taps() * g.from_per_group <= kSumLength;
 }
 
 template <typename T>
@@ -219,14 +300,22 @@ void multiply_by_terms(const Gather& g, const GatherPhase& phase, const Kernels<
         }
         const T* const line = image + from_d * g.from_stride.axis[0] + from_h * g.from_stride.axis[1];
         const int64_t begin = patch.low[2] + w * a[2].from_step;
+        const int64_t extent = a[2].from_extent, pixel = g.from_stride.axis[2];
+        const auto copy = [&](int64_t at, int64_t i, int64_t count) {
+          kernels.copy_rows(line + at * pixel, pixel, pixel == channels ? 1 : count,
+                            pixel == channels ? count * channels : channels, target + i * channels, channels);
+        };
+        const int64_t first = std::clamp<int64_t>(-begin, 0, used);
+        const int64_t last = std::clamp<int64_t>(extent - begin, first, used);
+        if (first < last) copy(begin + first, first, last - first);
         for (int64_t i = 0; i < used; ++i) {
-          const int64_t at = padded_index(begin + i, a[2].from_extent, a[2].mode);
-          T* const pixel = target + i * channels;
+          if (i >= first && i < last) continue;
+          const int64_t at = padded_index(begin + i, extent, a[2].mode);
           // What no tap reads may lie beyond any padding mode's reach.
-          if (at < 0 || at >= a[2].from_extent)
-            for (int64_t c = 0; c < channels; ++c) pixel[c] = 0;
+          if (at < 0 || at >= extent)
+            for (int64_t c = 0; c < channels; ++c) target[i * channels + c] = 0;
           else
-            for (int64_t c = 0; c < channels; ++c) pixel[c] = line[at * g.from_stride.axis[2] + c];
+            copy(at, i, 1);
         }
       }
   };
@@ -292,10 +381,11 @@ void multiply_by_pointers(const Gather& g, const GatherPhase& phase, const Kerne
   const Blocks blocks = reduction_blocks(g.from_per_group, taps, /*taps_inside=*/false);
   const Panels panels(g.to_per_group, kernels.lanes, kernels.vectors);
   const int64_t unit_size = depth * panels.width;
-  const int64_t pixels = g.batch * phase.pixels(), tiles = ceil_div(pixels, kernels.rows);
+  const Tiles cut(g, phase, kernels.rows, skip_zeros);
+  const int64_t pixels = cut.pixels, tiles = cut.count;
   const int64_t fit = std::max<int64_t>(1, kPointerBytes / (std::max<int64_t>(taps, 1) * kernels.rows * sizeof(T*)));
   const int64_t per_task = std::clamp<int64_t>(tiles / (4 * threads), 1, std::min(fit, kMaxTilesPerTask));
-  const int64_t chunks = ceil_div(tiles, per_task);
+  const int64_t chunks = round_up(ceil_div(tiles, per_task), threads);
 
   const int64_t splits = std::clamp<int64_t>(ceil_div(2 * threads, chunks), 1, last - first);
   const double macs = static_cast<double>(pixels) * depth * (last - first) * panels.width / (chunks * splits);
@@ -307,19 +397,19 @@ void multiply_by_pointers(const Gather& g, const GatherPhase& phase, const Kerne
     int64_t prepared = -1;
     for (int64_t i = begin; i < end; ++i) {
       const int64_t chunk = i / splits, split = i % splits;
-      const int64_t tile0 = chunk * per_task, tile1 = std::min(tiles, tile0 + per_task);
-      const auto rows_of = [&](int64_t tile) { return std::min<int64_t>(kernels.rows, pixels - tile * kernels.rows); };
+      const int64_t tile0 = tiles * chunk / chunks, tile1 = tiles * (chunk + 1) / chunks;
       if (prepared != chunk) {
-        PixelCursor at(phase, tile0 * kernels.rows);
-        for (int64_t tile = tile0; tile < tile1; ++tile)
-          for (int64_t r = 0, rows = rows_of(tile); r < rows; ++r, at.next()) {
+        for (int64_t tile = tile0; tile < tile1; ++tile) {
+          Pixel at = cut.first(tile);
+          for (int64_t r = 0, rows = cut.size(tile); r < rows; ++r, cut.next(at)) {
             const int64_t slot = (tile - tile0) * kernels.rows;
-            pixel_sources(g, at, from, zeros, sources.data() + slot * taps + r, rows);
-            results[slot + r] = result_pixel(g, at, to);
+            pixel_sources(g, phase, at, from, zeros, sources.data() + slot * taps + r, rows);
+            results[slot + r] = result_pixel(g, phase, at, to);
           }
+        }
         if (skip_zeros)
           for (int64_t tile = tile0; tile < tile1; ++tile)
-            keep_live_taps(zeros, taps, rows_of(tile), sources.data() + (tile - tile0) * kernels.rows * taps,
+            keep_live_taps(zeros, taps, cut.size(tile), sources.data() + (tile - tile0) * kernels.rows * taps,
                            live[tile - tile0]);
         prepared = chunk;
       }
@@ -330,7 +420,7 @@ void multiply_by_pointers(const Gather& g, const GatherPhase& phase, const Kerne
           const int64_t group = unit / panels.count, panel = unit % panels.count;
           const int64_t column = group * g.to_per_group + panels.begin(panel);
           for (int64_t tile = tile0; tile < tile1; ++tile) {
-            const int64_t rows = rows_of(tile), slot = (tile - tile0) * kernels.rows;
+            const int64_t rows = cut.size(tile), slot = (tile - tile0) * kernels.rows;
             T* c[kMaxRows];
             for (int64_t r = 0; r < rows; ++r) c[r] = results[slot + r] + column;
             int64_t first_tap = block.tap, tap_count = block.taps;
@@ -368,6 +458,7 @@ void run_phase(const Gather& g, const GatherPhase& phase, const Kernels<T>& kern
   const int64_t depth = phase.taps() * g.from_per_group;
   const Blocks blocks = reduction_blocks(g.from_per_group, phase.taps(), /*taps_inside=*/false);
   const Panels panels(g.to_per_group, kernels.lanes, kernels.vectors);
+  const bool padded = is_padded(phase.axis[0]) || is_padded(phase.axis[1]) || is_padded(phase.axis[2]);
   T* const packed = workspace;
   T* const scratch = packed + sizes.packed;
   const bool terms = !skip_zeros && takes_terms(g, phase, kernels.rows, sizeof(T));
@@ -377,18 +468,22 @@ void run_phase(const Gather& g, const GatherPhase& phase, const Kernels<T>& kern
   const int64_t units_per_pass = std::clamp<int64_t>(sizes.packed / std::max<int64_t>(unit_size, 1), 1, units);
   for (int64_t first = 0; first < units; first += units_per_pass) {
     const int64_t last = std::min(units, first + units_per_pass), block_count = static_cast<int64_t>(blocks.size());
+    std::atomic<bool> finite = true;
+    const bool look = !terms && !skip_zeros && padded && phase.axis[0].mode == PaddingMode::kZeros;
     parallel_tasks((last - first) * block_count, 2.0 * unit_size / block_count, [&](int64_t begin, int64_t end) {
       for (int64_t i = begin; i < end; ++i) {
         const Block& block = blocks[i % block_count];
         const int64_t unit = i / block_count;
-        pack_unit(g, phase, kernels, panels, weight, first + unit, block,
-                  packed + unit * unit_size + block.start * panels.width);
+        T* const target = packed + unit * unit_size + block.start * panels.width;
+        pack_unit(g, phase, kernels, panels, weight, first + unit, block, target);
+        if (look && !kernels.all_finite(target, block.terms() * panels.width)) finite = false;
       }
     });
     if (terms)
       multiply_by_terms(g, phase, kernels, from, bias, to, packed, scratch, first, last, threads);
     else
-      multiply_by_pointers(g, phase, kernels, from, bias, to, packed, scratch, first, last, threads, skip_zeros);
+      multiply_by_pointers(g, phase, kernels, from, bias, to, packed, scratch, first, last, threads,
+                           skip_zeros || (look && finite));
   }
 }
 
@@ -396,7 +491,7 @@ template <typename T>
 void run(const ConvShape& s, Direction direction, const void* from, const void* weight, const void* bias, void* to,
          void* workspace, int threads) {
   Gather g = make_gather(s, direction);
-  const Workspace sizes(s, direction);
+  const Workspace sizes(s, g, direction);
   const bool skip_zeros = works_on_padding(s) && all_finite(s, static_cast<const T*>(weight));
   if (skip_zeros) drop_idle_taps(g);
   const Kernels<T>& kernels = kernels_of<T>(microkernels());
@@ -424,11 +519,12 @@ const char* implicit_gemm_backward_input_decline(const ConvShape& s) {
 }
 
 int64_t implicit_gemm_forward_workspace(const ConvShape& s, int threads) {
-  return Workspace(s, Direction::kForward).elements(threads) * dtype_size(s.dtype);
+  return Workspace(s, make_gather(s, Direction::kForward), Direction::kForward).elements(threads) * dtype_size(s.dtype);
 }
 
 int64_t implicit_gemm_backward_input_workspace(const ConvShape& s, int threads) {
-  return Workspace(s, Direction::kBackwardInput).elements(threads) * dtype_size(s.dtype);
+  return Workspace(s, make_gather(s, Direction::kBackwardInput), Direction::kBackwardInput).elements(threads) *
+         dtype_size(s.dtype);
 }
 
 void implicit_gemm_forward(const ConvShape& s, const ConvPointers& p, void* workspace, int threads) {

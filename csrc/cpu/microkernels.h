@@ -138,6 +138,7 @@ struct Kernels {
   void (*copy_rows)(const T* from, int64_t from_step, int64_t count, int64_t length, T* to, int64_t to_step);
   void (*add_row)(T* sums, const T* row, int64_t length);  // sums[i] += row[i]
   T (*sum_row)(const T* row, int64_t length);
+  bool (*all_finite)(const T* row, int64_t length);
   // panel row r holds channel r / taps and tap r % taps: segments[first[tap], first[tap + 1]) of that channel's plane.
   void (*pack)(int64_t channels, int64_t taps, const T* plane, int64_t plane_stride, const Segment* segments,
                const int32_t* first, T* panel, int64_t width);
