@@ -108,7 +108,7 @@ struct Plan {
     };
     block[2] = ceil_div(a[2].count, ceil_div(a[2].count, kMostColumns));
     block[1] = std::min(a[1].count, ceil_div(kLeastColumns, block[2]));
-    while (block[1] > 1 && !fits(block[1], block[2])) block[1] /= 2;
+    while (block[1] > 1 && !fits(block[1], block[2])) --block[1];
     while (block[2] > 1 && !fits(block[1], block[2])) block[2] /= 2;
     const auto values = [&] { return axis[0].values(1) * axis[1].values(block[1]) * axis[2].values(block[2]); };
     const int64_t fit = std::max<int64_t>(1, budget / std::max<int64_t>(1, values()));
@@ -202,7 +202,16 @@ void strip_runs(const Plan& plan, const int64_t (&start)[3], std::vector<Segment
             const int64_t first = base >= 0 ? 0 : std::min(left[2], (-base - 1) / step + 1);
             const int64_t last = base >= extent ? first : std::clamp((extent - 1 - base) / step + 1, first, left[2]);
             if (a[2]->mode == PaddingMode::kZeros) {
-              add(line + base, target, left[2], first, last);
+              // Lines that follow each other here and there are copied at once; what is padding is zeroed after.
+              int64_t lines = 1;
+              if (step == 1 && length[2] == extent && left[2] == extent && first < last)
+                while (hi + lines < left[1] && source(1, hp, hi + lines) == from_h + lines) ++lines;
+              add(line + base, target, (lines - 1) * extent + left[2], first, (lines - 1) * extent + last);
+              for (int64_t l = 0; l + 1 < lines; ++l) {
+                if (last < extent) add(0, target + l * extent + last, extent - last, 0, 0);
+                if (first > 0) add(0, target + (l + 1) * extent, first, 0, 0);
+              }
+              hi += lines - 1;
               continue;
             }
             if (first < last) add(line + base + first * step, target + first, last - first, 0, last - first);
