@@ -37,7 +37,7 @@ BUILD := $(BUILD_STAMP) $(STAMPS)/editable
 SOURCES := setup.py $(wildcard csrc/*.* csrc/*/*.*)
 EXTENSION := $(wildcard myconv/_C.*.so)
 CXX_FILES := $(wildcard $(addprefix csrc/,*.h *.cpp */*.h */*.cpp */*.inc */*.cu */*.cuh) examples/cpp/*.cpp)
-CXX_FILES += $(wildcard tests/emulator/*)
+CXX_FILES += $(wildcard tests/emulator/* benchmarks/*.cpp)
 CMAKE := $(or $(shell command -v cmake 2>/dev/null),$(VENV)/bin/cmake)
 
 .DEFAULT_GOAL := test

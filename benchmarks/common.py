@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import datetime
 import importlib.util
 import json
@@ -26,6 +27,38 @@ ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 INSTRUCTION_SETS = re.compile(r"avx|amx|fma$|f16c$|asimd|sve|bf16|i8mm")  # of the flags in /proc/cpuinfo
 ERROR_FLOOR = {torch.float64: 1e-13, torch.float32: 2e-6, torch.bfloat16: 6e-3, torch.float16: 1e-3}
+
+
+# --- the command line -------------------------------------------------------------------------------------------------
+
+
+def make_parser(description: str, budget: float, per: str = "a measurement") -> argparse.ArgumentParser:
+    """With the options that every benchmark has."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--budget", type=float, default=budget, help=f"seconds for {per} (default: {budget:g})")
+    parser.add_argument("--record", action="store_true", help="write a record to benchmarks/results/")
+    parser.add_argument("--json", metavar="OUT", help="write the record to this file instead")
+    parser.add_argument("--plain", action="store_true", help="plain text: no rich, no progress bar")
+    return parser
+
+
+def stop(message: str) -> NoReturn:
+    """Exit status 2: 1 is for wrong results."""
+    print(message, file=sys.stderr)
+    raise SystemExit(2)
+
+
+def require(*packages: str, otherwise: str = "") -> None:
+    missing = [name for name in packages if importlib.util.find_spec(name) is None]
+    if missing:
+        stop(f"{missing[0]} is not installed: run pip install '.[bench]'{otherwise}")
+
+
+def start(arguments: argparse.Namespace, threads: int | None) -> None:
+    if not arguments.plain:
+        require("rich", otherwise=", or pass --plain")
+    if threads:
+        torch.set_num_threads(threads)
 
 
 # --- measuring --------------------------------------------------------------------------------------------------------
@@ -99,17 +132,6 @@ def geomean(ratios: Sequence[float]) -> float:
 
 
 # --- printing ---------------------------------------------------------------------------------------------------------
-
-
-def stop(message: str) -> NoReturn:
-    """Exit status 2: 1 is for wrong results."""
-    print(message, file=sys.stderr)
-    raise SystemExit(2)
-
-
-def require_rich() -> None:
-    if importlib.util.find_spec("rich") is None:
-        stop("rich is not installed: run pip install '.[bench]', or pass --plain")
 
 
 def progress(items: Sequence, plain: bool) -> Iterator:
@@ -251,3 +273,11 @@ def write_record(path: Path | None, record: dict, rows: Sequence[dict]) -> None:
     if path is not None:
         save_record(path, record, rows)
         print(f"wrote {path}")
+
+
+def exit_status(rows: Sequence[dict]) -> int:
+    """1 if a row is wrong or failed, and says so."""
+    failed = [row["failed"] for row in rows if row["failed"]]
+    if failed:
+        print(f"{len(failed)} of {len(rows)} rows are wrong or failed, the first: {failed[0]}", file=sys.stderr)
+    return 1 if failed else 0

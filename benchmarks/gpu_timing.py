@@ -17,10 +17,11 @@ from itertools import zip_longest
 from pathlib import Path
 
 import torch
+from ceilings import roof_seconds
 from common import check, geomean, interleave, print_table, relative_error
 from gpu_checks import Bench, Clock, spin, synchronize
 from run import DIRECTIONS as PASSES
-from run import LAYOUTS, as_case, chosen_algorithms, make_call
+from run import LAYOUTS, as_case, bytes_moved, chosen_algorithms, make_call
 from torch import Tensor
 
 import myconv
@@ -218,9 +219,7 @@ def measure(bench: Bench, timer: CudaTimer | CpuTimer, job: tuple, peak: dict[st
     case = with_training_batch(case, bench.batch, bench.device)
     tensors = random_tensors(case, dtype, LAYOUTS[layout], bench.device)
     flops = layer["flops"] * case.input[0] // layer["input"][0] * len(PASSES[what])
-    moved = sum(t.nbytes for t in tensors if t is not None)  # x, w, b and y, or gy
-    if what != "forward":
-        moved += sum(t.nbytes for t in tensors[:3] if t is not None)  # their gradients
+    moved = bytes_moved(tensors, what)
     functions = [getattr(library, case.op) for library in (myconv.functional, torch.nn.functional)]
     with torch.set_grad_enabled(what != "forward"):
         error, torch_error, failed = errors(case, tensors, what, dtype)
@@ -235,7 +234,7 @@ def measure(bench: Bench, timer: CudaTimer | CpuTimer, job: tuple, peak: dict[st
             (torch_s,) = timer.interleave([theirs], ROW_BUDGET)
         else:
             ours_s, torch_s = timer.interleave([ours, theirs], ROW_BUDGET)
-    floor = max(flops / peak[precision], moved / peak["bytes"]) if peak else 0.0
+    floor = roof_seconds(flops, moved, {"flops": peak[precision], "bytes": peak["bytes"]}) if peak else 0.0
     return {
         "batch": case.input[0],
         "flops": flops,

@@ -14,7 +14,7 @@ from collections.abc import Callable
 from functools import partial
 
 import torch
-from common import check, describe, interleave, output_path, print_table, progress, require_rich, write_record
+from common import check, describe, interleave, make_parser, output_path, print_table, progress, start, write_record
 from torch import Tensor, nn
 
 import myconv
@@ -23,12 +23,8 @@ MODES = ("no_grad", "forward", "forward+backward")
 
 
 def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--budget", type=float, default=5.0, help="seconds for a mode (default: 5)")
+    parser = make_parser(__doc__, 5.0, "a mode")
     parser.add_argument("--check", type=float, metavar="MAX", help="fail if a ratio ours / torch is above MAX")
-    parser.add_argument("--record", action="store_true", help="write a record to benchmarks/results/")
-    parser.add_argument("--json", metavar="OUT", help="write the record to this file instead")
-    parser.add_argument("--plain", action="store_true", help="plain text: no rich, no progress bar")
     return parser.parse_args()
 
 
@@ -63,9 +59,7 @@ def measure(mode: str, budget: float) -> dict:
 
 def main() -> int:
     arguments = parse_arguments()
-    if not arguments.plain:
-        require_rich()
-    torch.set_num_threads(1)
+    start(arguments, threads=1)
     record = describe("overhead") | {"budget_s": arguments.budget}
     path = output_path(record, "overhead", arguments.json, arguments.record)
     rows = [measure(mode, arguments.budget) for mode in progress(MODES, arguments.plain)]

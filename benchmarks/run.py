@@ -2,9 +2,11 @@
 
     python benchmarks/run.py --quick
     python benchmarks/run.py --pass backward_weight --layout nhwc --batch 8 --only depthwise resnet50
+    python benchmarks/run.py --quick --padding-mode reflect
 
 A ratio is torch's time divided by ours: above 1, myconv is faster. Each result is first compared with float64; the
-exit status is 1 if one is wrong. README.md in this folder describes the method and the records.
+exit status is 1 if one is wrong. A share is of the roofline, whose two ceilings are measured first. README.md in this
+folder describes the method and the records.
 """
 
 from __future__ import annotations
@@ -16,19 +18,25 @@ import math
 import sys
 from collections import defaultdict
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
+from ceilings import describe_ceilings, highest, roof_seconds
+from ceilings import measure as measure_ceilings
 from common import (
     check,
     describe,
+    exit_status,
     geomean,
     interleave,
+    make_parser,
     output_path,
     print_table,
     progress,
-    require_rich,
+    start,
     stop,
     write_record,
 )
@@ -46,17 +54,25 @@ DIRECTIONS = {  # of a pass
     "backward_weight": ("backward_weight",),
 }
 FUNCTIONS = {f"Conv{t}{rank}d": f"conv{t and '_transpose'}{rank}d" for t in ("", "Transpose") for rank in (1, 2, 3)}
+# How far a padding mode reaches, for a size of the input. Zeros and replicate have no limit.
+LIMITS = {"reflect": lambda size: size - 1, "circular": lambda size: size, "replicate": lambda size: math.inf}
+SIDES = {  # what the time of ours is compared with
+    "torch": "torch {torch}",
+    "zeros": "itself, padding with zeros",
+    "float32": "itself in float32",
+    "normal": "itself without denormals",
+}
 FIELDS = ("out_channels", "kernel_size", "stride", "padding", "dilation", "groups", "bias", "output_padding")
 
 
 def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = make_parser(__doc__, 0.15)
     extent = parser.add_mutually_exclusive_group()
     extent.add_argument("--quick", action="store_true", help="only the layers marked quick")
     extent.add_argument("--full", action="store_true", help="all layers (the default)")
     parser.add_argument(
-        "--pass", dest="passes", nargs="+", choices=DIRECTIONS, default=["forward", "backward"], metavar="PASS",
-        help="forward, backward, backward_input, backward_weight (default: forward backward)",
+        "--pass", dest="passes", nargs="+", choices=DIRECTIONS, metavar="PASS",
+        help="forward, backward, backward_input, backward_weight (default: forward backward; padding modes: forward)",
     )  # fmt: skip
     parser.add_argument("--layout", nargs="+", choices=LAYOUTS, default=list(LAYOUTS), help="default: both")
     parser.add_argument("--dtype", choices=["float32", "float64", "bfloat16", "float16"], default="float32")
@@ -65,13 +81,23 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--only", nargs="+", default=[], help="categories, models or parts of a layer's id")
     parser.add_argument("--op", nargs="+", choices=[*FUNCTIONS, "all"], default=["Conv2d"], metavar="OP",
                         help="Conv1d .. ConvTranspose3d, or all (default: Conv2d)")  # fmt: skip
-    parser.add_argument("--budget", type=float, default=0.15, help="seconds for a measurement (default: 0.15)")
     parser.add_argument("--isa", choices=["portable", "avx2", "avx512"], help="cap myconv's (not torch's) kernels")
     parser.add_argument("--worst", type=int, default=15, help="how many of the worst rows to print (default: 15)")
-    parser.add_argument("--record", action="store_true", help="write a record to benchmarks/results/")
-    parser.add_argument("--json", metavar="OUT", help="write the record to this file instead")
-    parser.add_argument("--plain", action="store_true", help="plain text: no rich, no progress bar")
-    return parser.parse_args()
+    other = parser.add_mutually_exclusive_group()
+    other.add_argument("--padding-mode", choices=LIMITS, help="padded layers in this mode, against F.pad and torch's "
+                       "convolution, and against our own zeros mode")  # fmt: skip
+    other.add_argument("--against", choices=["torch", "float32"], default="torch", help="float32: our own")
+    other.add_argument("--denormals", action="store_true", help="inputs half of denormals, against normal ones")
+    arguments = parser.parse_args()
+    if arguments.passes is None:
+        arguments.passes = ["forward"] if arguments.padding_mode else ["forward", "backward"]
+    return arguments
+
+
+def sides_of(arguments: argparse.Namespace) -> tuple[str, ...]:
+    if arguments.padding_mode:
+        return "torch", "zeros"
+    return ("normal",) if arguments.denormals else (arguments.against,)
 
 
 def load_layers(arguments: argparse.Namespace) -> list[dict]:
@@ -101,11 +127,21 @@ def as_case(layer: dict) -> Case:
     return Case(layer["id"], FUNCTIONS[layer["op"]], tuple(layer["input"]), **fields)
 
 
+def has_mode(case: Case, mode: str) -> bool:
+    """Whether the mode does something else than zeros, and torch can do it."""
+    limits = zip(case.input[2:], case.pads)
+    return not case.transposed and any(map(any, case.pads)) and all(max(p) <= LIMITS[mode](n) for n, p in limits)
+
+
 def make_jobs(arguments: argparse.Namespace) -> list[tuple]:
     """(layer, case, layout, pass) of every row. A layer that comes with a batch keeps it."""
     jobs = []
     for layer in load_layers(arguments):
-        case = as_case(layer)
+        case, mode = as_case(layer), arguments.padding_mode
+        if mode:
+            if not has_mode(case, mode):
+                continue
+            case = replace(case, padding_mode=mode)
         for batch in arguments.batch if case.input[0] == 1 else case.input[:1]:
             for layout in arguments.layout:
                 if layout == "nchw" or len(case.input) in CHANNELS_LAST:
@@ -127,6 +163,39 @@ def make_call(case: Case, function: Callable, tensors: Tensors, what: str) -> Ca
     return partial(torch.autograd.grad, call(), wanted, gy, retain_graph=True)
 
 
+def our_function(case: Case) -> Callable:
+    function = getattr(myconv.functional, case.op)
+    return function if case.padding_mode == "zeros" else partial(function, padding_mode=case.padding_mode)
+
+
+def torch_function(case: Case) -> Callable:
+    """A padding mode is a call of its own for torch."""
+    function = getattr(F, case.op)
+    if case.padding_mode == "zeros":
+        return function
+    pads = [amount for pair in reversed(case.pads) for amount in pair]
+    return lambda x, w, b, stride, padding, *rest: function(F.pad(x, pads, case.padding_mode), w, b, stride, 0, *rest)
+
+
+def converted(tensors: Tensors, dtype: torch.dtype) -> Tensors:
+    return Tensors(*(None if t is None else t.detach().to(dtype, copy=True) for t in tensors))
+
+
+def with_denormals(tensors: Tensors) -> Tensors:
+    """Every other value of the activations and their gradients, at random, too small for a normal number."""
+    x, w, b, gy = converted(tensors, tensors.x.dtype)
+    generator = torch.Generator().manual_seed(0)
+    for t in (x, gy):
+        t[torch.rand(t.shape, generator=generator) < 0.5] *= torch.finfo(t.dtype).tiny / 8
+    return Tensors(x, w, b, gy)
+
+
+def bytes_moved(tensors: Tensors, what: str) -> int:
+    """Of the operands and the results, each once: the least that must move."""
+    x, w, b, gy = (0 if t is None else t.nbytes for t in tensors)
+    return x + w + gy + {"forward": b, "backward": x + w + b}.get(what, 0)  # any one direction moves x, w and y once
+
+
 def chosen_algorithms(case: Case, what: str, tensors: Tensors) -> dict[str, str]:
     """The row that runs, for each operator of the pass."""
     call = myconv.explain(getattr(myconv.functional, case.op), *tensors[:3], **case.arguments).calls[0]
@@ -134,27 +203,37 @@ def chosen_algorithms(case: Case, what: str, tensors: Tensors) -> dict[str, str]
     return {direction.operator.removeprefix("conv_"): direction.algorithm for direction in found}
 
 
-def measure(case: Case, layout: str, what: str, dtype: torch.dtype, budget: float) -> dict:
-    tensors = make_tensors(case, dtype, LAYOUTS[layout])
-    doubles = Tensors(*(None if t is None else t.to(torch.float64, copy=True) for t in tensors))
-    torch_function = getattr(torch.nn.functional, case.op)
+def measure(case: Case, layout: str, what: str, arguments: argparse.Namespace) -> dict:
+    dtype, sides = getattr(torch, arguments.dtype), sides_of(arguments)
+    normal = make_tensors(case, dtype, LAYOUTS[layout])
+    tensors = with_denormals(normal) if arguments.denormals else normal
+    doubles = converted(tensors, torch.float64)
+    ours, theirs = our_function(case), torch_function(case)
+    timed = {
+        "ours": (ours, tensors),
+        "torch": (theirs, tensors),
+        "zeros": (getattr(myconv.functional, case.op), tensors),
+        "float32": (ours, normal if dtype == torch.float32 else converted(normal, torch.float32)),
+        "normal": (ours, normal),
+    }
     with torch.set_grad_enabled(what != "forward"):
-        ours = make_call(case, getattr(myconv.functional, case.op), tensors, what)
-        theirs = make_call(case, torch_function, tensors, what)
-        error, failed = check(ours(), theirs(), make_call(case, torch_function, doubles, what)(), dtype)
-        del doubles
-        ours_s, torch_s = interleave([ours, theirs], budget)
-    return {
-        "ours_ms": ours_s * 1e3,
-        "torch_ms": torch_s * 1e3,
-        "ratio": 0.0 if failed else torch_s / ours_s,
+        calls = {name: make_call(case, *timed[name], what) for name in ("ours", *sides)}
+        others = calls.get("torch") or make_call(case, theirs, tensors, what)
+        error, failed = check(calls["ours"](), others(), make_call(case, theirs, doubles, what)(), dtype)
+        del doubles, others
+        seconds = dict(zip(calls, interleave(list(calls.values()), arguments.budget)))
+    row = {f"{name}_ms": value * 1e3 for name, value in seconds.items()}
+    return row | {
+        "ratio": 0.0 if failed else seconds[sides[0]] / seconds["ours"],
+        "bytes": bytes_moved(tensors, what),
         "error": error if math.isfinite(error) else None,
         "algorithms": chosen_algorithms(case, what, tensors),
         "failed": failed,
     }
 
 
-def run_job(layer: dict, case: Case, layout: str, what: str, dtype: torch.dtype, budget: float) -> dict:
+def run_job(job: tuple, arguments: argparse.Namespace) -> dict:
+    layer, case, layout, what = job
     row = {
         "id": layer["id"],
         "category": layer["category"],
@@ -162,64 +241,96 @@ def run_job(layer: dict, case: Case, layout: str, what: str, dtype: torch.dtype,
         "layout": layout,
         "pass": what,
         "flops": layer["flops"] * case.input[0] // layer["input"][0] * len(DIRECTIONS[what]),
-        **dict(ours_ms=None, torch_ms=None, ratio=0.0, error=None, algorithms={}, failed=None),
     }
     try:
-        return row | measure(case, layout, what, dtype, budget)
+        return row | measure(case, layout, what, arguments)
     except Exception as exception:  # one row must not end the run; it counts as a failure
-        return row | {"failed": f"{type(exception).__name__}: {exception}".splitlines()[0][:200]}
+        failed = f"{type(exception).__name__}: {exception}".splitlines()[0][:200]
+        return row | {"ratio": 0.0, "error": None, "algorithms": {}, "failed": failed}
 
 
-def report(rows: list[dict], title: str, worst: int, plain: bool) -> None:
+def add_shares(rows: list[dict], ceilings: dict) -> None:
+    """The part of its time that ours, and torch's, would take at the roofline."""
+    for row in rows:
+        for name in ("ours", "torch"):
+            if f"{name}_ms" in row and not row["failed"]:
+                row[f"{name}_share"] = roof_seconds(row["flops"], row["bytes"], ceilings) / row[f"{name}_ms"] * 1e3
+
+
+def ratio(row: dict, side: str) -> float:
+    return 0.0 if row["failed"] else row[f"{side}_ms"] / row["ours_ms"]
+
+
+def report(rows: list[dict], side: str, title: str, plain: bool) -> None:
+    """A line for each pass, layout and category."""
     groups = defaultdict(list)
     for row in rows:
         for category in (row["category"], "all"):
-            groups[row["pass"], row["layout"], category].append(row["ratio"])
+            groups[row["pass"], row["layout"], category].append(row)
     order = sorted(groups, key=lambda names: (*names[:2], names[2] == "all", names[2]))
-    groups = {names: groups[names] for names in order} | {("all", "", ""): [row["ratio"] for row in rows]}
+    groups = {names: groups[names] for names in order} | {("all", "", ""): rows}
 
-    def summary(ratios: list[float]) -> list[str]:
+    def summary(group: list[dict]) -> list[str]:
+        ratios = [ratio(row, side) for row in group]
+        shares = [[row[name] for row in group if name in row] for name in ("ours_share", "torch_share")]
+        above = sum(share > 1 for share in shares[0])
         below = [sum(ratio < limit for ratio in ratios) for limit in (1, 0.95)]
-        return [f"{len(ratios)}", f"{geomean(ratios):.2f}", f"{min(ratios):.2f}", *map(str, below)]
+        means = [f"{geomean(values):.2f}" if values else "" for values in shares]
+        return [f"{len(ratios)}", f"{geomean(ratios):.2f}", f"{min(ratios):.2f}", *map(str, below), *means, f"{above}"]
 
     columns = ["pass ", "layout ", "category ", "rows", "geomean", "min", "below 1", "below 0.95"]
-    print_table(title, columns, [[*names, *summary(ratios)] for names, ratios in groups.items()], plain)
+    columns += ["share", "torch's", "above roof"]
+    print_table(title, columns, [[*names, *summary(group)] for names, group in groups.items()], plain)
 
+
+def report_worst(rows: list[dict], sides: tuple[str, ...], worst: int, plain: bool) -> None:
     def cells(row: dict) -> list[str]:
-        times = ["" if row[key] is None else f"{row[key]:.3f}" for key in ("ours_ms", "torch_ms")]
-        error = "" if row["error"] is None else f"{row['error']:.1e}"
-        outcome = row["failed"] or " + ".join(dict.fromkeys(row["algorithms"].values()))
-        return [f"{row['ratio']:.2f}", *times, error, row["pass"], row["layout"], str(row["batch"]), row["id"], outcome]
+        def number(name: str, form: str) -> str:
+            return "" if row.get(name) is None else format(row[name], form)
 
-    columns = ["ratio", "ours ms", "torch ms", "error", "pass ", "layout ", "batch", "layer ", "algorithm "]
+        times = [number(f"{name}_ms", ".3f") for name in ("ours", *sides)]
+        measured = [*times, number("ours_share", ".2f"), number("error", ".1e")]
+        outcome = row["failed"] or " + ".join(dict.fromkeys(row["algorithms"].values()))
+        return [f"{row['ratio']:.2f}", *measured, row["pass"], row["layout"], str(row["batch"]), row["id"], outcome]
+
+    times = [f"{name} ms" for name in ("ours", *sides)]
+    columns = ["ratio", *times, "share", "error", "pass ", "layout ", "batch", "layer ", "algorithm "]
     shown = sorted(rows, key=lambda row: row["ratio"])[:worst]
     print_table(f"the worst {len(shown)} of {len(rows)} rows", columns, map(cells, shown), plain)
 
 
 def main() -> int:
     arguments = parse_arguments()
-    if not arguments.plain:
-        require_rich()
-    if arguments.threads:
-        torch.set_num_threads(arguments.threads)
+    start(arguments, arguments.threads)
     jobs = make_jobs(arguments)
     if not jobs:
         stop("no layer matches these options")
-    dtype = getattr(torch, arguments.dtype)
+    sides = sides_of(arguments)
+    kind = arguments.padding_mode or ("denormals" if arguments.denormals else "")
+    kind = kind or ("" if arguments.against == "torch" else f"against-{arguments.against}")
     with myconv.flags.isa(arguments.isa) if arguments.isa else contextlib.nullcontext():
-        record = describe("run") | {"dtype": arguments.dtype, "budget_s": arguments.budget}
-        path = output_path(record, arguments.dtype, arguments.json, arguments.record)
-        rows = [run_job(*job, dtype, arguments.budget) for job in progress(jobs, arguments.plain)]
-    title = (
-        f"myconv {record['myconv']} ({record['isa']}) against torch {record['torch']}: {arguments.dtype}, "
-        f"{record['threads']} threads, {record['machine']['cpu']}; ratio = torch's time / ours"
-    )
-    report(rows, title, arguments.worst, arguments.plain)
+        record = describe("run") | {"dtype": arguments.dtype, "budget_s": arguments.budget, "against": sides}
+        path = output_path(record, "-".join(filter(None, (arguments.dtype, kind))), arguments.json, arguments.record)
+        before = measure_ceilings(arguments.dtype)
+        rows = [run_job(job, arguments) for job in progress(jobs, arguments.plain)]
+        measured = before and [before, measure_ceilings(arguments.dtype)]
+    if measured:
+        record |= {"ceilings": highest(measured), "ceilings_measured": measured}
+        add_shares(rows, record["ceilings"])
+    ours = f"myconv {record['myconv']} ({record['isa']}{kind and ', ' + kind})"
+    where = f"{arguments.dtype}, {record['threads']} threads, {record['machine']['cpu']}"
+    for side in sides:
+        report(
+            rows,
+            side,
+            f"{ours} against {SIDES[side].format(**record)}: {where}; ratio = {side} / ours",
+            arguments.plain,
+        )
+    if measured:
+        print(f"\nshares are of the roofline: {describe_ceilings(record['ceilings'])}")
+    report_worst(rows, sides, arguments.worst, arguments.plain)
     write_record(path, record, rows)
-    failed = sum(row["failed"] is not None for row in rows)
-    if failed:
-        print(f"{failed} of {len(rows)} rows are wrong or failed", file=sys.stderr)
-    return 1 if failed else 0
+    return exit_status(rows)
 
 
 if __name__ == "__main__":

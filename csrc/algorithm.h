@@ -1,6 +1,7 @@
-// One row of a selection table. The first row that does not decline a problem runs it; the last row accepts everything.
+// One row of a selection table. The first row that neither declines a problem nor yields runs it; the last row accepts
+// everything.
 //
-// decline() of forward and backward_input rows may look at anything in the shape except batch, and at nothing else:
+// decline() and yield() of forward and backward_input rows may look at anything in the shape except batch, and at nothing else:
 // not at the thread count, not at pointers. That is what makes results the same bits at any batch size and thread
 // count.
 #pragma once
@@ -32,6 +33,7 @@ struct Algorithm {
   int64_t (*workspace)(const ConvShape&, int threads);  // bytes
   void (*run)(const ConvShape&, const ConvPointers&, void* workspace, int threads);
   Packing packing = {};
+  const char* (*yield)(const ConvShape&) = nullptr;  // why a later row is better at it; not asked where a row is forced
 };
 
 struct AlgorithmTable {
@@ -45,6 +47,8 @@ const Algorithm& first_match(const AlgorithmTable& table, Direction direction, c
 
 // Every row of the table and why it does not take `shape` ("": it does).
 std::vector<std::pair<std::string, std::string>> reasons(const AlgorithmTable& table, const ConvShape& shape);
+// Every row of the table and why it cannot, even if forced ("": it can).
+std::vector<std::pair<std::string, std::string>> declines(const AlgorithmTable& table, const ConvShape& shape);
 
 // --- flags: each holds for the calling thread's future calls ---------------------------------------------------------
 

@@ -269,7 +269,7 @@ std::vector<std::pair<std::string, std::string>> selection(const std::string& di
                                    stride,      padding, dilation,   groups,      padding_mode};
   check_operator(call);
   const ConvShape shape = make_conv_shape(call, weight_strides, dtype, channels_last);
-  return reasons(table_of(direction, device), shape);
+  return declines(table_of(direction, device), shape);
 }
 
 // What explain() is told of the convolutions that f() calls; their kernels do not run.

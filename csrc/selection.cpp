@@ -26,7 +26,19 @@ bool is_excluded(const char* name) {
 // nullptr: the row takes it.
 const char* reason_against(const AlgorithmTable& table, const Algorithm& row, const ConvShape& shape) {
   const bool last = &row == &table.rows[table.size - 1];
-  return !last && is_excluded(row.name) ? "excluded by myconv.flags" : row.decline(shape);
+  if (!last && is_excluded(row.name)) return "excluded by myconv.flags";
+  const char* reason = row.decline(shape);
+  return reason || !row.yield ? reason : row.yield(shape);
+}
+
+template <typename Reason>
+std::vector<std::pair<std::string, std::string>> each_row(const AlgorithmTable& table, const Reason& reason_of) {
+  std::vector<std::pair<std::string, std::string>> rows;
+  for (int i = 0; i < table.size; ++i) {
+    const char* reason = reason_of(table.rows[i]);
+    rows.emplace_back(table.rows[i].name, reason ? reason : "");
+  }
+  return rows;
 }
 
 }  // namespace
@@ -66,12 +78,11 @@ const Algorithm& first_match(const AlgorithmTable& table, Direction direction, c
 }
 
 std::vector<std::pair<std::string, std::string>> reasons(const AlgorithmTable& table, const ConvShape& shape) {
-  std::vector<std::pair<std::string, std::string>> rows;
-  for (int i = 0; i < table.size; ++i) {
-    const char* reason = reason_against(table, table.rows[i], shape);
-    rows.emplace_back(table.rows[i].name, reason ? reason : "");
-  }
-  return rows;
+  return each_row(table, [&](const Algorithm& row) { return reason_against(table, row, shape); });
+}
+
+std::vector<std::pair<std::string, std::string>> declines(const AlgorithmTable& table, const ConvShape& shape) {
+  return each_row(table, [&](const Algorithm& row) { return row.decline(shape); });
 }
 
 }  // namespace myconv

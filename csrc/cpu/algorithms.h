@@ -23,6 +23,17 @@ const char* implicit_gemm_backward_weight_decline(const ConvShape&);
 int64_t implicit_gemm_backward_weight_workspace(const ConvShape&, int threads);
 void implicit_gemm_backward_weight(const ConvShape&, const ConvPointers&, void* workspace, int threads);
 
+// winograd.cpp: rows of tiles of out x out results, 2 or 4
+template <Direction, int out>
+Algorithm winograd();
+
+// pointwise.cpp
+const char* pointwise_decline(const ConvShape&);
+int64_t pointwise_forward_workspace(const ConvShape&, int threads);
+void pointwise_forward(const ConvShape&, const ConvPointers&, void* workspace, int threads);
+int64_t pointwise_backward_input_workspace(const ConvShape&, int threads);
+void pointwise_backward_input(const ConvShape&, const ConvPointers&, void* workspace, int threads);
+
 // direct.cpp
 const char* direct_forward_decline(const ConvShape&);
 int64_t direct_forward_workspace(const ConvShape&, int threads);

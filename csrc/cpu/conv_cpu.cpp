@@ -23,11 +23,16 @@ constexpr Packing kDepthwisePacks{"lines of the activations, into padded strips"
 constexpr Packing kDirectPacks{"lines of what is read, into padded strips",
                                "pixels of what is read, transposed into padded strips, and back"};
 constexpr Packing kGemmPacks{"nothing", "weights, into panels"};
+constexpr Packing kPointwisePacks{"pixels of what is read, into panels, and weights, unless they lie as they are used",
+                                  "weights, into panels"};
 constexpr Packing kGemmWeightPacks{"lines of both activations, transposed into strips",
                                    "where in channels are few, the taps of each pixel"};
 
 const Algorithm kForward[] = {
     {"depthwise", depthwise_forward_decline, depthwise_forward_workspace, depthwise_forward, kDepthwisePacks},
+    {"pointwise", pointwise_decline, pointwise_forward_workspace, pointwise_forward, kPointwisePacks},
+    winograd<Direction::kForward, 4>(),
+    winograd<Direction::kForward, 2>(),
     {"direct", direct_forward_decline, direct_forward_workspace, direct_forward, kDirectPacks},
     {"implicit_gemm", implicit_gemm_forward_decline, implicit_gemm_forward_workspace, implicit_gemm_forward,
      kGemmPacks},
@@ -36,6 +41,9 @@ const Algorithm kForward[] = {
 const Algorithm kBackwardInput[] = {
     {"depthwise", depthwise_backward_input_decline, depthwise_backward_input_workspace, depthwise_backward_input,
      kDepthwisePacks},
+    {"pointwise", pointwise_decline, pointwise_backward_input_workspace, pointwise_backward_input, kPointwisePacks},
+    winograd<Direction::kBackwardInput, 4>(),
+    winograd<Direction::kBackwardInput, 2>(),
     {"direct", direct_backward_input_decline, direct_backward_input_workspace, direct_backward_input, kDirectPacks},
     {"implicit_gemm", implicit_gemm_backward_input_decline, implicit_gemm_backward_input_workspace,
      implicit_gemm_backward_input, kGemmPacks},

@@ -39,6 +39,8 @@ struct GemmTile {
   const T* row_bias;     // [rows] or nullptr
   const T* column_bias;  // [cols] or nullptr
   bool accumulate;
+  const T* next = nullptr;  // what the next tile reads first, rows x depth values: fetched into L2 meanwhile
+  T* packed = nullptr;      // of gemm_packing: a copy of B is left here, [tap][k][cols up to a whole vector]
 };
 
 // A term of a sum whose operands both lie anywhere: offsets of the value of A, in every row, and of the vectors of B.
@@ -82,6 +84,20 @@ struct OuterTile {
   int64_t cols;
 };
 
+// c[col][row * c_step] = sum over k < depth of a[row * lda + k] * b[col * ldb + k], + bias[row]
+// Both operands have depth innermost: nothing is packed. A lane sums every kLanes-th term.
+template <typename T>
+struct DotTile {
+  int64_t depth;
+  const T* a;
+  int64_t lda, rows;  // at most kLanes
+  const T* b;
+  int64_t ldb, cols;
+  const T* bias;  // [rows] or nullptr
+  T* const* c;    // [cols]
+  int64_t c_step;
+};
+
 // A run of one packed row: length elements to target; those in [first, last) come from the plane at source + i * step,
 // the others are zero.
 struct Segment {
@@ -123,15 +139,29 @@ struct DepthwiseWeightTile {
   T* sums;
 };
 
+// Winograd transforms of one tile, all channels: [position] is a step of position_step.
+template <typename T>
+struct WinogradKernels {
+  int out, tile;  // results, pixels of a side
+  // v[position][channel], from pixels[tile * tile] that each point to the channels of one
+  void (*input)(const T* const* pixels, int64_t channels, T* v, int64_t position_step);
+  // u[position][lane], from taps[tap_offsets[9]][lane], for a number of whole vectors
+  void (*weight)(const T* taps, const int64_t* tap_offsets, int64_t vectors, T* u, int64_t position_step);
+  // pixels[out * out][channel], from m[position][channel]; whether all results are finite
+  bool (*output)(const T* m, int64_t position_step, int64_t channels, const T* bias, T* const* pixels);
+};
+
 template <typename T>
 struct Kernels {
-  int rows, lanes, vectors;                                              // register tile: rows x (vectors * lanes)
-  void (*gemm[kMaxRows])(const GemmTile<T>&);                            // [rows - 1]
-  void (*strip[kMaxRows])(const StripTile<T>&);                          // [rows - 1]
-  void (*outer[kMaxRows])(const OuterTile<T>&);                          // [rows - 1]
-  void (*depthwise_lines[kMaxDepthwiseRows])(const DepthwiseTile<T>&);   // [rows - 1], NCHW
-  void (*depthwise_pixels[kMaxDepthwiseRows])(const DepthwiseTile<T>&);  // NHWC, all taps inside
-  void (*depthwise_border[kMaxDepthwiseRows])(const DepthwiseTile<T>&);  // NHWC, by pointers
+  int rows, lanes, vectors;                      // register tile: rows x (vectors * lanes)
+  void (*gemm[kMaxRows])(const GemmTile<T>&);    // [rows - 1]
+  void (*gemm_packing)(const GemmTile<T>&);      // of `rows` rows
+  void (*strip[kMaxRows])(const StripTile<T>&);  // [rows - 1]
+  void (*outer[kMaxRows])(const OuterTile<T>&);  // [rows - 1]
+  void (*dot)(const DotTile<T>&);
+  void (*depthwise_lines[kMaxDepthwiseRows])(const DepthwiseTile<T>&);               // [rows - 1], NCHW
+  void (*depthwise_pixels[kMaxDepthwiseRows])(const DepthwiseTile<T>&);              // NHWC, all taps inside
+  void (*depthwise_border[kMaxDepthwiseRows])(const DepthwiseTile<T>&);              // NHWC, by pointers
   void (*depthwise_weight_lines[kMaxDepthwiseTaps])(const DepthwiseWeightTile<T>&);  // [taps - 1]
   void (*depthwise_weight_pixels[kMaxDepthwiseTaps])(const DepthwiseWeightTile<T>&);
   // to[r * to_step][0, length) = from[r * from_step][0, length)
@@ -142,6 +172,7 @@ struct Kernels {
   // panel row r holds channel r / taps and tap r % taps: segments[first[tap], first[tap + 1]) of that channel's plane.
   void (*pack)(int64_t channels, int64_t taps, const T* plane, int64_t plane_stride, const Segment* segments,
                const int32_t* first, T* panel, int64_t width);
+  WinogradKernels<T> winograd[2];  // F(2x2), F(4x4)
   // to[c * to_step + r] = from[r * from_step + c],  r < rows, c < cols
   void (*transpose)(const T* from, int64_t from_step, int64_t rows, int64_t cols, T* to, int64_t to_step);
 };

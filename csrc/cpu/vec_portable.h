@@ -43,10 +43,10 @@ struct Vec {
     return v;
   }
   static void transpose(V (&v)[kLanes]) {
-    V t[kLanes] = {};
+    T t[kLanes][kLanes];
     for (int i = 0; i < kLanes; ++i)
-      for (int j = 0; j < kLanes; ++j) t[i][j] = v[j][i];
-    for (int i = 0; i < kLanes; ++i) v[i] = t[i];
+      for (int j = 0; j < kLanes; ++j) t[j][i] = v[i][j];
+    for (int i = 0; i < kLanes; ++i) v[i] = load(t[i]);
   }
 };
 

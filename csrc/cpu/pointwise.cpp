@@ -1,0 +1,413 @@
+// Pointwise convolutions: one tap, stride 1, no padding. Pixel o of the result reads pixel o and no other, so that a
+// convolution is one matrix product per group (and, in NCHW, per sample) of the tensors as they lie. forward and
+// backward_input, float32 and float64; for backward_input in and out channels change places.
+//
+//   layout   rows (register tile)   columns (vectors)    depth      packed
+//   NHWC     pixels                 result channels      channels   weights, transposed into panels [channel][width]
+//   NCHW     result channels        pixels of a plane    channels   a panel [channel][width] of pixels, if rows share it
+//
+// Few pixels (at most kDotPixels a sample: squeeze-and-excitation, heads): nothing would share a packed weight. There
+// each result is a dot product of two rows as they lie, with vectors along the channels. So are, in NCHW, the last
+// pixels of a plane if they are too few for a vector (one of 49, four of 196) and the channels are many.
+//
+// Threads split pixels or result channels, whichever leaves them more equal work, never a sum.
+// Sums: blocks of at most kSumLength channels, each from a fresh accumulator, added in order; bias with the first. Dot
+// products: one sum per lane, then the lanes, then the bias.
+// Declines: more than one tap, a stride, padding, types other than float32 and float64.
+#include "cpu/algorithms.h"
+#include "cpu/gemm_blocks.h"
+#include "cpu/isa.h"
+#include "cpu/parallel.h"
+
+namespace myconv::cpu {
+namespace {
+
+constexpr int64_t kDotPixels = 4;
+constexpr int64_t kFewRows = 256;               // NHWC: up to here a thread packs the panels that it alone multiplies
+constexpr int64_t kChunkBytes = 64 << 10;       // NHWC: pixels that meet all panels while these stay in L2
+constexpr int64_t kWideChunkBytes = 256 << 10;  // NHWC: and where the panels come from farther away
+constexpr int64_t kPanelsInL2 = 512 << 10;
+constexpr int64_t kInPlaceRowTiles = 2;  // NCHW: up to so many uses a panel of pixels is not worth packing
+
+// Seen from either direction: "from" is what is read, "to" what is written.
+struct Product {
+  int64_t batch, groups, from, to, pixels;       // channels are those of a group
+  int64_t to_stride, from_stride, group_stride;  // of the weight
+
+  Product(const ConvShape& s, Direction direction)
+      : batch(s.batch), groups(s.groups), pixels(s.out_pixels()), group_stride(s.out_per_group * s.weight_stride[0]) {
+    const bool forward = direction == Direction::kForward;
+    from = forward ? s.in_per_group : s.out_per_group, to = forward ? s.out_per_group : s.in_per_group;
+    to_stride = s.weight_stride[forward ? 0 : 1], from_stride = s.weight_stride[forward ? 1 : 0];
+  }
+  // A sample of at most kDotPixels pixels, whose channels are contiguous, against weights that lie as [to][from].
+  bool is_dot(bool channels_last) const {
+    return pixels <= kDotPixels && (channels_last || pixels == 1) && (from_stride == 1 || from == 1);
+  }
+  // How many of the last pixels of a plane are better off as dot products (NCHW). For each result channel a vector, full
+  // or not, takes 0.5 to 0.7 cycles a step; a dot product takes 1/32 cycle a step and about 5 to add its lanes up.
+  int64_t tail(int64_t lanes) const {
+    const int64_t left = pixels % lanes;
+    return left * (from + 160) * 2 < from * lanes ? left : 0;
+  }
+};
+
+constexpr int64_t kTailColumns = 32;  // NCHW: last pixels that are gathered at a time
+
+template <typename T>
+struct Operands {
+  const T* from;
+  const T* weight;
+  const T* bias;
+  T* to;
+};
+
+// What a tile of `vectors` columns takes for each row and step of depth: one vector alone leaves the two multiply-add
+// units waiting for each other.
+constexpr double tile_cost(int64_t vectors) { return vectors == 1 ? 1.3 : static_cast<double>(vectors); }
+
+// --- NHWC ------------------------------------------------------------------------------------------------------------
+
+// How rows x columns are split among threads.
+struct RowPlan {
+  int64_t rows, tiles;    // all pixels of the batch
+  int64_t width, panels;  // of a group
+  bool split_columns;     // each thread packs the panels of its own columns
+
+  RowPlan(const Product& p, int64_t tile_rows, int64_t lanes, int64_t vectors, int threads)
+      : rows(p.batch * p.pixels), tiles(ceil_div(rows, tile_rows)) {
+    const Panels widest(p.to, lanes, vectors);
+    width = widest.width, panels = widest.count;
+    const double by_rows = static_cast<double>(ceil_div(tiles, threads)) * p.groups * panels * tile_cost(width / lanes);
+    double best = rows > kFewRows ? 0 : by_rows;
+    split_columns = false;
+    for (int64_t v = vectors; v >= 1; --v) {
+      const int64_t count = ceil_div(p.to, v * lanes);
+      const double cost = static_cast<double>(tiles) * ceil_div(p.groups * count, threads) * tile_cost(v);
+      if (cost > best) continue;
+      best = cost, width = v * lanes, panels = count, split_columns = true;
+    }
+  }
+  int64_t unit(const Product& p) const { return p.from * width; }  // elements of one packed panel
+  int64_t units_per_pass(const Product& p, int64_t element_size) const {
+    return std::clamp<int64_t>(kPackedBytes / (unit(p) * element_size), 1, p.groups * panels);
+  }
+  int64_t workspace(const Product& p, int64_t element_size, int threads) const {
+    return split_columns ? threads * std::min(p.from, kSumLength) * width : units_per_pass(p, element_size) * unit(p);
+  }
+};
+
+template <typename T>
+void rows_are_pixels(const Product& p, const Operands<T>& o, const Kernels<T>& kernels, T* workspace, int threads) {
+  const RowPlan plan(p, kernels.rows, kernels.lanes, kernels.vectors, threads);
+  const Blocks blocks = reduction_blocks(p.from, 1, /*taps_inside=*/false);
+  const int64_t width = plan.width, from_channels = p.groups * p.from, to_channels = p.groups * p.to;
+
+  const auto columns_of = [&](int64_t unit) { return std::min(width, p.to - unit % plan.panels * width); };
+  const auto pack = [&](int64_t unit, const Block& block, T* target) {
+    const int64_t group = unit / plan.panels, column = unit % plan.panels * width;
+    pack_matrix(kernels, o.weight + group * p.group_stride + column * p.to_stride + block.channel * p.from_stride,
+                p.from_stride, p.to_stride, block.channels, columns_of(unit), target, width);
+  };
+  const auto multiply = [&](int64_t unit, const Block& block, const T* b, int64_t tile0, int64_t tile1,
+                            bool from_afar) {
+    const int64_t group = unit / plan.panels, column = group * p.to + unit % plan.panels * width;
+    const T* a[kMaxRows];
+    T* c[kMaxRows];
+    for (int64_t tile = tile0; tile < tile1; ++tile) {
+      const int64_t row = plan.rows * tile / plan.tiles, rows = plan.rows * (tile + 1) / plan.tiles - row;
+      for (int64_t r = 0; r < rows; ++r) {
+        a[r] = o.from + (row + r) * from_channels + group * p.from + block.channel;
+        c[r] = o.to + (row + r) * to_channels + column;
+      }
+      kernels.gemm[rows - 1]({.taps = 1,
+                              .depth = block.channels,
+                              .a = a,
+                              .a_offset = 0,
+                              .a_step = 1,
+                              .b = b,
+                              .b_offsets = nullptr,
+                              .ldb = width,
+                              .c = c,
+                              .cols = columns_of(unit),
+                              .row_bias = nullptr,
+                              .column_bias = o.bias ? o.bias + column : nullptr,
+                              .accumulate = block.start > 0,
+                              .next = from_afar ? a[rows - 1] + from_channels : nullptr});
+    }
+  };
+
+  const int64_t units = p.groups * plan.panels;
+  const double macs = static_cast<double>(plan.rows) * p.from * width;  // of a unit
+  if (plan.split_columns) {
+    parallel_tasks(units, macs + 8.0 * plan.unit(p), [&](int64_t begin, int64_t end) {
+      T* const packed = workspace + at::get_thread_num() * std::min(p.from, kSumLength) * width;
+      for (int64_t unit = begin; unit < end; ++unit)
+        for (const Block& block : blocks) {
+          pack(unit, block, packed);
+          multiply(unit, block, packed, 0, plan.tiles, false);
+        }
+    });
+    return;
+  }
+  const int64_t per_pass = plan.units_per_pass(p, sizeof(T));
+  for (int64_t first = 0; first < units; first += per_pass) {
+    const int64_t count = std::min(per_pass, units - first);
+    parallel_tasks(count, 8.0 * plan.unit(p), [&](int64_t begin, int64_t end) {
+      for (int64_t i = begin; i < end; ++i)
+        for (const Block& block : blocks) pack(first + i, block, workspace + i * plan.unit(p) + block.start * width);
+    });
+    const int64_t chunk_bytes = count * plan.unit(p) * sizeof(T) <= kPanelsInL2 ? kChunkBytes : kWideChunkBytes;
+    const int64_t tile_bytes = kernels.rows * std::min(p.from, kSumLength) * sizeof(T);
+    const int64_t chunk = std::max<int64_t>(1, chunk_bytes / tile_bytes);
+    // One block, one group: what the next tile reads follows what this one reads.
+    const bool contiguous = p.groups == 1 && blocks.size() == 1;
+    parallel_tasks(plan.tiles, macs * count / plan.tiles, [&](int64_t begin, int64_t end) {
+      for (int64_t tile = begin; tile < end; tile += chunk)
+        for (const Block& block : blocks)
+          for (int64_t i = 0; i < count; ++i)
+            multiply(first + i, block, workspace + i * plan.unit(p) + block.start * width, tile,
+                     std::min(end, tile + chunk), contiguous && i == 0);
+    });
+  }
+}
+
+// --- NCHW ------------------------------------------------------------------------------------------------------------
+
+struct ColumnPlan {
+  int64_t row_tiles, vectors;  // of one product
+  int64_t splits, pieces;      // of the rows, of all vectors of all products
+  bool in_rows, in_place;
+  int64_t packed_rows;  // weights that are packed at a time
+  int64_t tail;         // last pixels of a plane, as dot products
+
+  ColumnPlan(const Product& p, int64_t tile_rows, int64_t lanes, int64_t element_size, int threads)
+      : row_tiles(ceil_div(p.to, tile_rows)), tail(p.tail(lanes)) {
+    vectors = ceil_div(p.pixels - tail, lanes);
+    const int64_t all = p.batch * p.groups * vectors;
+    double best = -1;
+    for (int64_t s = 1; s <= std::min<int64_t>(threads, row_tiles); ++s) {
+      if (threads % s) continue;
+      // Packing a vector takes as long as half a row tile's arithmetic on it.
+      const double cost = (static_cast<double>(ceil_div(row_tiles, s)) + 0.5) * ceil_div(all, threads / s);
+      if (best < 0 || cost < best) best = cost, splits = s;
+    }
+    pieces = std::clamp<int64_t>(all, 1, threads / splits);
+    in_rows = p.from_stride == 1 || p.from == 1;
+    in_place = ceil_div(row_tiles, splits) <= kInPlaceRowTiles;
+    packed_rows = in_rows ? p.to : std::clamp<int64_t>(kPackedBytes / (p.groups * p.from * element_size), 1, p.to);
+  }
+  int64_t packed(const Product& p) const { return in_rows ? 0 : packed_rows * p.groups * p.from; }
+  int64_t panel(const Product& p, int64_t width) const { return in_place ? 0 : std::min(p.from, kSumLength) * width; }
+  int64_t tails(const Product& p) const { return tail ? kTailColumns * p.from : 0; }
+  int64_t scratch(const Product& p, int64_t width) const { return std::max(panel(p, width), tails(p)); }
+};
+
+// The last pixels of every plane against rows [row0, row1) of the weights at hand, which begin at channel `first`.
+template <typename T>
+void multiply_tails(const Product& p, const Operands<T>& o, const Kernels<T>& kernels, int64_t tail, const T* weight,
+                    int64_t group_stride, int64_t row_stride, int64_t first, int64_t row0, int64_t row1, T* gathered) {
+  const int64_t columns = p.batch * tail, begin = p.pixels - tail;
+  T* c[kTailColumns];
+  for (int64_t group = 0; group < p.groups; ++group)
+    for (int64_t column = 0; column < columns; column += kTailColumns) {
+      const int64_t cols = std::min(kTailColumns, columns - column);
+      for (int64_t j = 0; j < cols; ++j) {
+        const int64_t product = (column + j) / tail * p.groups + group, pixel = begin + (column + j) % tail;
+        const T* const source = o.from + product * p.from * p.pixels + pixel;
+        for (int64_t k = 0; k < p.from; ++k) gathered[j * p.from + k] = source[k * p.pixels];
+        c[j] = o.to + (product * p.to + first + row0) * p.pixels + pixel;
+      }
+      for (int64_t row = row0; row < row1; row += kernels.lanes) {
+        kernels.dot({.depth = p.from,
+                     .a = weight + group * group_stride + row * row_stride,
+                     .lda = row_stride,
+                     .rows = std::min<int64_t>(kernels.lanes, row1 - row),
+                     .b = gathered,
+                     .ldb = p.from,
+                     .cols = cols,
+                     .bias = o.bias ? o.bias + group * p.to + first + row : nullptr,
+                     .c = c,
+                     .c_step = p.pixels});
+        for (int64_t j = 0; j < cols; ++j) c[j] += kernels.lanes * p.pixels;
+      }
+    }
+}
+
+template <typename T>
+void columns_are_pixels(const Product& p, const Operands<T>& o, const Kernels<T>& kernels, T* workspace, int threads) {
+  const ColumnPlan plan(p, kernels.rows, kernels.lanes, sizeof(T), threads);
+  const Blocks blocks = reduction_blocks(p.from, 1, /*taps_inside=*/true);
+  const int64_t lanes = kernels.lanes, widest = lanes * kernels.vectors, scratch_size = plan.scratch(p, widest);
+  const int64_t all = p.batch * p.groups * plan.vectors;
+
+  for (int64_t first = 0; first < p.to; first += plan.packed_rows) {
+    const int64_t count = std::min(plan.packed_rows, p.to - first);
+    if (!plan.in_rows)  // workspace[group][row][channel]
+      parallel_tasks(p.groups * ceil_div(count, lanes), 8.0 * lanes * p.from, [&](int64_t begin, int64_t end) {
+        for (int64_t i = begin; i < end; ++i) {
+          const int64_t group = i / ceil_div(count, lanes), row = i % ceil_div(count, lanes) * lanes;
+          pack_matrix(kernels, o.weight + group * p.group_stride + (first + row) * p.to_stride, p.to_stride,
+                      p.from_stride, std::min(lanes, count - row), p.from, workspace + (group * count + row) * p.from,
+                      p.from);
+        }
+      });
+    const T* const weight = plan.in_rows ? o.weight + first * p.to_stride : workspace;
+    const int64_t group_stride = plan.in_rows ? p.group_stride : count * p.from;
+    const int64_t row_stride = plan.in_rows ? p.to_stride : p.from;
+
+    const int64_t tasks = plan.pieces * plan.splits;
+    const double macs = static_cast<double>(all) * lanes * p.from * count / tasks;
+    parallel_tasks(tasks, macs, [&](int64_t begin, int64_t end) {
+      T* const packed = workspace + plan.packed(p) + at::get_thread_num() * scratch_size;
+      const T* a[kMaxRows];
+      T* c[kMaxRows];
+      for (int64_t task = begin; task < end; ++task) {
+        const int64_t split = task % plan.splits, piece = task / plan.splits;
+        const int64_t row0 = count * split / plan.splits, row1 = count * (split + 1) / plan.splits;
+        const int64_t last = all * (piece + 1) / plan.pieces;
+        for (int64_t at = all * piece / plan.pieces; at < last;) {
+          // What is left of this product, in panels as equal as possible.
+          const int64_t product = at / plan.vectors, vector = at % plan.vectors;
+          const int64_t left = std::min(last - at, plan.vectors - vector);
+          const int64_t take = ceil_div(left, ceil_div(left, kernels.vectors));
+          const int64_t pixel = vector * lanes, cols = std::min(take * lanes, p.pixels - plan.tail - pixel);
+          const int64_t group = product % p.groups;
+          const T* const plane = o.from + product * p.from * p.pixels + pixel;
+          T* const result = o.to + (product * p.to + first) * p.pixels + pixel;
+          const T* const bias = o.bias ? o.bias + group * p.to + first : nullptr;
+          // While this panel is multiplied, the one that comes next is fetched into L2, some rows with each tile.
+          const T* const next = at + take < last && !plan.in_place
+                                    ? take < left ? plane + take * lanes : o.from + (product + 1) * p.from * p.pixels
+                                    : nullptr;
+          for (const Block& block : blocks) {
+            const T* const source = plane + block.channel * p.pixels;
+            // The first tile reads the pixels where they lie and leaves the panel behind for the others.
+            const bool packs = !plan.in_place && row1 - row0 >= kernels.rows;
+            if (!plan.in_place && !packs)
+              kernels.copy_rows(source, p.pixels, block.channels, cols, packed, take * lanes);
+            const int64_t rest0 = row0 + (packs ? kernels.rows : 0), rest = ceil_div(row1 - rest0, kernels.rows);
+            for (int64_t tile = packs ? -1 : 0; tile < rest; ++tile) {
+              const bool in_place = plan.in_place || tile < 0;
+              const int64_t row = tile < 0 ? row0 : rest0 + (row1 - rest0) * tile / rest;
+              const int64_t rows = tile < 0 ? kernels.rows : rest0 + (row1 - rest0) * (tile + 1) / rest - row;
+              if (next) {
+                const int64_t part = tile + packs, parts = rest + packs;
+                for (int64_t k = block.channels * part / parts; k < block.channels * (part + 1) / parts; ++k)
+                  for (int64_t j = 0; j < widest; j += 64 / static_cast<int64_t>(sizeof(T)))
+                    __builtin_prefetch(next + (block.channel + k) * p.pixels + j, 0, 2);
+              }
+              for (int64_t r = 0; r < rows; ++r) {
+                a[r] = weight + group * group_stride + (row + r) * row_stride + block.channel;
+                c[r] = result + (row + r) * p.pixels;
+              }
+              const auto gemm = tile < 0 ? kernels.gemm_packing : kernels.gemm[rows - 1];
+              gemm({.taps = 1,
+                    .depth = block.channels,
+                    .a = a,
+                    .a_offset = 0,
+                    .a_step = 1,
+                    .b = in_place ? source : packed,
+                    .b_offsets = nullptr,
+                    .ldb = in_place ? p.pixels : take * lanes,
+                    .c = c,
+                    .cols = cols,
+                    .row_bias = bias ? bias + row : nullptr,
+                    .column_bias = nullptr,
+                    .accumulate = block.start > 0,
+                    .packed = tile < 0 ? packed : nullptr});
+            }
+          }
+          at += take;
+        }
+        if (plan.tail > 0)
+          multiply_tails(p, o, kernels, plan.tail, weight, group_stride, row_stride, first, count * task / tasks,
+                         count * (task + 1) / tasks, packed);
+      }
+    });
+  }
+}
+
+// --- few pixels ------------------------------------------------------------------------------------------------------
+
+template <typename T>
+void dot_products(const Product& p, const Operands<T>& o, const Kernels<T>& kernels) {
+  const int64_t rows = p.batch * p.pixels, pieces = ceil_div(p.to, kernels.lanes);
+  parallel_tasks(p.groups * pieces, static_cast<double>(rows + 2) * p.from * kernels.lanes,
+                 [&](int64_t begin, int64_t end) {
+                   c10::SmallVector<T*, 32> c(rows);
+                   for (int64_t i = begin; i < end; ++i) {
+                     const int64_t group = i / pieces, first = i % pieces * kernels.lanes;
+                     for (int64_t r = 0; r < rows; ++r) c[r] = o.to + (r * p.groups + group) * p.to + first;
+                     kernels.dot({.depth = p.from,
+                                  .a = o.weight + group * p.group_stride + first * p.to_stride,
+                                  .lda = p.to_stride,
+                                  .rows = std::min<int64_t>(kernels.lanes, p.to - first),
+                                  .b = o.from + group * p.from,
+                                  .ldb = p.groups * p.from,
+                                  .cols = rows,
+                                  .bias = o.bias ? o.bias + group * p.to + first : nullptr,
+                                  .c = c.data(),
+                                  .c_step = 1});
+                   }
+                 });
+}
+
+// --- both ------------------------------------------------------------------------------------------------------------
+
+template <typename T>
+void run(const ConvShape& s, Direction direction, const void* from, const ConvPointers& pointers, void* workspace,
+         int threads) {
+  const Product p(s, direction);
+  const Operands<T> o{static_cast<const T*>(from), static_cast<const T*>(pointers.weight),
+                      static_cast<const T*>(pointers.bias), static_cast<T*>(pointers.result)};
+  const Kernels<T>& kernels = kernels_of<T>(microkernels());
+  if (p.is_dot(s.channels_last())) return dot_products(p, o, kernels);
+  (s.channels_last() ? rows_are_pixels<T> : columns_are_pixels<T>)(p, o, kernels, static_cast<T*>(workspace), threads);
+}
+
+template <typename T>
+int64_t workspace_elements(const ConvShape& s, Direction direction, int threads) {
+  const Product p(s, direction);
+  const Kernels<T>& k = kernels_of<T>(microkernels());
+  if (p.is_dot(s.channels_last())) return 0;
+  if (s.channels_last()) return RowPlan(p, k.rows, k.lanes, k.vectors, threads).workspace(p, sizeof(T), threads);
+  const ColumnPlan plan(p, k.rows, k.lanes, sizeof(T), threads);
+  return plan.packed(p) + threads * plan.scratch(p, k.lanes * k.vectors);
+}
+
+int64_t workspace(const ConvShape& s, Direction direction, int threads) {
+  return (s.dtype == Dtype::kFloat32 ? workspace_elements<float> : workspace_elements<double>)(s, direction, threads) *
+         dtype_size(s.dtype);
+}
+
+const char* decline(const ConvShape& s) {
+  if (s.dtype != Dtype::kFloat32 && s.dtype != Dtype::kFloat64) return "only float32 and float64";
+  if (s.in_per_group == 0 || s.out_per_group == 0 || s.in_pixels() == 0 || s.out_pixels() == 0)
+    return "nothing to sum over";
+  if (s.taps() != 1) return "more than one tap";
+  for (int d = 0; d < 3; ++d)
+    if ((s.stride[d] != 1 && s.out[d] != 1) || s.pad[d] != 0 || s.in[d] != s.out[d]) return "a stride or padding";
+  return nullptr;
+}
+
+}  // namespace
+
+const char* pointwise_decline(const ConvShape& s) { return decline(s); }
+
+int64_t pointwise_forward_workspace(const ConvShape& s, int threads) {
+  return workspace(s, Direction::kForward, threads);
+}
+int64_t pointwise_backward_input_workspace(const ConvShape& s, int threads) {
+  return workspace(s, Direction::kBackwardInput, threads);
+}
+
+void pointwise_forward(const ConvShape& s, const ConvPointers& p, void* workspace, int threads) {
+  (s.dtype == Dtype::kFloat32 ? run<float> : run<double>)(s, Direction::kForward, p.input, p, workspace, threads);
+}
+void pointwise_backward_input(const ConvShape& s, const ConvPointers& p, void* workspace, int threads) {
+  const Direction direction = Direction::kBackwardInput;
+  (s.dtype == Dtype::kFloat32 ? run<float> : run<double>)(s, direction, p.grad_output, p, workspace, threads);
+}
+
+}  // namespace myconv::cpu
