@@ -1,19 +1,15 @@
 // Direct convolution on padded strips, forward and backward_input: NCHW, and NHWC with few channels a group.
 //
-// For a block of result lines, the lines of the in channels that it reads are copied once, with their padding, into a
-// strip in L2, sorted such that what one tap reads for neighbouring results is contiguous. Then every term of the sum,
-// a channel and a tap, is one offset into the strip and one into the weights, the same for all results of the block:
+// For a block of result lines, the lines of the in channels that it reads are copied once, with their padding, into
+// strips in L2, sorted such that what one tap reads for neighbouring results is contiguous; in NHWC they are transposed,
+// and the results back. Then every term of the sum, a channel and a tap, is one offset into the strips and one into the
+// weights, which are read where they lie:
 //
-//      strip            result at its pitch      columns = (lines - 1) * pitch + line
-//      . . . . . .      y y y y - -              y: kept      -: computed, never stored
-//      . x x x x .      y y y y - -
-//      . x x x x .
-//      . . . . . .      y[k][j] = sum over terms of  w[k][term.a] * strip[term.b + j]
+//      y[k][j] = sum over terms of  w[k][term.a] * strip[term.b + j]
 //
-// It is a matrix product of result channels (rows) and pixels (columns, vectors) whose operands are both read where
-// they lie; the weights have any strides. backward_input has one for each phase of the stride (gather.h). Where few
-// columns would be dropped otherwise, each line is a run of columns of its own. In NHWC strips are transposed on their
-// way in and results on their way out.
+// A matrix product of result channels (rows) and pixels (columns). A vector of columns lies anywhere (StripVector):
+// each line has its own vectors, or lines are joined at the pitch of the strip and what lies between is dropped.
+// backward_input has one such product for each phase of the stride (gather.h).
 //
 // Where much of the work would be on zeros of the padding and all weights are finite, each block leaves out the taps
 // that read nothing else for its results; adding 0 changes nothing.

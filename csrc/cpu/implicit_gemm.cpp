@@ -1,26 +1,20 @@
-// Implicit GEMM for forward and backward_input: dense and grouped convolutions of any kernel, stride, dilation.
+// Implicit GEMM for forward and backward_input in NHWC: dense and grouped convolutions of any kernel, stride, dilation.
 //
 // Both directions are gathers (gather.h), and a gather is a matrix product per phase and group whose one operand is
-// never built:
+// never built: rows (register tile) are result pixels, columns (vectors) result channels, the depth taps x channels.
+// Weights are packed once a call into panels [block][tap][channel][width]; activations are read where they lie:
 //
-//   layout   rows (register tile)       columns (vectors)          depth                reads per tile
-//   NHWC     result pixels              result channels            taps x channels      a pointer per pixel and tap
-//   NCHW     result channels            result pixels              channels x taps      a packed panel of pixels
+//   by terms      sums of one block: a term is one offset for all pixels of a tile, a piece of a line; tiles that read
+//                 padding read a padded copy of it
+//   by pointers   the others: one for each (tap, pixel); a pixel in the padding points to a row of zeros
 //
-// NHWC: weights are packed once a call into panels [block][tap][channel][width]; activations are read where they lie,
-//       through a pointer for each (tap, pixel); a pixel in the padding points to a row of zeros.
-// NCHW: a panel [channel][tap][width] of at most kSumLength x 48 values is packed in L2 and used for all result
-//       channels; weights are read where they lie if they lie as OIHW, else packed to rows [result channel][channel]
-//       [tap]. Pixels that nothing moves (1x1, stride 1) and that few channels share are read in place.
-//
-// Where much of the work would be on zeros of the padding (dilations near the size of the image) and all weights are
-// finite, taps that read nothing else are left out; NHWC also leaves out, tile by tile, the taps that read nothing else
-// for the pixels of that tile. What is left is summed as before, and adding 0 changes nothing.
+// Where all weights are finite, a tile by pointers leaves out the taps that read nothing but padding, and runs along
+// the axis that leaves out most. What is left is summed as before, and adding 0 changes nothing.
 //
 // Sums: blocks of at most kSumLength terms, each from a fresh accumulator, added in order; bias with the first. The
 // order does not depend on the tile, so results do not depend on batch or threads.
-// Declines: types other than float32 and float64, empty sums, kernels above kMaxTaps, backward_input with a padding
-// mode.
+// Declines: NCHW, types other than float32 and float64, empty sums, kernels above kMaxTaps, backward_input with a
+// padding mode.
 #include <algorithm>
 #include <atomic>
 #include <vector>
