@@ -20,12 +20,11 @@ const char* accept_all(const ConvShape&) { return nullptr; }
 int64_t no_workspace(const ConvShape&, int) { return 0; }
 
 constexpr Packing kDepthwisePacks{"lines of the activations, into padded strips"};
-constexpr Packing kDirectPacks{
-    "planes of what is read, into padded strips, and weights, unless they lie as they are used"};
+constexpr Packing kDirectPacks{"lines of what is read, into padded strips",
+                               "pixels of what is read, transposed into padded strips, and back"};
+constexpr Packing kGemmPacks{"nothing", "weights, into panels"};
 constexpr Packing kPointwisePacks{"pixels of what is read, into panels, and weights, unless they lie as they are used",
                                   "weights, into panels"};
-constexpr Packing kGemmPacks{"pixels of what is read and weights, into panels, unless they lie as they are used",
-                             "weights, into panels"};
 constexpr Packing kGemmWeightPacks{"lines of both activations, transposed into strips",
                                    "where in channels are few, the taps of each pixel"};
 

@@ -1,182 +1,460 @@
-// Direct convolution of small planes: forward with stride 1 and backward_input, NCHW, float32 and float64.
+// Direct convolution on padded strips, forward and backward_input: NCHW, and NHWC with few channels a group.
 //
-// Packing a panel for every tap, as implicit_gemm does, costs more than the arithmetic when there are few result
-// channels to share it. Here the padded plane of every in channel is copied once (strip.h), and all taps read it at
-// constant offsets. The result plane is computed at the pitch of the padded plane, so that its lines are one run of
-// columns:
+// For a block of result lines, the lines of the in channels that it reads are copied once, with their padding, into
+// strips in L2, sorted such that what one tap reads for neighbouring results is contiguous; in NHWC they are transposed,
+// and the results back. Then every term of the sum, a channel and a tap, is one offset into the strips and one into the
+// weights, which are read where they lie:
 //
-//      strip            result at its pitch      columns = (lines - 1) * pitch + line
-//      . . . . . .      y y y y - -              y: kept      -: computed, never stored
-//      . x x x x .      y y y y - -
-//      . x x x x .
-//      . . . . . .      y[k][j] = sum over t, c of  w[k][c][t] * strip[c][offset(t) + j]
+//      y[k][j] = sum over terms of  w[k][term.a] * strip[term.b + j]
 //
-// It is a matrix product with result channels as rows, pixels as columns and a depth of taps x channels, whose operands
-// are both read where they lie; backward_input has one for each phase of the stride (gather.h).
+// A matrix product of result channels (rows) and pixels (columns). A vector of columns lies anywhere (StripVector):
+// each line has its own vectors, or lines are joined at the pitch of the strip and what lies between is dropped.
+// backward_input has one such product for each phase of the stride (gather.h).
+//
+// Where much of the work would be on zeros of the padding and all weights are finite, each block leaves out the taps
+// that read nothing else for its results; adding 0 changes nothing.
 //
 // Sums: blocks of channels with at most kSumLength terms, each from a fresh accumulator, added in order; inside a block
-// taps outermost; the bias with the first block. Threads split samples, groups and result channels.
-// Declines: NHWC, a stride in forward, planes whose strips do not stay in L2, a single tap, 3d, a padding mode's
-// adjoint.
+// channels outermost; the bias with the first block. Threads split samples, groups, lines and result channels.
+// Declines: NHWC with more channels a group, types other than float32 and float64, empty sums, kernels above kMaxTaps,
+// the adjoint of a padding mode.
+#include <vector>
+
 #include "cpu/algorithms.h"
+#include "cpu/finite.h"
 #include "cpu/gather.h"
 #include "cpu/gemm_blocks.h"
 #include "cpu/isa.h"
 #include "cpu/parallel.h"
-#include "cpu/strip.h"
 
 namespace myconv::cpu {
 namespace {
 
-constexpr int64_t kStripsBytes = 512 << 10;  // strips of all in channels of a group: they stay in L2
-constexpr int64_t kMaxPlane =
-    1156;  // padded: 32 x 32 and a border of 1. Above, lines are long enough for implicit_gemm
+constexpr int64_t kStripsBytes = 384 << 10;  // strips of the in channels that are in use at a time: they stay in L2
+constexpr int64_t kKeptBytes = 256 << 10;    // result rows of a task that are in the making
+constexpr int64_t kLeastColumns = 384;       // of a block, if there are as many: a row tile of weights is read for all
+constexpr int64_t kMostColumns = 512;
+constexpr int64_t kFewChannels = 16;     // of a group, where NHWC is transposed
+constexpr int64_t kChannelsAtOnce = 16;  // of several groups that NHWC transposes together
+constexpr int64_t kSlack = 16;           // behind the strips: vectors are read whole
+constexpr int64_t kMaxPhases = 65536;    // of backward_input: each costs a little set-up
 
-// Values of the largest padded plane of any phase, and the result at its pitch, which is no larger.
-int64_t padded_plane(const ConvShape& s, Direction direction) {
-  int64_t values = 1;
-  for (int d = 1; d < 3; ++d) {
-    const int64_t reach = (s.kernel[d] - 1) * s.dilation[d];
-    values *= direction == Direction::kForward ? s.out[d] + reach
-                                               : ceil_div(s.in[d], s.stride[d]) + ceil_div(reach, s.stride[d]);
+// One axis of a strip: planes of equal length. Position i of plane p holds source position base[p] + i * step, counted
+// from what the block's first result reads. Taps share planes, one for each residue of their offsets, or where they
+// are far apart each has its own.
+struct StripAxis {
+  const GatherAxis& axis;
+  int64_t low = 0, residues = 0, extra = 0;  // residues: how many different ones there are
+  bool shareable = false, per_tap = false;
+  c10::SmallVector<int64_t, 8> base;
+
+  explicit StripAxis(const GatherAxis& a) : axis(a) {
+    if (a.taps() == 0) return;
+    const auto [least, most] = std::minmax_element(a.offset.begin(), a.offset.end());
+    low = *least;
+    if (static_cast<double>(*most) - static_cast<double>(low) >= 1e9) return;
+    shareable = true;
+    extra = (*most - low) / a.from_step;
+    for (const int64_t offset : a.offset) base.push_back((offset - low) % a.from_step);
+    std::sort(base.begin(), base.end());
+    base.erase(std::unique(base.begin(), base.end()), base.end());
+    residues = static_cast<int64_t>(base.size());
+    for (int64_t& b : base) b += low;
   }
-  return values;
+
+  bool shared(int64_t block) const {
+    return shareable && !per_tap && residues * (block + extra) <= axis.taps() * block;
+  }
+  int64_t planes(int64_t block) const { return shared(block) ? residues : axis.taps(); }
+  int64_t length(int64_t block) const { return shared(block) ? block + extra : block; }
+  int64_t values(int64_t block) const { return planes(block) * length(block); }
+  int64_t plane_base(int64_t p, int64_t block) const { return shared(block) ? base[p] : axis.offset[p]; }
+  // Where tap t reads for the block's first result: its plane and the position there.
+  int64_t plane(int64_t t, int64_t block) const {
+    if (!shared(block)) return t;
+    const int64_t first = low + (axis.offset[t] - low) % axis.from_step;
+    return std::lower_bound(base.begin(), base.end(), first) - base.begin();
+  }
+  int64_t shift(int64_t t, int64_t block) const { return shared(block) ? (axis.offset[t] - low) / axis.from_step : 0; }
+};
+
+// How one phase is cut. Scratch of each thread, in elements: the strips of a chunk of channels, result rows in the
+// making.
+struct Plan {
+  StripAxis axis[3];
+  int64_t block[3] = {1, 1, 1}, blocks[3];
+  int64_t pitch, size, columns;       // of a strip: distance of lines, elements; of the result at its pitch
+  int64_t vectors;                    // of a block
+  int64_t groups_at_once = 1, chunk;  // channels whose strips are in use at a time
+  int64_t kept_rows, splits;
+  bool joined, keep, keep_all;  // lines are joined to one run of columns; results go through scratch rows, all at once
+
+  Plan(const Gather& g, const GatherPhase& phase, int64_t lanes, int64_t element_size, int threads, bool line_per_tap)
+      : axis{StripAxis(phase.axis[0]), StripAxis(phase.axis[1]), StripAxis(phase.axis[2])} {
+    const GatherAxis* a = phase.axis;
+    axis[2].per_tap = line_per_tap;
+    const bool nhwc = g.to_stride.channel == 1 && g.to_stride.axis[2] != 1;
+    const Blocks sums = reduction_blocks(g.from_per_group, phase.taps(), /*taps_inside=*/true);
+    if (nhwc)
+      groups_at_once = std::clamp<int64_t>(kChannelsAtOnce / std::max(g.from_per_group, g.to_per_group), 1, g.groups);
+    const int64_t step = groups_at_once * sums[0].channels;
+    const int64_t budget = kStripsBytes / element_size / std::max<int64_t>(step, 1);
+    const auto fits = [&](int64_t lines, int64_t line) {
+      return axis[0].values(1) * axis[1].values(lines) * axis[2].values(line) <= budget;
+    };
+    block[2] = ceil_div(a[2].count, ceil_div(a[2].count, kMostColumns));
+    block[1] = std::min(a[1].count, ceil_div(kLeastColumns, block[2]));
+    while (block[1] > 1 && !fits(block[1], block[2])) --block[1];
+    while (block[2] > 1 && !fits(block[1], block[2])) block[2] /= 2;
+    const auto values = [&] { return axis[0].values(1) * axis[1].values(block[1]) * axis[2].values(block[2]); };
+    const int64_t fit = std::max<int64_t>(1, budget / std::max<int64_t>(1, values()));
+    chunk = phase.taps() == 0 ? g.from_per_group : std::min(g.from_per_group, sums[0].channels * fit);
+    if (chunk < g.from_per_group) groups_at_once = 1;
+    if (chunk == g.from_per_group) {
+      const int64_t all = kStripsBytes / element_size / std::max<int64_t>(1, groups_at_once * chunk);
+      const auto more = [&](int64_t lines) {
+        return lines * block[2] <= kMostColumns &&
+               axis[0].values(1) * axis[1].values(lines) * axis[2].values(block[2]) <= all;
+      };
+      int64_t lines = std::min(a[1].count, kMostColumns / block[2]);
+      while (lines > block[1] && !more(lines)) --lines;
+      block[1] = std::max(block[1], lines);
+    }
+    for (int d = 0; d < 3; ++d) {
+      blocks[d] = ceil_div(a[d].count, block[d]);
+      block[d] = ceil_div(a[d].count, blocks[d]);
+      blocks[d] = ceil_div(a[d].count, block[d]);
+    }
+    size = values();
+    pitch = axis[2].length(block[2]);
+    columns = (block[1] - 1) * pitch + block[2];
+    const bool scatter = nhwc || a[2].to_step != 1;
+    const int64_t joined_vectors = ceil_div(columns, lanes), line_vectors = block[1] * ceil_div(block[2], lanes);
+    joined = joined_vectors < line_vectors;
+    vectors = std::min(joined_vectors, line_vectors);
+    // Joined lines that follow each other in the result, too, are a run there.
+    const bool gapless = block[1] == 1 || (pitch == block[2] && a[1].to_step == 1 && blocks[2] == 1);
+    keep = scatter || (joined && !gapless);
+
+    // Threads take different blocks, or where these do not go round, different result channels.
+    const int64_t rows = g.to_per_group;
+    const int64_t problems = g.batch * ceil_div(g.groups, groups_at_once) * blocks[0] * blocks[1] * blocks[2];
+    splits = problems < 8 * threads ? ceil_div(threads, problems) : 1;
+    for (int64_t s = splits; s < splits + threads && problems < 8 * threads; ++s)
+      if (problems * s % threads == 0) {
+        splits = s;
+        break;
+      }
+    if (groups_at_once > 1) splits = 1;
+    keep_all = keep && (nhwc || chunk < g.from_per_group);
+    if (keep_all)
+      splits = std::max(splits, ceil_div(rows, std::max<int64_t>(kMaxRows, kKeptBytes / element_size / columns)));
+    splits = std::min(splits, ceil_div(rows, kMaxRows));
+    kept_rows = keep_all ? groups_at_once * ceil_div(rows, splits) : keep ? kMaxRows : 0;
+  }
+  // About how many cycles one image and group take.
+  double cost(const Gather& g, const GatherPhase& phase) const {
+    const double products = 0.5 * vectors * phase.taps() * round_up(g.to_per_group, kMaxRows), copies = 0.7 * size;
+    return (products + copies) * g.from_per_group * blocks[0] * blocks[1] * blocks[2];
+  }
+  int64_t strips() const { return groups_at_once * chunk * size + kSlack; }
+  int64_t elements(int threads) const { return threads * (strips() + kept_rows * columns); }
+};
+
+// The runs that fill a strip for the block that begins at result (d, h, w). Sources are pixels.
+void strip_runs(const Plan& plan, const int64_t (&start)[3], std::vector<Segment>& runs) {
+  runs.clear();
+  const int64_t* const block = plan.block;
+  const GatherAxis* const a[3] = {&plan.axis[0].axis, &plan.axis[1].axis, &plan.axis[2].axis};
+  int64_t planes[3], length[3], left[3];
+  for (int d = 0; d < 3; ++d) {
+    planes[d] = plan.axis[d].planes(block[d]), length[d] = plan.axis[d].length(block[d]);
+    left[d] = std::min(length[d], a[d]->count - start[d] + length[d] - block[d]);  // the last block may be smaller
+  }
+  const int64_t extent = a[2]->from_extent, step = a[2]->from_step;
+  const auto source = [&](int d, int64_t p, int64_t i) {
+    const int64_t base = plan.axis[d].plane_base(p, block[d]);
+    return padded_index(source_index(start[d] + i, a[d]->from_step, 0, 0, -base), a[d]->from_extent, a[d]->mode);
+  };
+  const auto add = [&](int64_t from, int64_t target, int64_t count, int64_t first, int64_t last) {
+    runs.push_back({from, step, static_cast<int32_t>(target), static_cast<int32_t>(count), static_cast<int32_t>(first),
+                    static_cast<int32_t>(last)});
+  };
+  for (int64_t dp = 0; dp < planes[0]; ++dp)
+    for (int64_t hp = 0; hp < planes[1]; ++hp)
+      for (int64_t wp = 0; wp < planes[2]; ++wp)
+        for (int64_t di = 0; di < left[0]; ++di)
+          for (int64_t hi = 0; hi < left[1]; ++hi) {
+            const int64_t plane = (dp * planes[1] + hp) * planes[2] + wp;
+            const int64_t target = ((plane * length[0] + di) * length[1] + hi) * length[2];
+            const int64_t from_d = source(0, dp, di), from_h = source(1, hp, hi);
+            if (from_d < 0 || from_h < 0) {
+              add(0, target, left[2], 0, 0);
+              continue;
+            }
+            const int64_t line = (from_d * a[1]->from_extent + from_h) * extent;
+            // Position i of this plane is base + i * step; those in [first, last) lie in the line.
+            const int64_t base = source_index(start[2], step, 0, 0, -plan.axis[2].plane_base(wp, block[2]));
+            const int64_t first = base >= 0 ? 0 : std::min(left[2], (-base - 1) / step + 1);
+            const int64_t last = base >= extent ? first : std::clamp((extent - 1 - base) / step + 1, first, left[2]);
+            if (a[2]->mode == PaddingMode::kZeros) {
+              // Lines that follow each other here and there are copied at once; what is padding is zeroed after.
+              int64_t lines = 1;
+              if (step == 1 && length[2] == extent && left[2] == extent && first < last)
+                while (hi + lines < left[1] && source(1, hp, hi + lines) == from_h + lines) ++lines;
+              add(line + base, target, (lines - 1) * extent + left[2], first, (lines - 1) * extent + last);
+              for (int64_t l = 0; l + 1 < lines; ++l) {
+                if (last < extent) add(0, target + l * extent + last, extent - last, 0, 0);
+                if (first > 0) add(0, target + (l + 1) * extent, first, 0, 0);
+              }
+              hi += lines - 1;
+              continue;
+            }
+            if (first < last) add(line + base + first * step, target + first, last - first, 0, last - first);
+            for (int64_t i = 0; i < left[2]; ++i)
+              if (i < first || i >= last) {
+                // What no tap reads (the end of a residue) may lie beyond any padding mode's reach.
+                const int64_t w = padded_index(base + i * step, extent, a[2]->mode);
+                add(line + w, target + i, 1, 0, w >= 0 && w < extent);
+              }
+          }
 }
 
-// Scratch in elements: weights as rows of [in channel][tap] unless they lie so; of each thread the strips of all in
-// channels and the result rows of one register tile.
-struct Plan {
-  bool in_rows;
-  int64_t packed, strips, kept;
+// The terms of one sum block, a channel after the other, and the tap of each term of the first channel.
+struct Terms {
+  std::vector<Term> list;
+  std::vector<int64_t> taps;
 
-  Plan(const ConvShape& s, Direction direction) {
-    const bool forward = direction == Direction::kForward;
-    const int64_t plane = padded_plane(s, direction);
-    in_rows = forward && lies_as_rows(s);
-    packed = in_rows ? 0 : s.groups * s.in_per_group * s.out_per_group * s.taps();
-    strips = (forward ? s.in_per_group : s.out_per_group) * plane;
-    kept = kMaxRows * plane;
+  void prepare(const Gather& g, const GatherPhase& phase, const Plan& plan, const int64_t (&start)[3], int64_t channels,
+               bool skip_zeros) {
+    list.clear(), taps.clear();
+    const int64_t* const block = plan.block;
+    const GatherAxis* a = phase.axis;
+    const auto alive = [&](int d, int64_t t) {
+      return !skip_zeros || std::max(start[d], a[d].first_inside(t)) <
+                                std::min({start[d] + block[d], a[d].count, a[d].last_inside(t)});
+    };
+    int64_t planes[3], length[3];
+    for (int d = 0; d < 3; ++d) planes[d] = plan.axis[d].planes(block[d]), length[d] = plan.axis[d].length(block[d]);
+    for (int64_t td = 0, t = 0; td < a[0].taps(); ++td)
+      for (int64_t th = 0; th < a[1].taps(); ++th)
+        for (int64_t tw = 0; tw < a[2].taps(); ++tw, ++t) {
+          if (!alive(0, td) || !alive(1, th) || !alive(2, tw)) continue;
+          const StripAxis* s = plan.axis;
+          const int64_t plane =
+              (s[0].plane(td, block[0]) * planes[1] + s[1].plane(th, block[1])) * planes[2] + s[2].plane(tw, block[2]);
+          const int64_t at =
+              ((plane * length[0] + s[0].shift(td, block[0])) * length[1] + s[1].shift(th, block[1])) * length[2] +
+              s[2].shift(tw, block[2]);
+          list.push_back({g.weight_tap_offset(phase, t), at});
+          taps.push_back(t);
+        }
+    const auto live = static_cast<int64_t>(taps.size());
+    list.resize(live * channels);
+    for (int64_t c = 1; c < channels; ++c)
+      for (int64_t t = 0; t < live; ++t)
+        list[c * live + t] = {list[t].a + c * g.weight_from_stride, list[t].b + c * plan.size};
   }
-  int64_t elements(int threads) const { return packed + threads * (strips + kept); }
+  // The terms that belong to a block: a prefix of whole channels, or some taps of one.
+  std::pair<const Term*, int64_t> of(const Block& block, int64_t all_taps) const {
+    if (block.taps == all_taps) return {list.data(), static_cast<int64_t>(taps.size()) * block.channels};
+    const auto first = std::lower_bound(taps.begin(), taps.end(), block.tap);
+    const auto last = std::lower_bound(first, taps.end(), block.tap + block.taps);
+    return {list.data() + (first - taps.begin()), last - first};
+  }
 };
 
 template <typename T>
-void run_phase(const Gather& g, const GatherPhase& phase, const Plan& sizes, const Kernels<T>& kernels, const T* from,
-               const T* weight, const T* bias, T* to, T* workspace, int threads) {
-  const GatherAxis* a = phase.axis;
-  const int64_t taps = phase.taps(), depth = taps * g.from_per_group, channels = g.to_per_group;
-  const int64_t lines = a[1].count, line = a[2].count;
-  const StripPlan strip(phase, 1, kMaxPlane);
-  StripRuns runs;
-  strip_runs(phase, strip, 0, 0, lines, runs);
-  const int32_t all_runs[] = {0, static_cast<int32_t>(runs.size())};
-  const Blocks blocks = reduction_blocks(g.from_per_group, taps, /*taps_inside=*/true);
-  const Panels panels((lines - 1) * strip.pitch + line, kernels.lanes, kernels.vectors);
-  c10::SmallVector<int64_t, 64> offsets(taps), weight_offsets(taps);
-  strip.tap_offsets(phase, offsets.data());
-  for (int64_t t = 0; t < taps; ++t) weight_offsets[t] = g.weight_tap_offset(phase, t);
-  T* const packed = workspace;
-  if (!sizes.in_rows)
-    parallel_tasks(g.groups * channels, 8.0 * depth, [&](int64_t begin, int64_t end) {
-      for (int64_t i = begin; i < end; ++i) {
-        const T* row = weight + i / channels * g.weight_group_stride + i % channels * g.weight_to_stride;
-        for (int64_t c = 0; c < g.from_per_group; ++c)
-          for (int64_t t = 0; t < taps; ++t)
-            packed[i * depth + c * taps + t] = row[weight_offsets[t] + c * g.weight_from_stride];
+void fill_strips(const Kernels<T>& kernels, const ActivationStrides& stride, const std::vector<Segment>& runs,
+                 const T* from, int64_t channels, T* strips, int64_t size) {
+  const int32_t all[] = {0, static_cast<int32_t>(runs.size())};
+  if (stride.axis[2] == 1) return kernels.pack(channels, 1, from, stride.channel, runs.data(), all, strips, size);
+  for (const Segment& run : runs) {
+    if (run.first > 0 || run.last < run.length)
+      for (int64_t c = 0; c < channels; ++c) {
+        T* const line = strips + c * size + run.target;
+        std::fill(line, line + run.first, T(0));
+        std::fill(line + run.last, line + run.length, T(0));
       }
-    });
+    if (run.first >= run.last) continue;
+    const T* const source = from + (run.source + run.first * run.step) * stride.axis[2];
+    const int64_t pixel = run.step * stride.axis[2], count = run.last - run.first;
+    // The next groups' channels of the same pixels: too far apart for the machine to see them coming.
+    for (int64_t i = 0; i < count; ++i) __builtin_prefetch(source + i * pixel + channels);
+    kernels.transpose(source, pixel, count, channels, strips + run.target + run.first, size);
+  }
+}
 
-  const int64_t row_tiles = ceil_div(channels, kernels.rows), problems = g.batch * g.groups;
-  const int64_t splits = std::clamp<int64_t>(ceil_div(2 * threads, problems), 1, row_tiles);
-  const double macs = static_cast<double>(panels.columns) * depth * channels / splits;
-  parallel_tasks(problems * splits, macs, [&](int64_t begin, int64_t end) {
-    T* const strips = workspace + sizes.packed + at::get_thread_num() * (sizes.strips + sizes.kept);
-    T* const kept = strips + sizes.strips;
-    c10::SmallVector<const T*, kMaxRows * 16> w(taps * kernels.rows);
-    int64_t filled = -1;
+template <typename T>
+void run_phase(const Gather& g, const GatherPhase& phase, const Plan& plan, const Kernels<T>& kernels, const T* from,
+               const T* weight, const T* bias, T* to, T* workspace, int threads, bool skip_zeros) {
+  const GatherAxis* a = phase.axis;
+  const int64_t taps = phase.taps(), channels = g.to_per_group;
+  const Blocks sums = reduction_blocks(g.from_per_group, taps, /*taps_inside=*/true);
+  const int64_t splits = plan.splits, gathers = ceil_div(g.groups, plan.groups_at_once);
+  const int64_t problems = plan.blocks[0] * plan.blocks[1] * plan.blocks[2] * g.batch * gathers;
+  const bool nhwc = g.to_stride.axis[2] != 1, chunked = plan.chunk < g.from_per_group;
+  const double macs = static_cast<double>(plan.columns) * taps * g.from_per_group * plan.groups_at_once * channels;
+  parallel_tasks(problems * splits, macs / splits, [&](int64_t begin, int64_t end) {
+    T* const strips = workspace + at::get_thread_num() * (plan.strips() + plan.kept_rows * plan.columns);
+    T* const kept = strips + plan.strips();
+    std::vector<Segment> runs;
+    Terms terms;
+    std::vector<StripVector> vectors;
+    int64_t prepared = -1, vectors_of = -1, filled = -1;
     for (int64_t i = begin; i < end; ++i) {
-      const int64_t split = i % splits, problem = i / splits, group = problem % g.groups, n = problem / g.groups;
-      if (filled != problem) {
-        const T* const image = from + n * g.from_stride.batch + group * g.from_per_group * g.from_stride.channel;
-        kernels.pack(g.from_per_group, 1, image, g.from_stride.channel, runs.data(), all_runs, strips, strip.size);
-        filled = problem;
+      const int64_t split = i % splits, problem = i / splits, gather = problem % gathers;
+      const int64_t n = problem / gathers % g.batch, at = problem / gathers / g.batch;
+      const int64_t start[3] = {at / (plan.blocks[1] * plan.blocks[2]) * plan.block[0],
+                                at / plan.blocks[2] % plan.blocks[1] * plan.block[1],
+                                at % plan.blocks[2] * plan.block[2]};
+      if (prepared != at) {
+        strip_runs(plan, start, runs);
+        terms.prepare(g, phase, plan, start, sums[0].channels, skip_zeros);
+        prepared = at;
       }
-      for (int64_t tile = row_tiles * split / splits; tile < row_tiles * (split + 1) / splits; ++tile) {
-        const int64_t first = tile * kernels.rows, rows = std::min<int64_t>(kernels.rows, channels - first);
-        for (int64_t r = 0; r < rows; ++r) {
-          const T* row = sizes.in_rows ? weight + group * g.weight_group_stride + (first + r) * g.weight_to_stride
-                                       : packed + (group * channels + first + r) * depth;
-          for (int64_t t = 0; t < taps; ++t) w[t * rows + r] = row + t;
-        }
-        for (int64_t panel = 0; panel < panels.count; ++panel) {
-          T* c[kMaxRows];
-          for (int64_t r = 0; r < rows; ++r) c[r] = kept + r * panels.columns + panels.begin(panel);
-          for (const Block& block : blocks)
-            kernels.gemm[rows - 1]({.taps = block.taps,
-                                    .depth = block.channels,
-                                    .a = w.data(),
-                                    .a_offset = block.start,
-                                    .a_step = taps,
-                                    .b = strips + block.channel * strip.size + panels.begin(panel),
-                                    .b_offsets = offsets.data(),
-                                    .ldb = strip.size,
-                                    .c = c,
-                                    .cols = panels.size(panel),
-                                    .row_bias = bias ? bias + group * channels + first : nullptr,
-                                    .column_bias = nullptr,
-                                    .accumulate = block.start > 0});
+      const int64_t lines = std::min(plan.block[1], a[1].count - start[1]);
+      const int64_t line = std::min(plan.block[2], a[2].count - start[2]);
+      const int64_t first_group = gather * plan.groups_at_once;
+      const int64_t groups = std::min(plan.groups_at_once, g.groups - first_group);
+      const int64_t row0 = channels * split / splits, row1 = channels * (split + 1) / splits;
+      const int64_t tiles = ceil_div(row1 - row0, kernels.rows);
+      T* const result = to + n * g.to_stride.batch + first_group * channels * g.to_stride.channel +
+                        (a[0].to_start + start[0] * a[0].to_step) * g.to_stride.axis[0] +
+                        (a[1].to_start + start[1] * a[1].to_step) * g.to_stride.axis[1] +
+                        (a[2].to_start + start[2] * a[2].to_step) * g.to_stride.axis[2];
+      const int64_t line_step = a[1].to_step * g.to_stride.axis[1], pixel_step = a[2].to_step * g.to_stride.axis[2];
+
+      // Rows [row, row + rows) of the group go from scratch to the result.
+      const auto deliver = [&](const T* source, int64_t first, int64_t rows) {
+        if (nhwc) {
+          for (int64_t h = 0; h < lines; ++h)
+            kernels.transpose(source + h * plan.pitch, plan.columns, rows, line, result + h * line_step + first,
+                              pixel_step);
+          return;
         }
         for (int64_t r = 0; r < rows; ++r) {
-          T* const target = to + n * g.to_stride.batch + (group * channels + first + r) * g.to_stride.channel +
-                            a[1].to_start * g.to_stride.axis[1] + a[2].to_start;
-          const T* const source = kept + r * panels.columns;
-          const int64_t target_step = a[1].to_step * g.to_stride.axis[1];
-          if (a[2].to_step == 1) {
-            kernels.copy_rows(source, strip.pitch, lines, line, target, target_step);
+          T* const target = result + (first + r) * g.to_stride.channel;
+          const T* const row = source + r * plan.columns;
+          if (pixel_step == 1) {
+            kernels.copy_rows(row, plan.pitch, lines, line, target, line_step);
             continue;
           }
           for (int64_t h = 0; h < lines; ++h)
-            for (int64_t j = 0; j < line; ++j) target[h * target_step + j * a[2].to_step] = source[h * strip.pitch + j];
+            for (int64_t j = 0; j < line; ++j) target[h * line_step + j * pixel_step] = row[h * plan.pitch + j];
         }
+      };
+
+      if (vectors_of != at) {
+        vectors.clear();
+        const int64_t c_line = plan.keep ? plan.pitch : line_step;
+        const int64_t length = plan.joined ? (lines - 1) * plan.pitch + line : line;
+        for (int64_t h = 0; h < (plan.joined ? 1 : lines); ++h)
+          for (int64_t j = 0; j < length; j += kernels.lanes)
+            vectors.push_back({h * plan.pitch + j, h * c_line + j, std::min<int64_t>(kernels.lanes, length - j)});
+        vectors_of = at;
       }
+      const auto vector_count = static_cast<int64_t>(vectors.size()), panels = ceil_div(vector_count, kernels.vectors);
+      for (int64_t c0 = 0; c0 == 0 || c0 < g.from_per_group; c0 += plan.chunk) {
+        const int64_t c1 = std::min(g.from_per_group, c0 + plan.chunk);
+        if (taps > 0 && (chunked || filled != problem)) {
+          const int64_t first = first_group * g.from_per_group + c0;
+          fill_strips(kernels, g.from_stride, runs, from + n * g.from_stride.batch + first * g.from_stride.channel,
+                      groups * (c1 - c0), strips, plan.size);
+          filled = problem;
+        }
+        for (int64_t group = 0; group < groups; ++group)
+          for (int64_t tile = 0; tile < tiles; ++tile) {
+            const int64_t row = row0 + (row1 - row0) * tile / tiles;
+            const int64_t rows = row0 + (row1 - row0) * (tile + 1) / tiles - row;
+            const int64_t in_group = first_group + group;
+            T* const c = !plan.keep      ? result + row * g.to_stride.channel
+                         : plan.keep_all ? kept + (group * channels + row - row0) * plan.columns
+                                         : kept;
+            const int64_t c_row = plan.keep ? plan.columns : g.to_stride.channel;
+            for (const Block& sum : sums) {
+              if (sum.channel < c0 || (sum.channel >= c1 && sum.channels > 0)) continue;
+              const auto [term, count] = terms.of(sum, taps);
+              const T* const w = weight + in_group * g.weight_group_stride + row * g.weight_to_stride +
+                                 sum.channel * g.weight_from_stride;
+              const T* const b = strips + (group * (c1 - c0) + sum.channel - c0) * plan.size;
+              for (int64_t panel = 0; panel < panels; ++panel) {
+                const int64_t v0 = vector_count * panel / panels, v1 = vector_count * (panel + 1) / panels;
+                kernels.strip[rows - 1]({.terms = count,
+                                         .term = term,
+                                         .a = w,
+                                         .a_row = g.weight_to_stride,
+                                         .b = b,
+                                         .c = c,
+                                         .c_row = c_row,
+                                         .vectors = static_cast<int>(v1 - v0),
+                                         .vector = vectors.data() + v0,
+                                         .row_bias = bias ? bias + in_group * channels + row : nullptr,
+                                         .column_bias = nullptr,
+                                         .accumulate = sum.start > 0});
+              }
+            }
+            if (plan.keep && !plan.keep_all) deliver(kept, group * channels + row, rows);
+          }
+      }
+      if (plan.keep_all) deliver(kept, row0, (groups - 1) * channels + row1 - row0);
     }
   });
+}
+
+Plan plan_for(const ConvShape& s, const Gather& g, const GatherPhase& phase, int threads) {
+  const Microkernels& m = microkernels();
+  const bool single = s.dtype == Dtype::kFloat32;
+  const auto plan = [&](bool line_per_tap) {
+    return Plan(g, phase, single ? m.f32.lanes : m.f64.lanes, dtype_size(s.dtype), threads, line_per_tap);
+  };
+  Plan shared = plan(false);
+  if (phase.axis[2].taps() <= 1) return shared;
+  Plan per_tap = plan(true);
+  return per_tap.cost(g, phase) < shared.cost(g, phase) ? per_tap : shared;
 }
 
 template <typename T>
 void run(const ConvShape& s, Direction direction, const void* from, const ConvPointers& p, void* workspace,
          int threads) {
-  const Gather g = make_gather(s, direction);
-  const Plan sizes(s, direction);
+  Gather g = make_gather(s, direction);
+  const bool skip_zeros = works_on_padding(s) && all_finite(s, static_cast<const T*>(p.weight));
+  if (skip_zeros) drop_idle_taps(g);
   for (const GatherPhase& phase : g.phases)
-    run_phase(g, phase, sizes, kernels_of<T>(microkernels()), static_cast<const T*>(from),
+    run_phase(g, phase, plan_for(s, g, phase, threads), kernels_of<T>(microkernels()), static_cast<const T*>(from),
               static_cast<const T*>(p.weight), static_cast<const T*>(p.bias), static_cast<T*>(p.result),
-              static_cast<T*>(workspace), threads);
+              static_cast<T*>(workspace), threads, skip_zeros);
 }
 
 const char* decline(const ConvShape& s, Direction direction) {
   if (s.dtype != Dtype::kFloat32 && s.dtype != Dtype::kFloat64) return "only float32 and float64";
-  if (s.channels_last()) return "only NCHW";
   if (s.in_per_group == 0 || s.out_per_group == 0 || s.in_pixels() == 0 || s.out_pixels() == 0)
     return "nothing to sum over";
-  if (s.in[0] != 1 || s.out[0] != 1 || s.kernel[0] != 1 || s.pad[0] != 0) return "a third axis";
-  if (s.taps() == 1) return "a single tap: nothing to share";
-  if (s.taps() > kSumLength) return "more than 512 taps";
-  const bool forward = direction == Direction::kForward;
-  if (!forward && s.padding_mode != PaddingMode::kZeros) return "the adjoint of a padding mode";
-  for (int d = 1; d < 3; ++d) {
-    if (forward && s.stride[d] != 1) return "a stride";
-    if (s.stride[d] > 16) return "a stride above 16";
-    if (s.in[d] > kMaxPlane || s.out[d] > kMaxPlane || s.kernel[d] - 1 > kMaxPlane / s.dilation[d])
-      return "planes above 1156 values";
-  }
-  const int64_t plane = padded_plane(s, direction);
-  if (plane > kMaxPlane) return "planes above 1156 values";
-  if ((forward ? s.in_per_group : s.out_per_group) * plane * dtype_size(s.dtype) > kStripsBytes)
-    return "strips above 512 KiB";
-  if (s.groups * s.in_per_group * s.out_per_group * s.taps() > kPackedBytes / dtype_size(s.dtype))
-    return "weights above 32 MiB";
+  if (s.channels_last() && (s.groups == 1 || std::max(s.in_per_group, s.out_per_group) > kFewChannels))
+    return "NHWC with more than 16 channels a group, or one group";
+  if (s.taps() > kMaxTaps) return "more than 16384 taps";
+  if (direction == Direction::kForward) return nullptr;
+  if (s.padding_mode != PaddingMode::kZeros) return "the adjoint of a padding mode";
+  double phases = 1;
+  for (int d = 0; d < 3; ++d) phases *= static_cast<double>(std::min(s.stride[d], s.in[d]));
+  if (phases > kMaxPhases) return "more than 65536 phases";
   return nullptr;
+}
+
+// Phases follow each other in the same scratch.
+int64_t workspace(const ConvShape& s, Direction direction, int threads) {
+  Gather g = make_gather(s, direction);
+  int64_t elements = 0;
+  const auto add = [&] {
+    for (const GatherPhase& phase : g.phases)
+      elements = std::max(elements, plan_for(s, g, phase, threads).elements(threads));
+  };
+  add();
+  if (works_on_padding(s)) {
+    drop_idle_taps(g);
+    add();
+  }
+  return elements * dtype_size(s.dtype);
 }
 
 }  // namespace
@@ -184,11 +462,9 @@ const char* decline(const ConvShape& s, Direction direction) {
 const char* direct_forward_decline(const ConvShape& s) { return decline(s, Direction::kForward); }
 const char* direct_backward_input_decline(const ConvShape& s) { return decline(s, Direction::kBackwardInput); }
 
-int64_t direct_forward_workspace(const ConvShape& s, int threads) {
-  return Plan(s, Direction::kForward).elements(threads) * dtype_size(s.dtype);
-}
+int64_t direct_forward_workspace(const ConvShape& s, int threads) { return workspace(s, Direction::kForward, threads); }
 int64_t direct_backward_input_workspace(const ConvShape& s, int threads) {
-  return Plan(s, Direction::kBackwardInput).elements(threads) * dtype_size(s.dtype);
+  return workspace(s, Direction::kBackwardInput, threads);
 }
 
 void direct_forward(const ConvShape& s, const ConvPointers& p, void* workspace, int threads) {

@@ -67,17 +67,6 @@ inline Blocks reduction_blocks(int64_t channels, int64_t taps, bool taps_inside)
   return blocks;
 }
 
-// Whether each out channel's weights lie as [in channel][tap], which forward reads in place.
-inline bool lies_as_rows(const ConvShape& s) {
-  int64_t expected = 1;
-  for (int d = 4; d >= 1; --d) {
-    const int64_t extent = d == 1 ? s.in_per_group : s.kernel[d - 2];
-    if (extent != 1 && s.weight_stride[d] != expected) return false;
-    expected *= extent;
-  }
-  return true;
-}
-
 // to[r * width + c] = from[r * row_stride + c * column_stride]; the columns up to width are left alone.
 template <typename T>
 void pack_matrix(const Kernels<T>& kernels, const T* from, int64_t row_stride, int64_t column_stride, int64_t rows,

@@ -43,6 +43,34 @@ struct GemmTile {
   T* packed = nullptr;      // of gemm_packing: a copy of B is left here, [tap][k][cols up to a whole vector]
 };
 
+// A term of a sum whose operands both lie anywhere: offsets of the value of A, in every row, and of the vectors of B.
+struct Term {
+  int64_t a, b;
+};
+
+// A vector of columns that lies anywhere: offsets in B and C, and how many of its lanes are columns.
+struct StripVector {
+  int64_t b, c, lanes;
+};
+
+// C[row][v.c + l] = sum over terms of  a[row * a_row + term.a] * b[term.b + v.b + l]  + (as in GemmTile)
+// for l < v.lanes of each vector v. B is read in whole vectors.
+template <typename T>
+struct StripTile {
+  int64_t terms;
+  const Term* term;
+  const T* a;
+  int64_t a_row;
+  const T* b;
+  T* c;
+  int64_t c_row;
+  int vectors;  // up to Kernels::vectors
+  const StripVector* vector;
+  const T* row_bias;     // [rows] or nullptr
+  const T* column_bias;  // at v.c + l, or nullptr
+  bool accumulate;
+};
+
 // C[row][0, cols) += sum over p < depth of  a[p * lda + row] * b[p][col]          (C is always accumulated into)
 template <typename T>
 struct OuterTile {
@@ -128,6 +156,7 @@ struct Kernels {
   int rows, lanes, vectors;                      // register tile: rows x (vectors * lanes)
   void (*gemm[kMaxRows])(const GemmTile<T>&);    // [rows - 1]
   void (*gemm_packing)(const GemmTile<T>&);      // of `rows` rows
+  void (*strip[kMaxRows])(const StripTile<T>&);  // [rows - 1]
   void (*outer[kMaxRows])(const OuterTile<T>&);  // [rows - 1]
   void (*dot)(const DotTile<T>&);
   void (*depthwise_lines[kMaxDepthwiseRows])(const DepthwiseTile<T>&);               // [rows - 1], NCHW
@@ -139,6 +168,7 @@ struct Kernels {
   void (*copy_rows)(const T* from, int64_t from_step, int64_t count, int64_t length, T* to, int64_t to_step);
   void (*add_row)(T* sums, const T* row, int64_t length);  // sums[i] += row[i]
   T (*sum_row)(const T* row, int64_t length);
+  bool (*all_finite)(const T* row, int64_t length);
   // panel row r holds channel r / taps and tap r % taps: segments[first[tap], first[tap + 1]) of that channel's plane.
   void (*pack)(int64_t channels, int64_t taps, const T* plane, int64_t plane_stride, const Segment* segments,
                const int32_t* first, T* panel, int64_t width);

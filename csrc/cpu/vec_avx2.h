@@ -46,6 +46,10 @@ struct F32 {
   static void store_float16(uint16_t* p, V v) {
     _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT));
   }
+  static V even(V a, V b) {  // the lanes of even number of both
+    const __m256d pairs = _mm256_castps_pd(_mm256_shuffle_ps(a, b, 0x88));
+    return _mm256_castpd_ps(_mm256_permute4x64_pd(pairs, 0xd8));
+  }
   static void transpose(V (&v)[8]) {  // pairs, then quads of rows inside 128 bits, then the halves
     V t[8], q[8];
 #pragma GCC unroll 4
@@ -87,6 +91,7 @@ struct F64 {
   static void store(double* p, V v, Mask m) { _mm256_maskstore_pd(p, m, v); }
   static V add(V a, V b) { return _mm256_add_pd(a, b); }
   static V fma(V a, V b, V c) { return _mm256_fmadd_pd(a, b, c); }
+  static V even(V a, V b) { return _mm256_permute4x64_pd(_mm256_unpacklo_pd(a, b), 0xd8); }
   static void transpose(V (&v)[4]) {
     const V a = _mm256_unpacklo_pd(v[0], v[1]), b = _mm256_unpackhi_pd(v[0], v[1]);
     const V c = _mm256_unpacklo_pd(v[2], v[3]), d = _mm256_unpackhi_pd(v[2], v[3]);

@@ -37,6 +37,11 @@ struct Vec {
   }
   static V add(V a, V b) { return a + b; }
   static V fma(V a, V b, V c) { return a * b + c; }
+  static V even(V a, V b) {  // the lanes of even number of both
+    V v{};
+    for (int i = 0; i < kLanes; ++i) v[i] = i < kLanes / 2 ? a[2 * i] : b[2 * i - kLanes];
+    return v;
+  }
   static void transpose(V (&v)[kLanes]) {
     T t[kLanes][kLanes];
     for (int i = 0; i < kLanes; ++i)

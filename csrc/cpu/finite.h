@@ -1,0 +1,43 @@
+// Whether all weights are finite: then what they multiply in the padding may be left out, since 0 times each of them is 0.
+#pragma once
+
+#include <atomic>
+#include <bit>
+#include <type_traits>
+
+#include "conv_shape.h"
+#include "cpu/parallel.h"
+
+namespace myconv::cpu {
+
+template <typename T>
+bool all_finite(const ConvShape& s, const T* weight) {
+  using Bits = std::conditional_t<sizeof(T) == 4, uint32_t, uint64_t>;
+  constexpr Bits kExponent = sizeof(T) == 4 ? Bits(0x7f800000) : static_cast<Bits>(0x7ff0000000000000);
+  const auto not_finite = [](T value) { return Bits((std::bit_cast<Bits>(value) & kExponent) == kExponent); };
+  const int64_t extent[4] = {s.in_per_group, s.kernel[0], s.kernel[1], s.kernel[2]};
+  const int64_t* const stride = s.weight_stride + 1;
+  int64_t values = 1, span = 1;  // of one out channel
+  for (int d = 0; d < 4; ++d) values *= extent[d], span += (extent[d] - 1) * stride[d];
+
+  std::atomic<bool> finite = true;
+  parallel_tasks(s.out_channels(), static_cast<double>(values), [&](int64_t begin, int64_t end) {
+    Bits found = 0;
+    for (int64_t k = begin; k < end; ++k) {
+      const T* const of_channel = weight + k * s.weight_stride[0];
+      if (span == values) {
+        for (int64_t i = 0; i < values; ++i) found |= not_finite(of_channel[i]);
+        continue;
+      }
+      for (int64_t d = 0; d < extent[1]; ++d)
+        for (int64_t h = 0; h < extent[2]; ++h)
+          for (int64_t w = 0; w < extent[3]; ++w)
+            for (int64_t c = 0; c < extent[0]; ++c)
+              found |= not_finite(of_channel[c * stride[0] + d * stride[1] + h * stride[2] + w * stride[3]]);
+    }
+    if (found) finite = false;
+  });
+  return finite;
+}
+
+}  // namespace myconv::cpu
