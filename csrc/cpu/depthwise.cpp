@@ -35,6 +35,7 @@ constexpr int64_t kMaxDepthwiseKernel = 4096;
 constexpr int64_t kMaxReach = 65536;         // positions from an axis' first tap to its last
 constexpr int64_t kKeptLines = 8;            // result lines that are kept before they are spread
 constexpr int64_t kMostLanes = 64;           // of any ISA, in bytes
+constexpr int64_t kTasks = 16;               // NHWC: pieces of work of a call, at least
 constexpr int64_t kPlanesBytes = 16 << 10;   // NCHW: planes that are done together
 constexpr int64_t kPixelsBytes = 256 << 10;  // NHWC: what the lines of a strip read
 
@@ -335,33 +336,44 @@ void gather_pixels(const Gather& g, const Kernels<T>& kernels, const int64_t* ke
     if (!all_finite(packed + begin * taps * lanes, (end - begin) * taps * lanes)) finite = false;
   });
 
+  static const int order = getenv("DW_ORDER") ? atoi(getenv("DW_ORDER")) : -1;
+  static const int64_t bytes = getenv("DW_BYTES") ? atoi(getenv("DW_BYTES")) * 1024: kPixelsBytes;
   for (const GatherPhase& phase : g.phases) {
     const GatherAxis* a = phase.axis;
     const Plan plan(phase, /*lines=*/false, g.from_stride.axis, packed_step);
     const int64_t line_bytes = a[1].from_step * g.from_stride.axis[1] * sizeof(T);
-    const int64_t strip =
-        std::clamp<int64_t>(kPixelsBytes / std::max<int64_t>(1, line_bytes), 1, std::max<int64_t>(1, a[1].count));
-    const int64_t strips = ceil_div(a[1].count, strip), tasks = g.batch * a[0].count * strips * blocks;
-    parallel_tasks(
-        tasks, 2.0 * phase.taps() * phase.pixels() * channels * g.batch / tasks, [&](int64_t begin, int64_t end) {
-          for (int64_t i = begin; i < end; ++i) {
-            const int64_t c = i % blocks * lanes, h = i / blocks % strips * strip;
-            const int64_t d = i / (blocks * strips) % a[0].count, n = i / (blocks * strips * a[0].count);
-            DepthwiseTile<T> tile{};
-            tile.planes = 1;
-            tile.lists = std::min(strip, a[1].count - h);
-            tile.from = from + n * g.from_stride.batch + c;
-            tile.weight = packed + c * taps;
-            tile.bias = bias ? bias + c : nullptr;
-            tile.to = to + n * g.to_stride.batch + c + (a[0].to_start + d * a[0].to_step) * g.to_stride.axis[0] +
-                      (a[1].to_start + h * a[1].to_step) * g.to_stride.axis[1] + a[2].to_start * g.to_stride.axis[2];
-            tile.list_step = a[1].to_step * g.to_stride.axis[1];
-            tile.to_step = a[2].to_step * g.to_stride.axis[2];
-            tile.length = std::min(lanes, channels - c);
-            tile.skip_zeros = finite;
-            plan.run(kernels.depthwise, d, h, 0, a[2].count, tile);
-          }
-        });
+    const int64_t together = order >= 0 ? (order ? blocks : 1) : a[2].taps() < 7 ? blocks : 1;
+    // Lines in equal strips: a few for each thread, that fit L2.
+    const int64_t parts = ceil_div(blocks, together);
+    const int64_t fit = std::max<int64_t>(1, bytes / std::max<int64_t>(1, line_bytes));
+    const int64_t wanted = ceil_div(kTasks, std::max<int64_t>(1, g.batch * a[0].count * parts));
+    const int64_t lines = std::max<int64_t>(1, a[1].count);
+    const int64_t strip = ceil_div(lines, std::clamp<int64_t>(wanted, ceil_div(lines, fit), lines));
+    const int64_t strips = ceil_div(lines, strip);
+    const int64_t tasks = g.batch * a[0].count * strips * parts;
+    const double macs = 2.0 * phase.taps() * phase.pixels() * channels * g.batch / tasks;
+    parallel_tasks(tasks, macs, [&](int64_t begin, int64_t end) {
+      for (int64_t i = begin; i < end; ++i) {
+        const int64_t part = i % parts, c = part * together * lanes, h = i / parts % strips * strip;
+        const int64_t d = i / (parts * strips) % a[0].count, n = i / (parts * strips * a[0].count);
+        DepthwiseTile<T> tile{};
+        tile.planes = std::min(together, blocks - part * together);
+        tile.from_plane = tile.to_plane = lanes;
+        tile.weight_plane = taps * lanes;
+        tile.bias_plane = bias ? lanes : 0;
+        tile.lists = std::min(strip, a[1].count - h);
+        tile.from = from + n * g.from_stride.batch + c;
+        tile.weight = packed + c * taps;
+        tile.bias = bias ? bias + c : nullptr;
+        tile.to = to + n * g.to_stride.batch + c + (a[0].to_start + d * a[0].to_step) * g.to_stride.axis[0] +
+                  (a[1].to_start + h * a[1].to_step) * g.to_stride.axis[1] + a[2].to_start * g.to_stride.axis[2];
+        tile.list_step = a[1].to_step * g.to_stride.axis[1];
+        tile.to_step = a[2].to_step * g.to_stride.axis[2];
+        tile.length = channels - c;
+        tile.skip_zeros = finite;
+        plan.run(kernels.depthwise, d, h, 0, a[2].count, tile);
+      }
+    });
   }
 }
 
