@@ -1,19 +1,23 @@
-// Depthwise convolutions (one in and one out channel a group), all three directions, float32 and float64.
+// Depthwise convolutions (one in channel a group), all three directions, float32 and float64.
 //
-//   NCHW   vectors run along a line of one plane. The lines that a block of result lines reads are copied once into a
-//          padded strip, after which every tap of every result line is a constant offset:
+//   NCHW   vectors run along a line and are loaded from the plane as it lies, masked where a line ends; with stride 2
+//          pairs of vectors are sorted into even and odd columns. Tiles are 8 or 7 lines high. Columns that a padding
+//          mode moves or that lie further apart come from a padded copy of the lines (strip.h).
+//   NHWC   vectors run along channels. Tiles are 8 or 7 pixels of a line.
 //
-//              strip  [td][line][residue][position]     residue: w mod stride, so that strided taps are contiguous too
+//          for each walked tap (NCHW: of W, NHWC: of H):  K weights in registers
+//            for each line (pixel) that the tile reads:   one load, up to K multiply-adds
 //
-//   NHWC   vectors run along channels. Pixels whose taps all lie inside are constant offsets in x as it lies; pixels
-//          that padding cuts go through a pointer for each tap, a row of zeros in the padding.
-//
-// forward and backward_input are gathers (gather.h): one loop nest. backward_weight reads the same strips and pointers
+// Kernels of 3, 5 and 7 taps along the tile's axis are one piece, larger ones several; even ones, dilated ones and
+// strides above 2 walk every tap. What lies in the padding is left out, unless a weight is infinite or NaN. Registers:
+// depthwise.inc. backward_input is the same gather (gather.h). backward_weight reads strips (NCHW) or pointers (NHWC)
 // and keeps a vector of sums per tap, up to 8 taps at a time.
 //
-// Sums: forward and backward_input: the taps in order, then the bias. backward_weight: at most kSumLength terms a
-// lane, then added to the total in order; the lanes of NCHW last. Threads split planes, lines or channels, never a sum.
-// Declines: more than one channel a group, strips above kStripLimit, backward_input with a padding mode.
+// Sums: forward and backward_input: walked taps outermost, at most kSumLength terms a piece, then the bias.
+// backward_weight: at most kSumLength terms a lane, then added to the total in order; the lanes of NCHW last. Threads
+// split planes, lines or channels, never a sum.
+// Declines: more than one in channel a group; a multiplier in NHWC and in both backwards; strips above kStripLimit;
+// backward_input with a padding mode.
 #include <atomic>
 #include <bit>
 #include <optional>
@@ -37,6 +41,8 @@ constexpr int64_t kKeptLines = 8;            // result lines that are kept befor
 constexpr int64_t kMostLanes = 64;           // of any ISA, in bytes
 constexpr int64_t kTasks = 16;               // NHWC: pieces of work of a call, at least
 constexpr int64_t kPlanesBytes = 16 << 10;   // NCHW: planes that are done together
+constexpr double kLinesStreamed = 8e6;       // above so many bytes, read and written, values are fetched early: NCHW
+constexpr double kPixelsStreamed = 20e6;     // NHWC
 constexpr int64_t kPixelsBytes = 256 << 10;  // NHWC: what the lines of a strip read
 
 // --- forward and backward_input --------------------------------------------------------------------------------------
@@ -166,6 +172,12 @@ bool all_finite(const T* values, int64_t count) {
   return !found;
 }
 
+template <typename T>
+double bytes_moved(const Gather& g) {
+  const double from = static_cast<double>(g.from_pixels()) * g.from_per_group;
+  return (from + static_cast<double>(g.to_pixels()) * g.to_per_group) * g.groups * g.batch * sizeof(T);
+}
+
 // --- NCHW ------------------------------------------------------------------------------------------------------------
 
 // Whether lines must be copied first: columns that a padding mode moves, or too far apart.
@@ -248,6 +260,7 @@ void gather_lines(const Gather& g, const GatherPhase& phase, const Kernels<T>& k
   const int64_t plane_bytes = g.from_stride.channel * sizeof(T);
   const int64_t together =
       copies || scatters || multiplier > 1 ? 1 : std::max<int64_t>(1, kPlanesBytes / std::max<int64_t>(1, plane_bytes));
+  const bool streams = bytes_moved<T>(g) > kLinesStreamed;
   const bool dense = weight_step == taps;  // then all weights of a channel, used in this phase or not, lie together
   const auto finite = [&](int64_t first, int64_t last) {
     if (dense) return all_finite(weight + first * taps, (last - first) * taps);
@@ -292,6 +305,7 @@ void gather_lines(const Gather& g, const GatherPhase& phase, const Kernels<T>& k
             tile.to_step = scatters ? a[2].count : target_step;
             tile.length = a[2].count;
             tile.skip_zeros = skip_zeros;
+            tile.ahead = streams && !copies ? g.from_stride.axis[1] : 0;
             plan.run(kernels.depthwise, copies ? 0 : d, 0, copies ? l - h : l, lines, tile);
             if (scatters)
               for (int64_t r = 0; r < lines; ++r)
@@ -336,16 +350,15 @@ void gather_pixels(const Gather& g, const Kernels<T>& kernels, const int64_t* ke
     if (!all_finite(packed + begin * taps * lanes, (end - begin) * taps * lanes)) finite = false;
   });
 
-  static const int order = getenv("DW_ORDER") ? atoi(getenv("DW_ORDER")) : -1;
-  static const int64_t bytes = getenv("DW_BYTES") ? atoi(getenv("DW_BYTES")) * 1024: kPixelsBytes;
   for (const GatherPhase& phase : g.phases) {
     const GatherAxis* a = phase.axis;
     const Plan plan(phase, /*lines=*/false, g.from_stride.axis, packed_step);
     const int64_t line_bytes = a[1].from_step * g.from_stride.axis[1] * sizeof(T);
-    const int64_t together = order >= 0 ? (order ? blocks : 1) : a[2].taps() < 7 ? blocks : 1;
+    const int64_t together = a[2].taps() < 7 ? blocks : 1;
+    const bool streams = bytes_moved<T>(g) > kPixelsStreamed;
     // Lines in equal strips: a few for each thread, that fit L2.
     const int64_t parts = ceil_div(blocks, together);
-    const int64_t fit = std::max<int64_t>(1, bytes / std::max<int64_t>(1, line_bytes));
+    const int64_t fit = std::max<int64_t>(1, kPixelsBytes / std::max<int64_t>(1, line_bytes));
     const int64_t wanted = ceil_div(kTasks, std::max<int64_t>(1, g.batch * a[0].count * parts));
     const int64_t lines = std::max<int64_t>(1, a[1].count);
     const int64_t strip = ceil_div(lines, std::clamp<int64_t>(wanted, ceil_div(lines, fit), lines));
@@ -371,6 +384,7 @@ void gather_pixels(const Gather& g, const Kernels<T>& kernels, const int64_t* ke
         tile.to_step = a[2].to_step * g.to_stride.axis[2];
         tile.length = channels - c;
         tile.skip_zeros = finite;
+        tile.ahead = streams ? a[1].from_step * g.from_stride.axis[1] : 0;
         plan.run(kernels.depthwise, d, h, 0, a[2].count, tile);
       }
     });
