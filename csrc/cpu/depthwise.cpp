@@ -42,7 +42,7 @@ constexpr int64_t kMostLanes = 64;           // of any ISA, in bytes
 constexpr int64_t kTasks = 16;               // NHWC: pieces of work of a call, at least
 constexpr int64_t kPlanesBytes = 16 << 10;   // NCHW: planes that are done together
 constexpr double kLinesStreamed = 8e6;       // above so many bytes, read and written, values are fetched early: NCHW
-constexpr double kPixelsStreamed = 20e6;     // NHWC
+constexpr double kPixelsStreamed = 16e6;     // NHWC
 constexpr int64_t kPixelsBytes = 256 << 10;  // NHWC: what the lines of a strip read
 
 // --- forward and backward_input --------------------------------------------------------------------------------------
