@@ -3,6 +3,7 @@
 //   NCHW   vectors run along a line and are loaded from the plane as it lies, masked where a line ends; with stride 2
 //          pairs of vectors are sorted into even and odd columns. Tiles are 8 or 7 lines high. Columns that a padding
 //          mode moves or that lie further apart come from a padded copy of the lines (strip.h).
+//          Planes with lines of up to half a vector are transposed, a vector of channels at a time, and done as NHWC.
 //   NHWC   vectors run along channels. Tiles are 8 or 7 pixels of a line.
 //
 //          for each walked tap (NCHW: of W, NHWC: of H):  K weights in registers
@@ -41,6 +42,7 @@ constexpr int64_t kKeptLines = 8;            // result lines that are kept befor
 constexpr int64_t kMostLanes = 64;           // of any ISA, in bytes
 constexpr int64_t kTasks = 16;               // NHWC: pieces of work of a call, at least
 constexpr int64_t kPlanesBytes = 16 << 10;   // NCHW: planes that are done together
+constexpr int64_t kSmallPlane = 256;         // NCHW: values of a plane that may be transposed
 constexpr double kLinesStreamed = 8e6;       // above so many bytes, read and written, values are fetched early: NCHW
 constexpr double kPixelsStreamed = 16e6;     // NHWC
 constexpr int64_t kPixelsBytes = 256 << 10;  // NHWC: what the lines of a strip read
@@ -319,22 +321,17 @@ void gather_lines(const Gather& g, const GatherPhase& phase, const Kernels<T>& k
 
 // --- NHWC ------------------------------------------------------------------------------------------------------------
 
-// Channels of what is written, in blocks of one vector.
-//   packed weights   [block][tap][lane]
+// Packs weights as [block][tap][lane]; a block is one vector of channels. Returns whether all of them are finite.
 template <typename T>
-void gather_pixels(const Gather& g, const Kernels<T>& kernels, const int64_t* kernel, const T* from, const T* weight,
-                   const T* bias, T* to, T* workspace) {
-  const int64_t lanes = kernels.lanes, channels = g.groups, blocks = ceil_div(channels, lanes);
-  const int64_t taps = kernel[0] * kernel[1] * kernel[2];
-  const int64_t packed_step[] = {kernel[1] * kernel[2] * lanes, kernel[2] * lanes, lanes};
-  T* const packed = workspace;
+bool pack_weights(const Gather& g, const Kernels<T>& kernels, const int64_t* kernel, const T* weight, T* packed) {
+  const int64_t lanes = kernels.lanes, taps = kernel[0] * kernel[1] * kernel[2];
   const bool dense = g.weight_axis_stride[2] == 1 && g.weight_axis_stride[1] == kernel[2] &&
                      g.weight_axis_stride[0] == kernel[1] * kernel[2];
   std::atomic<bool> finite = true;
-  parallel_tasks(blocks, 8.0 * taps * lanes, [&](int64_t begin, int64_t end) {
+  parallel_tasks(ceil_div(g.groups, lanes), 8.0 * taps * lanes, [&](int64_t begin, int64_t end) {
     for (int64_t b = begin; b < end; ++b) {
       const T* of_block = weight + b * lanes * g.weight_group_stride;
-      const int64_t count = std::min(lanes, channels - b * lanes);
+      const int64_t count = std::min(lanes, g.groups - b * lanes);
       T* const w = packed + b * taps * lanes;
       if (count < lanes) std::fill_n(w, taps * lanes, T(0));
       if (dense)
@@ -349,6 +346,17 @@ void gather_pixels(const Gather& g, const Kernels<T>& kernels, const int64_t* ke
     }
     if (!all_finite(packed + begin * taps * lanes, (end - begin) * taps * lanes)) finite = false;
   });
+  return finite;
+}
+
+template <typename T>
+void gather_pixels(const Gather& g, const Kernels<T>& kernels, const int64_t* kernel, const T* from, const T* weight,
+                   const T* bias, T* to, T* workspace) {
+  const int64_t lanes = kernels.lanes, channels = g.groups, blocks = ceil_div(channels, lanes);
+  const int64_t taps = kernel[0] * kernel[1] * kernel[2];
+  const int64_t packed_step[] = {kernel[1] * kernel[2] * lanes, kernel[2] * lanes, lanes};
+  T* const packed = workspace;
+  const bool finite = pack_weights(g, kernels, kernel, weight, packed);
 
   for (const GatherPhase& phase : g.phases) {
     const GatherAxis* a = phase.axis;
@@ -391,6 +399,51 @@ void gather_pixels(const Gather& g, const Kernels<T>& kernels, const int64_t* ke
   }
 }
 
+// Small planes of NCHW, whose lines would leave half of a vector empty: a vector of channels is transposed, done as
+// above, and transposed back.
+bool transposes(const ConvShape& s, Direction direction, int64_t lanes) {
+  const bool forward = direction == Direction::kForward;
+  const int64_t columns = forward ? s.out[2] : s.in[2], plane = std::max(s.in_pixels(), s.out_pixels());
+  const bool phases = !forward && s.stride[0] * s.stride[1] * s.stride[2] != 1;
+  return !s.channels_last() && s.out_per_group == 1 && !phases && s.groups >= lanes && 2 * columns <= lanes &&
+         s.in[0] == 1 && s.out[0] == 1 && plane <= kSmallPlane;
+}
+
+template <typename T>
+void gather_transposed(const Gather& g, const Kernels<T>& kernels, const int64_t* kernel, const T* from,
+                       const T* weight, const T* bias, T* to, T* workspace) {
+  const GatherAxis* a = g.phases[0].axis;
+  const int64_t lanes = kernels.lanes, channels = g.groups, blocks = ceil_div(channels, lanes);
+  const int64_t taps = kernel[0] * kernel[1] * kernel[2], in = g.from_pixels(), out = g.to_pixels();
+  const int64_t packed_step[] = {kernel[1] * kernel[2] * lanes, kernel[2] * lanes, lanes};
+  const int64_t from_step[] = {in * lanes, g.from_extent[2] * lanes, lanes};
+  T *const packed = workspace, *const images = packed + blocks * taps * lanes;
+  const bool finite = pack_weights(g, kernels, kernel, weight, packed);
+  const Plan plan(g.phases[0], /*lines=*/false, from_step, packed_step);
+  parallel_tasks(g.batch * blocks, 2.0 * taps * out * lanes, [&](int64_t begin, int64_t end) {
+    T* const image = images + at::get_thread_num() * (in + out) * lanes;
+    T* const result = image + in * lanes;
+    for (int64_t i = begin; i < end; ++i) {
+      const int64_t c = i % blocks * lanes, n = i / blocks, count = std::min(lanes, channels - c);
+      const T* const planes = from + n * g.from_stride.batch + c * in;
+      kernels.transpose(planes, in, count, in, image, lanes);
+      DepthwiseTile<T> tile{};
+      tile.planes = 1;
+      tile.lists = a[1].count;
+      tile.from = image;
+      tile.weight = packed + c * taps;
+      tile.bias = bias ? bias + c : nullptr;
+      tile.to = result;
+      tile.list_step = a[2].count * lanes;
+      tile.to_step = lanes;
+      tile.length = count;
+      tile.skip_zeros = finite;
+      plan.run(kernels.depthwise, 0, 0, 0, a[2].count, tile);
+      kernels.transpose(result, lanes, out, count, to + n * g.to_stride.batch + c * out, out);
+    }
+  });
+}
+
 template <typename T>
 void gather(const ConvShape& s, Direction direction, const void* from, const ConvPointers& p, void* workspace) {
   const Gather g = make_gather(s, direction);
@@ -399,6 +452,7 @@ void gather(const ConvShape& s, Direction direction, const void* from, const Con
   const T* const b = static_cast<const T*>(p.bias);
   T *const y = static_cast<T*>(p.result), *const scratch = static_cast<T*>(workspace);
   if (s.channels_last()) return gather_pixels(g, kernels, s.kernel, x, w, b, y, scratch);
+  if (transposes(s, direction, kernels.lanes)) return gather_transposed(g, kernels, s.kernel, x, w, b, y, scratch);
   for (const GatherPhase& phase : g.phases) gather_lines(g, phase, kernels, x, w, b, y, scratch);
 }
 
@@ -530,6 +584,8 @@ int64_t gather_workspace(const ConvShape& s, Direction direction, int threads) {
   const int64_t size = dtype_size(s.dtype);
   if (s.channels_last()) return s.taps() * (s.groups * size + kMostLanes);
   int64_t elements = 0;
+  if (transposes(s, direction, size == 4 ? microkernels().f32.lanes : microkernels().f64.lanes))
+    return s.taps() * (s.groups * size + kMostLanes) + threads * (s.in_pixels() + s.out_pixels()) * kMostLanes;
   for (const GatherPhase& phase : make_gather(s, direction).phases)
     elements = std::max(elements, LineScratch(phase, size).elements());
   return threads * elements * size;
