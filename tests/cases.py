@@ -177,6 +177,16 @@ GROUPS = [
     Case("depthwise_stride_2", "conv2d", (2, 16, 9, 11), 16, 3, stride=2, padding=1, groups=16),
     Case("depthwise_dilation_2", "conv2d", (2, 8, 9, 9), 8, 3, padding=2, dilation=2, groups=8),
     Case("depthwise_5x5", "conv2d", (1, 33, 8, 15), 33, 5, padding=2, groups=33, bias=False),
+    Case("depthwise_7x7_plane", "conv2d", (2, 35, 7, 7), 35, 7, padding=3, groups=35),
+    Case("depthwise_7x7_stride_2", "conv2d", (1, 18, 13, 35), 18, 7, stride=2, padding=3, groups=18),
+    Case("depthwise_5x5_stride_2", "conv2d", (2, 17, 14, 34), 17, 5, stride=2, padding=2, groups=17, bias=False),
+    Case("depthwise_stride_3", "conv2d", (2, 9, 11, 20), 9, 3, stride=3, padding=1, groups=9),
+    Case("depthwise_stride_1_2", "conv2d", (2, 9, 8, 19), 9, 3, stride=(1, 2), padding=1, groups=9),
+    Case("depthwise_9x9", "conv2d", (1, 6, 15, 18), 6, 9, padding=4, groups=6),
+    Case("depthwise_4x6", "conv2d", (1, 6, 9, 18), 6, (4, 6), padding=(2, 3), groups=6),
+    Case("depthwise_times_2_5x5", "conv2d", (2, 5, 14, 14), 10, 5, padding=2, groups=5),
+    Case("depthwise_dilation_2_stride_2", "conv2d", (2, 8, 13, 21), 8, 3, 2, padding=2, dilation=2, groups=8),
+    Case("depthwise_of_padding", "conv2d", (1, 8, 2, 3), 8, 5, padding=6, groups=8),
     Case("depthwise_1d", "conv1d", (2, 9, 21), 9, 4, padding=3, groups=9),
     Case("depthwise_3d", "conv3d", (1, 8, 4, 5, 6), 8, 3, padding=1, groups=8),
 ]
@@ -318,7 +328,7 @@ INVARIANCE = [
     for name in (
         "in_channels_17 out_channels_33 all_tails width_1 stride_2 stride_3_2 dilation_2 dilation_mostly_padding "
         "groups_4_of_16 depthwise depthwise_stride_2 1x1 1x1_of_1x1 1x1_stride_2 7x7 kernel_is_input reflect_2d "
-        "circular_depthwise resnet_stem resnet_3x3 vgg_3x3 wav2vec_feature video_3x3x3 unet_up "
+        "circular_depthwise depthwise_7x7_plane depthwise_times_2_5x5 31x31_depthwise resnet_stem resnet_3x3 vgg_3x3 wav2vec_feature video_3x3x3 unet_up "
         "transposed_stride_2 transposed_1d_stride_3"
     ).split()
 ]

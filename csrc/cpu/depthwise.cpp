@@ -1,19 +1,28 @@
-// Depthwise convolutions (one in and one out channel a group), all three directions, float32 and float64.
+// Depthwise convolutions (one in channel a group), all three directions, float32 and float64.
 //
-//   NCHW   vectors run along a line of one plane. The lines that a block of result lines reads are copied once into a
-//          padded strip, after which every tap of every result line is a constant offset:
+//   NCHW   vectors run along a line and are loaded from the plane as it lies, masked where a line ends; with stride 2
+//          pairs of vectors are sorted into even and odd columns. Tiles are 8 or 7 lines high. Columns that a padding
+//          mode moves or that lie further apart come from a padded copy of the lines (strip.h).
+//          Planes with lines of up to half a vector are transposed, a vector of channels at a time, and done as NHWC.
+//   NHWC   vectors run along channels. Tiles are 8 or 7 pixels of a line.
 //
-//              strip  [td][line][residue][position]     residue: w mod stride, so that strided taps are contiguous too
+//          for each walked tap (NCHW: of W, NHWC: of H):  K weights in registers
+//            for each line (pixel) that the tile reads:   one load, up to K multiply-adds
 //
-//   NHWC   vectors run along channels. Pixels whose taps all lie inside are constant offsets in x as it lies; pixels
-//          that padding cuts go through a pointer for each tap, a row of zeros in the padding.
-//
-// forward and backward_input are gathers (gather.h): one loop nest. backward_weight reads the same strips and pointers
+// Kernels of 3, 5 and 7 taps along the tile's axis are one piece, larger ones several; even ones, dilated ones and
+// strides above 2 walk every tap. What lies in the padding is left out, unless a weight is infinite or NaN. Registers:
+// depthwise.inc. backward_input is the same gather (gather.h). backward_weight reads strips (NCHW) or pointers (NHWC)
 // and keeps a vector of sums per tap, up to 8 taps at a time.
 //
-// Sums: forward and backward_input: the taps in order, then the bias. backward_weight: at most kSumLength terms a
-// lane, then added to the total in order; the lanes of NCHW last. Threads split planes, lines or channels, never a sum.
-// Declines: more than one channel a group, strips above kStripLimit, backward_input with a padding mode.
+// Sums: forward and backward_input: walked taps outermost, at most kSumLength terms a piece, then the bias.
+// backward_weight: at most kSumLength terms a lane, then added to the total in order; the lanes of NCHW last. Threads
+// split planes, lines or channels, never a sum.
+// Declines: more than one in channel a group; a multiplier in NHWC and in both backwards; strips above kStripLimit;
+// backward_input with a padding mode.
+#include <atomic>
+#include <bit>
+#include <optional>
+#include <type_traits>
 #include <vector>
 
 #include "cpu/algorithms.h"
@@ -28,8 +37,178 @@ namespace {
 
 constexpr int64_t kStripLimit = 1 << 20;  // a strip that does not fit here is declined
 constexpr int64_t kMaxDepthwiseKernel = 4096;
+constexpr int64_t kMaxReach = 65536;         // positions from an axis' first tap to its last
+constexpr int64_t kKeptLines = 8;            // result lines that are kept before they are spread
+constexpr int64_t kMostLanes = 64;           // of any ISA, in bytes
+constexpr int64_t kTasks = 16;               // NHWC: pieces of work of a call, at least
+constexpr int64_t kPlanesBytes = 16 << 10;   // NCHW: planes that are done together
+constexpr int64_t kSmallPlane = 256;         // NCHW: values of a plane that may be transposed
+constexpr double kLinesStreamed = 8e6;       // above so many bytes, read and written, values are fetched early: NCHW
+constexpr double kPixelsStreamed = 16e6;     // NHWC
+constexpr int64_t kPixelsBytes = 256 << 10;  // NHWC: what the lines of a strip read
+
+// --- forward and backward_input --------------------------------------------------------------------------------------
+
+// The positions that result positions read along an axis, as offsets; -1 in the padding.
+using Positions = c10::SmallVector<int64_t, 128>;
+
+// How the tiles of one phase are walked. Their units are lines (NCHW) or pixels (NHWC).
+class Plan {
+ public:
+  // `step` and `weight_step`: of what is read and of the weights, along D, H and W.
+  Plan(const GatherPhase& phase, bool lines, const int64_t* step, const int64_t* weight_step)
+      : lines_(lines), phase_(phase), along_(phase_.axis[lines ? 1 : 2]) {
+    for (GatherAxis& axis : phase_.axis)
+      if (axis.taps() > 1 && axis.offset[1] < axis.offset[0]) {
+        std::reverse(axis.tap.begin(), axis.tap.end());
+        std::reverse(axis.offset.begin(), axis.offset.end());
+      }
+    const GatherAxis* a = phase_.axis;
+    // A vector of a line holds columns a stride of 1 or 2 apart (needs_strip).
+    stride_ = lines ? a[2].from_step : std::min<int64_t>(a[2].from_step, 2);
+    const int64_t n = along_.taps();
+    shares_ = n % 2 == 1 || n > 7;
+    shares_ = shares_ && along_.from_step == stride_ && (n == 1 || along_.offset[1] - along_.offset[0] == 1);
+    const auto gap = [&](int d) { return a[d].taps() > 1 ? (a[d].tap[1] - a[d].tap[0]) * weight_step[d] : 0; };
+    along_gap_ = gap(lines ? 1 : 2);
+    pair_gap_ = gap(2);
+    read(along_, step[lines ? 1 : 2], units_);
+    if (lines)
+      rows_.push_back(0);
+    else
+      read(a[1], step[1], rows_);
+
+    const bool pairs = lines && stride_ == 2;
+    const int64_t heights = lines && shares_ ? std::min<int64_t>(1, a[1].taps()) : a[1].taps();
+    const int64_t widths = !lines && shares_ ? std::min<int64_t>(1, a[2].taps()) : a[2].taps();
+    for (int64_t d = 0; d < a[0].count; ++d)
+      for (int64_t td = 0; td < a[0].taps(); ++td) {
+        const int64_t from_d = a[0].source(d, td), offset = from_d < 0 ? -1 : from_d * step[0];
+        pads_ = pads_ || offset < 0;
+        for (int64_t th = 0; th < heights; ++th)
+          for (int64_t tw = 0; tw < widths; tw += pairs ? 2 : 1) {
+            const int64_t h = a[1].offset[th] - a[1].offset[0], w = a[2].offset[tw] - a[2].offset[0];
+            const int64_t weight =
+                a[0].tap[td] * weight_step[0] + a[1].tap[th] * weight_step[1] + a[2].tap[tw] * weight_step[2];
+            taps_.push_back({offset, lines ? 0 : h, a[2].offset[tw], lines ? h : w, weight, pairs && tw + 1 < widths});
+          }
+      }
+    walked_ = static_cast<int64_t>(taps_.size()) / std::max<int64_t>(1, a[0].count);
+  }
+
+  Plan(const Plan&) = delete;
+  const GatherAxis& axis(int d) const { return phase_.axis[d]; }
+  bool pads() const { return pads_; }  // whether any tap of any result lies in the padding (NCHW: but for columns)
+
+  // Runs results [first, first + count) along the tiles' axis, for depth d and (NHWC) the lists from `line` on. The
+  // caller sets lists, from, extent, weight, bias, to and its steps, length and skip_zeros.
+  template <typename T>
+  void run(const DepthwiseKernels<T>& kernels, int64_t d, int64_t line, int64_t first, int64_t count,
+           DepthwiseTile<T> t) const {
+    const auto& table = (lines_ ? kernels.lines : kernels.pixels)[stride_ - 1];
+    const int64_t across = shares_ ? along_.taps() : 1;
+    const T *const bias = t.bias, *const weight = t.weight;
+    T* const to = t.to;
+    t.row_step = lines_ ? 0 : phase_.axis[1].from_step;
+    t.rows = rows_.data() + line * t.row_step;
+    t.unit_step = along_.from_step;
+    t.weight_step = along_gap_;
+    t.pair_step = pair_gap_;
+    t.accumulate = false;
+    // Pieces of the taps, each with at most kSumLength terms, and of the results.
+    for (int64_t k = 0, width; k == 0 || k < across; k += width) {
+      int w = std::size(kDepthwiseWidths) - 1;
+      while (w > 0 && kDepthwiseWidths[w] > across - k) --w;
+      width = kDepthwiseWidths[w];
+      const int64_t most = std::min<int64_t>(kMaxWalkedTaps, kSumLength / width / (lines_ ? stride_ : 1));
+      for (int64_t tap = 0; tap == 0 || tap < walked_; tap += most) {
+        t.taps = std::min(most, walked_ - tap);
+        t.tap = taps_.data() + d * walked_ + tap;
+        t.weight = weight + k * along_gap_;
+        t.bias = k + width >= across && tap + most >= walked_ ? bias : nullptr;
+        for (int64_t i = 0; i < count; i += t.count) {
+          const int rows = rows_for(count - i);
+          t.count = (count - i) / kDepthwiseRows[rows] * kDepthwiseRows[rows];
+          t.units = units_.data() + (first + i) * along_.from_step + k;
+          t.to = to + i * t.to_step;
+          table[w][rows](t);
+        }
+        t.accumulate = true;
+      }
+    }
+  }
+
+ private:
+  // Tiles of 8 or 7 as long as they fit; the rest of a count is smaller ones.
+  static int rows_for(int64_t count) {
+    int rows = std::size(kDepthwiseRows) - 1;
+    if (count % 8 != 0 && count % 7 == 0) --rows;
+    while (kDepthwiseRows[rows] > count) --rows;
+    return rows;
+  }
+
+  void read(const GatherAxis& axis, int64_t step, Positions& positions) {
+    const int64_t low = axis.taps() ? axis.offset[0] : 0, high = axis.taps() ? axis.offset.back() : 0;
+    for (int64_t i = low; i <= high + (axis.count - 1) * axis.from_step; ++i) {
+      const int64_t source = padded_index(i, axis.from_extent, axis.mode);
+      positions.push_back(source < 0 ? -1 : source * step);
+      pads_ = pads_ || source < 0;
+    }
+  }
+
+  bool lines_, shares_, pads_ = false;
+  GatherPhase phase_;
+  const GatherAxis& along_;
+  int64_t stride_, along_gap_, pair_gap_, walked_;
+  Positions units_, rows_;
+  c10::SmallVector<DepthwiseTap, 16> taps_;
+};
+
+// Whether no value is infinite or NaN.
+template <typename T>
+bool all_finite(const T* values, int64_t count) {
+  using Bits = std::conditional_t<sizeof(T) == 4, uint32_t, uint64_t>;
+  constexpr Bits kExponent = sizeof(T) == 4 ? Bits{0x7f800000} : Bits(uint64_t{0x7ff} << 52);
+  Bits found = 0;
+  for (int64_t i = 0; i < count; ++i) found |= (std::bit_cast<Bits>(values[i]) & kExponent) == kExponent;
+  return !found;
+}
+
+template <typename T>
+double bytes_moved(const Gather& g) {
+  const double from = static_cast<double>(g.from_pixels()) * g.from_per_group;
+  return (from + static_cast<double>(g.to_pixels()) * g.to_per_group) * g.groups * g.batch * sizeof(T);
+}
 
 // --- NCHW ------------------------------------------------------------------------------------------------------------
+
+// Whether lines must be copied first: columns that a padding mode moves, or too far apart.
+bool needs_strip(const GatherPhase& phase) {
+  const GatherAxis& w = phase.axis[2];
+  if (w.from_step > 2) return true;
+  if (w.from_step == 2 && w.taps() > 1 && w.offset[1] - w.offset[0] != 1) return true;
+  if (w.mode == PaddingMode::kZeros) return false;
+  for (int64_t t = 0; t < w.taps(); ++t)
+    if (w.first_inside(t) > 0 || w.last_inside(t) < w.count) return true;
+  return false;
+}
+
+// The strip of a block of lines as what a phase reads: nothing lies outside.
+GatherPhase strip_phase(const GatherPhase& phase, const StripPlan& strip) {
+  GatherPhase of_strip = phase;
+  constexpr int64_t kEndless = int64_t{1} << 40;
+  auto& [d, h, w] = of_strip.axis;
+  d.count = 1, d.from_step = 1;
+  for (int64_t t = 0; t < d.taps(); ++t) d.offset[t] = t;
+  for (int64_t& offset : h.offset) offset -= strip.low[1];
+  for (int64_t& offset : w.offset) {
+    const int64_t position = offset - strip.low[2];
+    offset = position % w.from_step * strip.span + position / w.from_step;
+  }
+  w.from_step = 1;
+  for (GatherAxis& axis : of_strip.axis) axis.from_extent = kEndless, axis.mode = PaddingMode::kZeros;
+  return of_strip;
+}
 
 // The runs of every block of result lines.
 class BlockRuns {
@@ -55,50 +234,83 @@ class BlockRuns {
   std::vector<StripRuns> runs_;
 };
 
+// Scratch of a thread, in elements.
+struct LineScratch {
+  int64_t strip, kept;
+  LineScratch(const GatherPhase& phase, int64_t size)
+      : strip(needs_strip(phase) ? StripPlan(phase, size, kStripBytes).size + kMostLanes / size : 0),
+        kept(phase.axis[2].to_step == 1 ? 0 : kKeptLines * phase.axis[2].count) {}
+  int64_t elements() const { return round_up(strip + kept, 16); }
+};
+
 template <typename T>
 void gather_lines(const Gather& g, const GatherPhase& phase, const Kernels<T>& kernels, const T* from, const T* weight,
                   const T* bias, T* to, T* workspace) {
   const GatherAxis* a = phase.axis;
-  const int64_t taps = phase.taps();
-  const StripPlan plan(phase, sizeof(T), kStripBytes);
-  c10::SmallVector<int64_t, 64> offsets(taps), weight_offsets(taps);
-  plan.tap_offsets(phase, offsets.data());
-  for (int64_t t = 0; t < taps; ++t) weight_offsets[t] = g.weight_tap_offset(phase, t);
-  const bool scatter = a[2].to_step != 1;
-  const int64_t per_thread = plan.size + taps + kMaxDepthwiseRows * a[2].count;
-  const BlockRuns runs(phase, plan);
+  const LineScratch scratch(phase, sizeof(T));
+  const StripPlan strip(phase, sizeof(T), kStripBytes);
+  const int64_t strip_step[] = {strip.strip_lines * strip.pitch, strip.pitch, 1};
+  const bool copies = scratch.strip > 0, scatters = scratch.kept > 0;
+  const Plan plan(copies ? strip_phase(phase, strip) : phase, /*lines=*/true, copies ? strip_step : g.from_stride.axis,
+                  g.weight_axis_stride);
+  std::optional<BlockRuns> runs;
+  if (copies) runs.emplace(phase, strip);
+  const int64_t block = copies ? strip.block_lines : a[1].count;
+  const int64_t step = scatters ? std::min(block, kKeptLines) : block;  // lines of one run of the plan
+  const int64_t multiplier = g.to_per_group, channels = g.groups * multiplier, taps = phase.taps();
+  const int64_t weight_step = g.weight_group_stride / multiplier;
+  const int64_t plane_bytes = g.from_stride.channel * sizeof(T);
+  const int64_t together =
+      copies || scatters || multiplier > 1 ? 1 : std::max<int64_t>(1, kPlanesBytes / std::max<int64_t>(1, plane_bytes));
+  const bool streams = bytes_moved<T>(g) > kLinesStreamed;
+  const bool dense = weight_step == taps;  // then all weights of a channel, used in this phase or not, lie together
+  const auto finite = [&](int64_t first, int64_t last) {
+    if (dense) return all_finite(weight + first * taps, (last - first) * taps);
+    bool all = true;
+    for (int64_t t = 0; t < taps; ++t)
+      for (int64_t c = first; c < last; ++c)
+        all = all && all_finite(weight + c * weight_step + g.weight_tap_offset(phase, t), 1);
+    return all;
+  };
 
-  parallel_tasks(g.batch * g.groups, 2.0 * taps * phase.pixels(), [&](int64_t begin, int64_t end) {
-    T* const strip = workspace + at::get_thread_num() * per_thread;
-    T* const w = strip + plan.size;
-    T* const kept = w + taps;
-    for (int64_t i = begin; i < end; ++i) {
-      const int64_t n = i / g.groups, c = i % g.groups;
-      const T* plane = from + n * g.from_stride.batch + c * g.from_stride.channel;
+  parallel_tasks(g.batch * channels, 2.0 * taps * phase.pixels(), [&](int64_t begin, int64_t end) {
+    T* const mine = workspace + at::get_thread_num() * scratch.elements();
+    T* const kept = mine + scratch.strip;
+    const bool all = end - begin >= channels || begin % channels > (end - 1) % channels;
+    const bool skip_zeros =
+        !plan.pads() || finite(all ? 0 : begin % channels, all ? channels : (end - 1) % channels + 1);
+    for (int64_t i = begin, planes; i < end; i += planes) {
+      const int64_t n = i / channels, c = i % channels;
+      planes = std::min({together, end - i, channels - c});
+      const T* const plane = from + n * g.from_stride.batch + c / multiplier * g.from_stride.channel;
       T* const result = to + n * g.to_stride.batch + c * g.to_stride.channel;
-      for (int64_t t = 0; t < taps; ++t) w[t] = weight[c * g.weight_group_stride + weight_offsets[t]];
       for (int64_t d = 0; d < a[0].count; ++d)
-        for (int64_t h = 0; h < a[1].count; h += plan.block_lines) {
-          const int64_t lines = std::min(plan.block_lines, a[1].count - h);
-          runs.fill(d, h, plane, kernels, strip);
-          for (int64_t l = 0; l < lines; l += kMaxDepthwiseRows) {
-            const int64_t rows = std::min<int64_t>(kMaxDepthwiseRows, lines - l);
+        for (int64_t h = 0; h < a[1].count; h += block) {
+          if (copies) runs->fill(d, h, plane, kernels, mine);
+          for (int64_t l = h; l < std::min(a[1].count, h + block); l += step) {
+            const int64_t lines = std::min(step, std::min(a[1].count, h + block) - l);
             T* const target = result + (a[0].to_start + d * a[0].to_step) * g.to_stride.axis[0] +
-                              (a[1].to_start + (h + l) * a[1].to_step) * g.to_stride.axis[1] + a[2].to_start;
+                              (a[1].to_start + l * a[1].to_step) * g.to_stride.axis[1] + a[2].to_start;
             const int64_t target_step = a[1].to_step * g.to_stride.axis[1];
-            kernels.depthwise_lines[rows - 1]({.taps = taps,
-                                               .length = a[2].count,
-                                               .from = strip + l * a[1].from_step * plan.pitch,
-                                               .row_step = a[1].from_step * plan.pitch,
-                                               .offsets = offsets.data(),
-                                               .pointers = nullptr,
-                                               .weight = w,
-                                               .weight_stride = 1,
-                                               .bias = bias ? bias + c : nullptr,
-                                               .to = scatter ? kept : target,
-                                               .to_row_step = scatter ? a[2].count : target_step});
-            if (scatter)
-              for (int64_t r = 0; r < rows; ++r)
+            DepthwiseTile<T> tile{};
+            tile.planes = planes;
+            tile.from_plane = g.from_stride.channel;
+            tile.weight_plane = weight_step;
+            tile.bias_plane = bias != nullptr;
+            tile.to_plane = g.to_stride.channel;
+            tile.lists = 1;
+            tile.from = copies ? mine : plane;
+            tile.extent = plan.axis(2).from_extent;
+            tile.weight = weight + c * weight_step;
+            tile.bias = bias ? bias + c : nullptr;
+            tile.to = scatters ? kept : target;
+            tile.to_step = scatters ? a[2].count : target_step;
+            tile.length = a[2].count;
+            tile.skip_zeros = skip_zeros;
+            tile.ahead = streams && !copies ? g.from_stride.axis[1] : 0;
+            plan.run(kernels.depthwise, copies ? 0 : d, 0, copies ? l - h : l, lines, tile);
+            if (scatters)
+              for (int64_t r = 0; r < lines; ++r)
                 for (int64_t j = 0; j < a[2].count; ++j)
                   target[r * target_step + j * a[2].to_step] = kept[r * a[2].count + j];
           }
@@ -109,80 +321,125 @@ void gather_lines(const Gather& g, const GatherPhase& phase, const Kernels<T>& k
 
 // --- NHWC ------------------------------------------------------------------------------------------------------------
 
-// [first, last) of an axis: positions whose taps all read inside.
-void all_inside(const GatherAxis& axis, int64_t& first, int64_t& last) {
-  first = 0, last = axis.count;
-  for (int64_t t = 0; t < axis.taps(); ++t)
-    first = std::max(first, axis.first_inside(t)), last = std::min(last, axis.last_inside(t));
+// Packs weights as [block][tap][lane]; a block is one vector of channels. Returns whether all of them are finite.
+template <typename T>
+bool pack_weights(const Gather& g, const Kernels<T>& kernels, const int64_t* kernel, const T* weight, T* packed) {
+  const int64_t lanes = kernels.lanes, taps = kernel[0] * kernel[1] * kernel[2];
+  const bool dense = g.weight_axis_stride[2] == 1 && g.weight_axis_stride[1] == kernel[2] &&
+                     g.weight_axis_stride[0] == kernel[1] * kernel[2];
+  std::atomic<bool> finite = true;
+  parallel_tasks(ceil_div(g.groups, lanes), 8.0 * taps * lanes, [&](int64_t begin, int64_t end) {
+    for (int64_t b = begin; b < end; ++b) {
+      const T* of_block = weight + b * lanes * g.weight_group_stride;
+      const int64_t count = std::min(lanes, g.groups - b * lanes);
+      T* const w = packed + b * taps * lanes;
+      if (count < lanes) std::fill_n(w, taps * lanes, T(0));
+      if (dense)
+        kernels.transpose(of_block, g.weight_group_stride, count, taps, w, lanes);
+      else
+        for (int64_t t = 0; t < taps; ++t) {
+          const T* of_tap = of_block + t / (kernel[1] * kernel[2]) * g.weight_axis_stride[0] +
+                            t / kernel[2] % kernel[1] * g.weight_axis_stride[1] +
+                            t % kernel[2] * g.weight_axis_stride[2];
+          for (int64_t c = 0; c < count; ++c) w[t * lanes + c] = of_tap[c * g.weight_group_stride];
+        }
+    }
+    if (!all_finite(packed + begin * taps * lanes, (end - begin) * taps * lanes)) finite = false;
+  });
+  return finite;
 }
 
 template <typename T>
-void gather_pixels(const Gather& g, const GatherPhase& phase, const Kernels<T>& kernels, const T* from, const T* weight,
+void gather_pixels(const Gather& g, const Kernels<T>& kernels, const int64_t* kernel, const T* from, const T* weight,
                    const T* bias, T* to, T* workspace) {
-  const GatherAxis* a = phase.axis;
-  const int64_t taps = phase.taps(), channels = g.groups;
-  T* const packed = workspace;  // [tap][channel]
-  T* const zeros = packed + taps * channels;
-  for (int64_t t = 0; t < taps; ++t) {
-    const T* source = weight + g.weight_tap_offset(phase, t);
-    for (int64_t c = 0; c < channels; ++c) packed[t * channels + c] = source[c * g.weight_group_stride];
-  }
-  std::fill_n(zeros, channels, T(0));
-  c10::SmallVector<int64_t, 64> offsets;
-  for (int64_t td = 0; td < a[0].taps(); ++td)
-    for (int64_t th = 0; th < a[1].taps(); ++th)
-      for (int64_t tw = 0; tw < a[2].taps(); ++tw)
-        offsets.push_back(a[0].offset[td] * g.from_stride.axis[0] + a[1].offset[th] * g.from_stride.axis[1] +
-                          a[2].offset[tw] * g.from_stride.axis[2]);
-  int64_t inside[3][2];
-  for (int d = 0; d < 3; ++d) all_inside(a[d], inside[d][0], inside[d][1]);
+  const int64_t lanes = kernels.lanes, channels = g.groups, blocks = ceil_div(channels, lanes);
+  const int64_t taps = kernel[0] * kernel[1] * kernel[2];
+  const int64_t packed_step[] = {kernel[1] * kernel[2] * lanes, kernel[2] * lanes, lanes};
+  T* const packed = workspace;
+  const bool finite = pack_weights(g, kernels, kernel, weight, packed);
 
-  const int64_t lines = g.batch * a[0].count * a[1].count;
-  parallel_tasks(lines, 2.0 * taps * a[2].count * channels, [&](int64_t begin, int64_t end) {
-    c10::SmallVector<const T*, 512> pointers(taps * kMaxDepthwiseRows);
-    for (int64_t line = begin; line < end; ++line) {
-      const int64_t h = line % a[1].count, d = line / a[1].count % a[0].count, n = line / (a[1].count * a[0].count);
-      const T* const image = from + n * g.from_stride.batch;
-      const T* const source =
-          image + d * a[0].from_step * g.from_stride.axis[0] + h * a[1].from_step * g.from_stride.axis[1];
-      T* const target = to + n * g.to_stride.batch + (a[0].to_start + d * a[0].to_step) * g.to_stride.axis[0] +
-                        (a[1].to_start + h * a[1].to_step) * g.to_stride.axis[1] + a[2].to_start * g.to_stride.axis[2];
-      const bool line_inside = d >= inside[0][0] && d < inside[0][1] && h >= inside[1][0] && h < inside[1][1];
-      const int64_t first = line_inside ? std::min(inside[2][0], a[2].count) : a[2].count;
-      const int64_t last = line_inside ? std::max(inside[2][1], first) : a[2].count;
-      const auto pixels = [&](int64_t w, int64_t limit, bool is_inside) {
-        for (; w < limit; w += kMaxDepthwiseRows) {
-          const int64_t rows = std::min<int64_t>(kMaxDepthwiseRows, limit - w);
-          if (!is_inside) {
-            const T** p = pointers.data();
-            for (int64_t td = 0; td < a[0].taps(); ++td)
-              for (int64_t th = 0; th < a[1].taps(); ++th) {
-                const int64_t from_d = a[0].source(d, td), from_h = a[1].source(h, th);
-                const T* from_line = image + from_d * g.from_stride.axis[0] + from_h * g.from_stride.axis[1];
-                for (int64_t tw = 0; tw < a[2].taps(); ++tw)
-                  for (int64_t r = 0; r < rows; ++r) {
-                    const int64_t from_w = a[2].source(w + r, tw);
-                    *p++ = from_d < 0 || from_h < 0 || from_w < 0 ? zeros : from_line + from_w * g.from_stride.axis[2];
-                  }
-              }
-          }
-          const auto& kernel = is_inside ? kernels.depthwise_pixels : kernels.depthwise_border;
-          kernel[rows - 1]({.taps = taps,
-                            .length = channels,
-                            .from = source + w * a[2].from_step * g.from_stride.axis[2],
-                            .row_step = a[2].from_step * g.from_stride.axis[2],
-                            .offsets = offsets.data(),
-                            .pointers = pointers.data(),
-                            .weight = packed,
-                            .weight_stride = channels,
-                            .bias = bias,
-                            .to = target + w * a[2].to_step * g.to_stride.axis[2],
-                            .to_row_step = a[2].to_step * g.to_stride.axis[2]});
-        }
-      };
-      pixels(0, first, false);
-      pixels(first, last, true);
-      pixels(last, a[2].count, false);
+  for (const GatherPhase& phase : g.phases) {
+    const GatherAxis* a = phase.axis;
+    const Plan plan(phase, /*lines=*/false, g.from_stride.axis, packed_step);
+    const int64_t line_bytes = a[1].from_step * g.from_stride.axis[1] * sizeof(T);
+    const int64_t together = a[2].taps() < 7 ? blocks : 1;
+    const bool streams = bytes_moved<T>(g) > kPixelsStreamed;
+    // Lines in equal strips: a few for each thread, that fit L2.
+    const int64_t parts = ceil_div(blocks, together);
+    const int64_t fit = std::max<int64_t>(1, kPixelsBytes / std::max<int64_t>(1, line_bytes));
+    const int64_t wanted = ceil_div(kTasks, std::max<int64_t>(1, g.batch * a[0].count * parts));
+    const int64_t lines = std::max<int64_t>(1, a[1].count);
+    const int64_t strip = ceil_div(lines, std::clamp<int64_t>(wanted, ceil_div(lines, fit), lines));
+    const int64_t strips = ceil_div(lines, strip);
+    const int64_t tasks = g.batch * a[0].count * strips * parts;
+    const double macs = 2.0 * phase.taps() * phase.pixels() * channels * g.batch / tasks;
+    parallel_tasks(tasks, macs, [&](int64_t begin, int64_t end) {
+      for (int64_t i = begin; i < end; ++i) {
+        const int64_t part = i % parts, c = part * together * lanes, h = i / parts % strips * strip;
+        const int64_t d = i / (parts * strips) % a[0].count, n = i / (parts * strips * a[0].count);
+        DepthwiseTile<T> tile{};
+        tile.planes = std::min(together, blocks - part * together);
+        tile.from_plane = tile.to_plane = lanes;
+        tile.weight_plane = taps * lanes;
+        tile.bias_plane = bias ? lanes : 0;
+        tile.lists = std::min(strip, a[1].count - h);
+        tile.from = from + n * g.from_stride.batch + c;
+        tile.weight = packed + c * taps;
+        tile.bias = bias ? bias + c : nullptr;
+        tile.to = to + n * g.to_stride.batch + c + (a[0].to_start + d * a[0].to_step) * g.to_stride.axis[0] +
+                  (a[1].to_start + h * a[1].to_step) * g.to_stride.axis[1] + a[2].to_start * g.to_stride.axis[2];
+        tile.list_step = a[1].to_step * g.to_stride.axis[1];
+        tile.to_step = a[2].to_step * g.to_stride.axis[2];
+        tile.length = channels - c;
+        tile.skip_zeros = finite;
+        tile.ahead = streams ? a[1].from_step * g.from_stride.axis[1] : 0;
+        plan.run(kernels.depthwise, d, h, 0, a[2].count, tile);
+      }
+    });
+  }
+}
+
+// Small planes of NCHW, whose lines would leave half of a vector empty: a vector of channels is transposed, done as
+// above, and transposed back.
+bool transposes(const ConvShape& s, Direction direction, int64_t lanes) {
+  const bool forward = direction == Direction::kForward;
+  const int64_t columns = forward ? s.out[2] : s.in[2], plane = std::max(s.in_pixels(), s.out_pixels());
+  const bool phases = !forward && s.stride[0] * s.stride[1] * s.stride[2] != 1;
+  return !s.channels_last() && s.out_per_group == 1 && !phases && s.groups >= lanes && 2 * columns <= lanes &&
+         s.in[0] == 1 && s.out[0] == 1 && plane <= kSmallPlane;
+}
+
+template <typename T>
+void gather_transposed(const Gather& g, const Kernels<T>& kernels, const int64_t* kernel, const T* from,
+                       const T* weight, const T* bias, T* to, T* workspace) {
+  const GatherAxis* a = g.phases[0].axis;
+  const int64_t lanes = kernels.lanes, channels = g.groups, blocks = ceil_div(channels, lanes);
+  const int64_t taps = kernel[0] * kernel[1] * kernel[2], in = g.from_pixels(), out = g.to_pixels();
+  const int64_t packed_step[] = {kernel[1] * kernel[2] * lanes, kernel[2] * lanes, lanes};
+  const int64_t from_step[] = {in * lanes, g.from_extent[2] * lanes, lanes};
+  T *const packed = workspace, *const images = packed + blocks * taps * lanes;
+  const bool finite = pack_weights(g, kernels, kernel, weight, packed);
+  const Plan plan(g.phases[0], /*lines=*/false, from_step, packed_step);
+  parallel_tasks(g.batch * blocks, 2.0 * taps * out * lanes, [&](int64_t begin, int64_t end) {
+    T* const image = images + at::get_thread_num() * (in + out) * lanes;
+    T* const result = image + in * lanes;
+    for (int64_t i = begin; i < end; ++i) {
+      const int64_t c = i % blocks * lanes, n = i / blocks, count = std::min(lanes, channels - c);
+      const T* const planes = from + n * g.from_stride.batch + c * in;
+      kernels.transpose(planes, in, count, in, image, lanes);
+      DepthwiseTile<T> tile{};
+      tile.planes = 1;
+      tile.lists = a[1].count;
+      tile.from = image;
+      tile.weight = packed + c * taps;
+      tile.bias = bias ? bias + c : nullptr;
+      tile.to = result;
+      tile.list_step = a[2].count * lanes;
+      tile.to_step = lanes;
+      tile.length = count;
+      tile.skip_zeros = finite;
+      plan.run(kernels.depthwise, 0, 0, 0, a[2].count, tile);
+      kernels.transpose(result, lanes, out, count, to + n * g.to_stride.batch + c * out, out);
     }
   });
 }
@@ -190,10 +447,13 @@ void gather_pixels(const Gather& g, const GatherPhase& phase, const Kernels<T>& 
 template <typename T>
 void gather(const ConvShape& s, Direction direction, const void* from, const ConvPointers& p, void* workspace) {
   const Gather g = make_gather(s, direction);
-  const auto f = s.channels_last() ? gather_pixels<T> : gather_lines<T>;
-  for (const GatherPhase& phase : g.phases)
-    f(g, phase, kernels_of<T>(microkernels()), static_cast<const T*>(from), static_cast<const T*>(p.weight),
-      static_cast<const T*>(p.bias), static_cast<T*>(p.result), static_cast<T*>(workspace));
+  const Kernels<T>& kernels = kernels_of<T>(microkernels());
+  const T *const x = static_cast<const T*>(from), *const w = static_cast<const T*>(p.weight);
+  const T* const b = static_cast<const T*>(p.bias);
+  T *const y = static_cast<T*>(p.result), *const scratch = static_cast<T*>(workspace);
+  if (s.channels_last()) return gather_pixels(g, kernels, s.kernel, x, w, b, y, scratch);
+  if (transposes(s, direction, kernels.lanes)) return gather_transposed(g, kernels, s.kernel, x, w, b, y, scratch);
+  for (const GatherPhase& phase : g.phases) gather_lines(g, phase, kernels, x, w, b, y, scratch);
 }
 
 // --- backward_weight -------------------------------------------------------------------------------------------------
@@ -221,7 +481,7 @@ void weight_lines(const ConvShape& s, const Kernels<T>& kernels, const T* gy, co
             const T* const g = gy + (n * s.groups + c) * out_plane + (d * s.out[1] + h) * s.out[2];
             for (int64_t l = 0; l < lines; l += lines_per_sum)
               for (int64_t t = 0; t < taps; t += kMaxDepthwiseTaps)
-                kernels.depthwise_weight_lines[std::min<int64_t>(kMaxDepthwiseTaps, taps - t) - 1](
+                kernels.depthwise.weight_lines[std::min<int64_t>(kMaxDepthwiseTaps, taps - t) - 1](
                     {.count = std::min(lines_per_sum, lines - l),
                      .length = s.out[2],
                      .gy = g + l * s.out[2],
@@ -275,7 +535,7 @@ void weight_pixels(const ConvShape& s, const Kernels<T>& kernels, const T* gy, c
       }
       for (int64_t v = begin; v < end; ++v)
         for (int64_t t = 0; t < taps; t += kMaxDepthwiseTaps)
-          kernels.depthwise_weight_pixels[std::min<int64_t>(kMaxDepthwiseTaps, taps - t) - 1](
+          kernels.depthwise.weight_pixels[std::min<int64_t>(kMaxDepthwiseTaps, taps - t) - 1](
               {.count = count,
                .length = std::min(lanes, channels - v * lanes),
                .gy = gy + first * channels + v * lanes,
@@ -298,33 +558,37 @@ void weight_pixels(const ConvShape& s, const Kernels<T>& kernels, const T* gy, c
 }
 
 const char* decline(const ConvShape& s, Direction direction) {
-  if (s.in_per_group != 1 || s.out_per_group != 1) return "more than one channel a group";
+  const bool forward = direction == Direction::kForward;
+  if (s.in_per_group != 1) return "more than one channel a group";
+  if (s.out_per_group != 1 && (!forward || s.channels_last())) return "more than one channel a group";
+  if (s.out_per_group == 0) return "nothing to sum over";
   if (s.dtype != Dtype::kFloat32 && s.dtype != Dtype::kFloat64) return "only float32 and float64";
   if (s.in_pixels() == 0 || s.out_pixels() == 0) return "nothing to sum over";
   if (s.taps() > kMaxDepthwiseKernel) return "more than 4096 taps";
+  for (int d = 0; d < 3; ++d)
+    if (s.kernel[d] > 1 && s.dilation[d] > kMaxReach / (s.kernel[d] - 1)) return "a reach above 65536";
   if (direction == Direction::kBackwardInput) {
     if (s.padding_mode != PaddingMode::kZeros) return "the adjoint of a padding mode";
     for (int d = 0; d < 3; ++d)
       if (s.stride[d] > 64) return "a stride above 64";
   }
   if (s.channels_last()) return nullptr;
-  for (int d = 0; d < 3; ++d)
-    if ((s.kernel[d] - 1) > kStripLimit / s.dilation[d]) return "a strip of padded lines above 1 MiB";
   for (const GatherPhase& phase : make_gather(s, direction).phases)
-    if (StripPlan(phase, dtype_size(s.dtype), kStripBytes).size > kStripLimit / dtype_size(s.dtype))
+    if ((direction == Direction::kBackwardWeight || needs_strip(phase)) &&
+        StripPlan(phase, dtype_size(s.dtype), kStripBytes).size > kStripLimit / dtype_size(s.dtype))
       return "a strip of padded lines above 1 MiB";
   return nullptr;
 }
 
 int64_t gather_workspace(const ConvShape& s, Direction direction, int threads) {
-  int64_t elements = (s.taps() + 1) * s.groups;
-  if (!s.channels_last()) {
-    elements = 0;
-    for (const GatherPhase& phase : make_gather(s, direction).phases)
-      elements = std::max(elements, threads * (StripPlan(phase, dtype_size(s.dtype), kStripBytes).size + phase.taps() +
-                                               kMaxDepthwiseRows * phase.axis[2].count));
-  }
-  return elements * dtype_size(s.dtype);
+  const int64_t size = dtype_size(s.dtype);
+  if (s.channels_last()) return s.taps() * (s.groups * size + kMostLanes);
+  int64_t elements = 0;
+  if (transposes(s, direction, size == 4 ? microkernels().f32.lanes : microkernels().f64.lanes))
+    return s.taps() * (s.groups * size + kMostLanes) + threads * (s.in_pixels() + s.out_pixels()) * kMostLanes;
+  for (const GatherPhase& phase : make_gather(s, direction).phases)
+    elements = std::max(elements, LineScratch(phase, size).elements());
+  return threads * elements * size;
 }
 
 }  // namespace
@@ -342,9 +606,10 @@ int64_t depthwise_backward_input_workspace(const ConvShape& s, int threads) {
   return gather_workspace(s, Direction::kBackwardInput, threads);
 }
 int64_t depthwise_backward_weight_workspace(const ConvShape& s, int threads) {
-  constexpr int64_t kMostLanes = 64;  // of any ISA, in bytes
-  if (s.channels_last()) return (s.taps() + 1) * (s.groups * dtype_size(s.dtype) + kMostLanes);
-  return gather_workspace(s, Direction::kForward, threads) + threads * s.taps() * kMostLanes;
+  const int64_t size = dtype_size(s.dtype);
+  if (s.channels_last()) return (s.taps() + 1) * (s.groups * size + kMostLanes);
+  const GatherPhase phase{{forward_axis(s, 0), forward_axis(s, 1), forward_axis(s, 2)}};
+  return threads * (StripPlan(phase, size, kStripBytes).size * size + s.taps() * kMostLanes);
 }
 
 void depthwise_forward(const ConvShape& s, const ConvPointers& p, void* workspace, int) {

@@ -14,12 +14,12 @@
 
 #include <cstdint>
 
+#include "cpu/depthwise.h"
+
 namespace myconv::cpu {
 
 inline constexpr int kMaxRows = 8;     // register tile rows of any ISA
 inline constexpr int kMaxVectors = 3;  // register tile columns of any ISA, in vectors
-inline constexpr int kMaxDepthwiseRows = 8;
-inline constexpr int kMaxDepthwiseTaps = 8;
 
 // C[row][0, cols) = sum over tap < taps, k < depth of
 //                     a[tap * rows + row][a_offset + k * a_step] * b[b_offset(tap) + k * ldb + col]
@@ -105,40 +105,6 @@ struct Segment {
   int32_t target, length, first, last;
 };
 
-// Depthwise rows: to[r][i] = bias + sum over taps of  source(tap, r)[i] * weight,  i < length.
-//   NCHW            a row is a line of one plane, i a position in it; weight[tap] and bias[0] serve all i
-//   NHWC            a row is a pixel, i a channel; the weight is weight[tap * weight_stride + i], the bias bias[i]
-// source(tap, r) is from + r * row_step + offsets[tap], or where padding cuts taps off (NHWC) pointers[tap * rows + r].
-template <typename T>
-struct DepthwiseTile {
-  int64_t taps, length;
-  const T* from;
-  int64_t row_step;
-  const int64_t* offsets;
-  const T* const* pointers;
-  const T* weight;
-  int64_t weight_stride;
-  const T* bias;  // or nullptr
-  T* to;
-  int64_t to_row_step;
-};
-
-// sums[tap * lanes + l] += sum over rows p < count and vectors v of length of  gy(p)[v + l] * source(p, tap)[v + l].
-//   NCHW            a row is a line; gy(p) = gy + p * gy_step, source = from + p * from_step + offsets[tap]
-//   NHWC            a row is a pixel and length at most one vector; source = pointers[p * pointer_taps + tap] + offset
-template <typename T>
-struct DepthwiseWeightTile {
-  int64_t count, length;
-  const T* gy;
-  int64_t gy_step;
-  const T* from;
-  int64_t from_step;
-  const int64_t* offsets;
-  const T* const* pointers;
-  int64_t pointer_taps, offset;
-  T* sums;
-};
-
 // Winograd transforms of one tile, all channels: [position] is a step of position_step.
 template <typename T>
 struct WinogradKernels {
@@ -159,11 +125,6 @@ struct Kernels {
   void (*strip[kMaxRows])(const StripTile<T>&);  // [rows - 1]
   void (*outer[kMaxRows])(const OuterTile<T>&);  // [rows - 1]
   void (*dot)(const DotTile<T>&);
-  void (*depthwise_lines[kMaxDepthwiseRows])(const DepthwiseTile<T>&);               // [rows - 1], NCHW
-  void (*depthwise_pixels[kMaxDepthwiseRows])(const DepthwiseTile<T>&);              // NHWC, all taps inside
-  void (*depthwise_border[kMaxDepthwiseRows])(const DepthwiseTile<T>&);              // NHWC, by pointers
-  void (*depthwise_weight_lines[kMaxDepthwiseTaps])(const DepthwiseWeightTile<T>&);  // [taps - 1]
-  void (*depthwise_weight_pixels[kMaxDepthwiseTaps])(const DepthwiseWeightTile<T>&);
   // to[r * to_step][0, length) = from[r * from_step][0, length)
   void (*copy_rows)(const T* from, int64_t from_step, int64_t count, int64_t length, T* to, int64_t to_step);
   void (*add_row)(T* sums, const T* row, int64_t length);  // sums[i] += row[i]
@@ -175,6 +136,7 @@ struct Kernels {
   WinogradKernels<T> winograd[2];  // F(2x2), F(4x4)
   // to[c * to_step + r] = from[r * from_step + c],  r < rows, c < cols
   void (*transpose)(const T* from, int64_t from_step, int64_t rows, int64_t cols, T* to, int64_t to_step);
+  DepthwiseKernels<T> depthwise;
 };
 
 // A 16-bit type against float32; narrowing rounds to nearest, ties to even.

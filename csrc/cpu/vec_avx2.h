@@ -15,6 +15,7 @@ struct F32 {
   static Mask mask(int64_t lanes) {
     return _mm256_cmpgt_epi32(_mm256_set1_epi32(static_cast<int>(lanes)), _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7));
   }
+  static Mask range(int64_t first, int64_t last) { return _mm256_andnot_si256(mask(first), mask(last)); }
   static V zero() { return _mm256_setzero_ps(); }
   static V broadcast(float value) { return _mm256_set1_ps(value); }
   static V load(const float* p) { return _mm256_loadu_ps(p); }
@@ -46,9 +47,11 @@ struct F32 {
   static void store_float16(uint16_t* p, V v) {
     _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT));
   }
-  static V even(V a, V b) {  // the lanes of even number of both
-    const __m256d pairs = _mm256_castps_pd(_mm256_shuffle_ps(a, b, 0x88));
-    return _mm256_castpd_ps(_mm256_permute4x64_pd(pairs, 0xd8));
+  // Of the 2 * kLanes values of a and b, those at even and at odd places.
+  static void deinterleave(V a, V b, V& even, V& odd) {
+    const V low = _mm256_permute2f128_ps(a, b, 0x20), high = _mm256_permute2f128_ps(a, b, 0x31);
+    even = _mm256_shuffle_ps(low, high, 0x88);
+    odd = _mm256_shuffle_ps(low, high, 0xdd);
   }
   static void transpose(V (&v)[8]) {  // pairs, then quads of rows inside 128 bits, then the halves
     V t[8], q[8];
@@ -80,6 +83,7 @@ struct F64 {
   static Mask mask(int64_t lanes) {
     return _mm256_cmpgt_epi64(_mm256_set1_epi64x(lanes), _mm256_setr_epi64x(0, 1, 2, 3));
   }
+  static Mask range(int64_t first, int64_t last) { return _mm256_andnot_si256(mask(first), mask(last)); }
   static V zero() { return _mm256_setzero_pd(); }
   static V broadcast(double value) { return _mm256_set1_pd(value); }
   static V load(const double* p) { return _mm256_loadu_pd(p); }
@@ -91,7 +95,11 @@ struct F64 {
   static void store(double* p, V v, Mask m) { _mm256_maskstore_pd(p, m, v); }
   static V add(V a, V b) { return _mm256_add_pd(a, b); }
   static V fma(V a, V b, V c) { return _mm256_fmadd_pd(a, b, c); }
-  static V even(V a, V b) { return _mm256_permute4x64_pd(_mm256_unpacklo_pd(a, b), 0xd8); }
+  static void deinterleave(V a, V b, V& even, V& odd) {
+    const V low = _mm256_permute2f128_pd(a, b, 0x20), high = _mm256_permute2f128_pd(a, b, 0x31);
+    even = _mm256_unpacklo_pd(low, high);
+    odd = _mm256_unpackhi_pd(low, high);
+  }
   static void transpose(V (&v)[4]) {
     const V a = _mm256_unpacklo_pd(v[0], v[1]), b = _mm256_unpackhi_pd(v[0], v[1]);
     const V c = _mm256_unpacklo_pd(v[2], v[3]), d = _mm256_unpackhi_pd(v[2], v[3]);

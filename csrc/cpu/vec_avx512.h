@@ -13,6 +13,7 @@ struct F32 {
   using Mask = __mmask16;
   static constexpr int kLanes = 16;
   static Mask mask(int64_t lanes) { return static_cast<Mask>((1u << lanes) - 1); }
+  static Mask range(int64_t first, int64_t last) { return mask(last) & ~mask(first); }  // the lanes [first, last)
   static V zero() { return _mm512_setzero_ps(); }
   static V broadcast(float value) { return _mm512_set1_ps(value); }
   static V load(const float* p) { return _mm512_loadu_ps(p); }
@@ -42,9 +43,11 @@ struct F32 {
   static void store_float16(uint16_t* p, V v) {
     _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT));
   }
-  static V even(V a, V b) {  // the lanes of even number of both
-    const __m512i index = _mm512_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
-    return _mm512_permutex2var_ps(a, index, b);
+  // Of the 2 * kLanes values of a and b, those at even and at odd places.
+  static void deinterleave(V a, V b, V& even, V& odd) {
+    const __m512i at = _mm512_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
+    even = _mm512_permutex2var_ps(a, at, b);
+    odd = _mm512_permutex2var_ps(a, _mm512_add_epi32(at, _mm512_set1_epi32(1)), b);
   }
   static void transpose(V (&v)[16]) {  // pairs, then quads of rows inside 128 bits, then the 128-bit quarters
     V t[16];
@@ -78,6 +81,7 @@ struct F64 {
   using Mask = __mmask8;
   static constexpr int kLanes = 8;
   static Mask mask(int64_t lanes) { return static_cast<Mask>((1u << lanes) - 1); }
+  static Mask range(int64_t first, int64_t last) { return mask(last) & ~mask(first); }  // the lanes [first, last)
   static V zero() { return _mm512_setzero_pd(); }
   static V broadcast(double value) { return _mm512_set1_pd(value); }
   static V load(const double* p) { return _mm512_loadu_pd(p); }
@@ -89,7 +93,11 @@ struct F64 {
   static void store(double* p, V v, Mask m) { _mm512_mask_storeu_pd(p, m, v); }
   static V add(V a, V b) { return _mm512_add_pd(a, b); }
   static V fma(V a, V b, V c) { return _mm512_fmadd_pd(a, b, c); }
-  static V even(V a, V b) { return _mm512_permutex2var_pd(a, _mm512_setr_epi64(0, 2, 4, 6, 8, 10, 12, 14), b); }
+  static void deinterleave(V a, V b, V& even, V& odd) {
+    const __m512i at = _mm512_setr_epi64(0, 2, 4, 6, 8, 10, 12, 14);
+    even = _mm512_permutex2var_pd(a, at, b);
+    odd = _mm512_permutex2var_pd(a, _mm512_add_epi64(at, _mm512_set1_epi64(1)), b);
+  }
   static void transpose(V (&v)[8]) {
     V t[8];
 #pragma GCC unroll 4

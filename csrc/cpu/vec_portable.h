@@ -11,9 +11,12 @@ template <typename Scalar>
 struct Vec {
   using T = Scalar;
   typedef Scalar V __attribute__((vector_size(16)));
-  using Mask = int64_t;  // how many leading lanes are in use
+  struct Mask {  // the lanes [first, last)
+    int64_t first, last;
+  };
   static constexpr int kLanes = 16 / sizeof(Scalar);
-  static Mask mask(int64_t lanes) { return lanes; }
+  static Mask mask(int64_t lanes) { return {0, lanes}; }
+  static Mask range(int64_t first, int64_t last) { return {first, last}; }
   static V zero() { return V{}; }
   static V broadcast(T value) { return V{} + value; }
   static V load(const T* p) {
@@ -21,26 +24,25 @@ struct Vec {
     std::memcpy(&v, p, sizeof(V));
     return v;
   }
-  static V load(const T* p, Mask lanes) {
+  static V load(const T* p, Mask m) {
     V v{};
-    for (int64_t i = 0; i < lanes; ++i) v[i] = p[i];
+    for (int64_t i = m.first; i < m.last; ++i) v[i] = p[i];
     return v;
   }
-  static V load_range(const T* p, int64_t first, int64_t last) {  // zero outside [first, last)
-    V v{};
-    for (int64_t i = first; i < last; ++i) v[i] = p[i];
-    return v;
-  }
+  static V load_range(const T* p, int64_t first, int64_t last) { return load(p, Mask{first, last}); }
   static void store(T* p, V v) { std::memcpy(p, &v, sizeof(V)); }
-  static void store(T* p, V v, Mask lanes) {
-    for (int64_t i = 0; i < lanes; ++i) p[i] = v[i];
+  static void store(T* p, V v, Mask m) {
+    for (int64_t i = m.first; i < m.last; ++i) p[i] = v[i];
   }
   static V add(V a, V b) { return a + b; }
   static V fma(V a, V b, V c) { return a * b + c; }
-  static V even(V a, V b) {  // the lanes of even number of both
-    V v{};
-    for (int i = 0; i < kLanes; ++i) v[i] = i < kLanes / 2 ? a[2 * i] : b[2 * i - kLanes];
-    return v;
+  // Of the 2 * kLanes values of a and b, those at even and at odd places.
+  static void deinterleave(V a, V b, V& even, V& odd) {
+    for (int i = 0; i < kLanes; ++i) {
+      const int at = 2 * i % kLanes;
+      even[i] = i < kLanes / 2 ? a[at] : b[at];
+      odd[i] = i < kLanes / 2 ? a[at + 1] : b[at + 1];
+    }
   }
   static void transpose(V (&v)[kLanes]) {
     T t[kLanes][kLanes];

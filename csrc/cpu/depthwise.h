@@ -1,0 +1,83 @@
+// What the depthwise microkernels (depthwise.inc) are told. Plain structs, as microkernels.h says.
+#pragma once
+
+#include <cstdint>
+
+namespace myconv::cpu {
+
+// A tap that is walked one at a time, and where it reads.
+struct DepthwiseTap {
+  int64_t offset;  // added to every address; negative: the tap reads nothing but zeros
+  int64_t row;     // added to the index of a row
+  int64_t column;  // NCHW: the column of a line that result column 0 reads
+  int64_t unit;    // added to the index of a unit
+  int64_t weight;  // offset of its first weight
+  bool paired;     // NCHW with stride 2: whether the next tap of the line, served by the same loads, is there
+};
+
+// Tiles of R results along one axis, whose units are lines (NCHW) or pixels (NHWC). K taps along that axis share what is
+// loaded; all other taps are walked. For each list l and each result i < count:
+//
+//   to[l][i] = sum over walked taps t and k < K of  weight[t.weight + k * weight_step]
+//                * from[t.offset + rows[t.row + l * row_step] + units[t.unit + i * unit_step + k]]
+//              + (accumulate ? to[l][i] : 0) + bias
+//
+//   NCHW   a vector holds columns of one line; weights and bias are single values. Columns outside [0, extent) of what
+//          is read are zeros. There is one list. A plane is a channel.
+//   NHWC   a vector holds channels, and a list is a line of the result; weights and bias are vectors. A plane is a
+//          vector of channels.
+//
+// All of it is done for each of a number of planes.
+template <typename T>
+struct DepthwiseTile {
+  int64_t planes, from_plane, weight_plane, bias_plane, to_plane;  // how many, and the steps from one to the next
+  int64_t taps;
+  const DepthwiseTap* tap;
+  int64_t lists, row_step;
+  const int64_t* rows;  // offsets; negative: in the padding
+  int64_t count, unit_step;
+  const int64_t* units;  // as rows
+  const T* from;
+  int64_t extent;
+  const T* weight;
+  int64_t weight_step, pair_step;  // from one of the K to the next, and to the paired tap's
+  const T* bias;                   // or nullptr
+  T* to;
+  int64_t list_step, to_step;
+  int64_t length;   // columns, or channels of all planes
+  bool skip_zeros;  // the weights are finite: what lies in the padding adds nothing
+  bool accumulate;
+  int64_t
+      ahead;  // 0, or fetch early: the step from a line of what is read to the next (NHWC: that the next list reads)
+};
+
+// sums[tap * lanes + l] += sum over rows p < count and vectors v of length of  gy(p)[v + l] * source(p, tap)[v + l].
+//   NCHW            a row is a line; gy(p) = gy + p * gy_step, source = from + p * from_step + offsets[tap]
+//   NHWC            a row is a pixel and length at most one vector; source = pointers[p * pointer_taps + tap] + offset
+template <typename T>
+struct DepthwiseWeightTile {
+  int64_t count, length;
+  const T* gy;
+  int64_t gy_step;
+  const T* from;
+  int64_t from_step;
+  const int64_t* offsets;
+  const T* const* pointers;
+  int64_t pointer_taps, offset;
+  T* sums;
+};
+
+inline constexpr int kDepthwiseWidths[] = {1, 3, 5, 7};   // K
+inline constexpr int kDepthwiseRows[] = {1, 2, 4, 7, 8};  // R
+inline constexpr int kMaxDepthwiseTaps = 8;
+inline constexpr int kMaxWalkedTaps = 256;  // of one tile
+
+template <typename T>
+struct DepthwiseKernels {
+  using Gather = void (*)(const DepthwiseTile<T>&);
+  using Weight = void (*)(const DepthwiseWeightTile<T>&);
+  Gather lines[2][4][5], pixels[2][4][5];                                    // [stride - 1][index of K][index of R]
+  Weight weight_lines[kMaxDepthwiseTaps], weight_pixels[kMaxDepthwiseTaps];  // [taps - 1]
+};
+
+}  // namespace myconv::cpu
