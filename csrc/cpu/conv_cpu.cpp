@@ -4,6 +4,7 @@
 #include <c10/core/CPUAllocator.h>
 #include <torch/library.h>
 
+#include <atomic>
 #include <cstddef>
 #include <cstdlib>
 
@@ -61,6 +62,35 @@ const Algorithm kBackwardWeight[] = {
 
 constexpr int64_t kStackBytes = 16 << 10;  // up to here the allocator would cost more than it gives
 
+constexpr int64_t kKeptBytes = 32 << 20;
+
+// A workspace that outlives the call: memory fresh from the system costs a page fault for each 4 KiB, which is as much
+// as many a convolution. One is kept for the process; calls that run at the same time allocate their own.
+class KeptWorkspace {
+ public:
+  explicit KeptWorkspace(int64_t bytes) : memory_(kept().exchange(nullptr)) {
+    if (memory_ && memory_->bytes >= bytes) return;
+    delete memory_;
+    memory_ = new Memory(bytes);
+  }
+  ~KeptWorkspace() { delete kept().exchange(memory_); }
+  KeptWorkspace(const KeptWorkspace&) = delete;
+  KeptWorkspace& operator=(const KeptWorkspace&) = delete;
+  void* get() const { return memory_->data.get(); }
+
+ private:
+  struct Memory {
+    int64_t bytes;
+    c10::DataPtr data;
+    explicit Memory(int64_t size) : bytes(size), data(c10::GetCPUAllocator()->allocate(size)) {}
+  };
+  static std::atomic<Memory*>& kept() {
+    static std::atomic<Memory*> memory = nullptr;
+    return memory;
+  }
+  Memory* memory_;
+};
+
 struct Cpu {
   static const AlgorithmTable& table(Direction direction) { return cpu::table(direction); }
   static int threads() { return at::get_num_threads(); }
@@ -85,7 +115,11 @@ struct Cpu {
       alignas(64) std::byte workspace[kStackBytes];
       return algorithm.run(shape, pointers, workspace, threads);
     }
-    const c10::DataPtr workspace = bytes > 0 ? c10::GetCPUAllocator()->allocate(bytes) : c10::DataPtr();
+    if (bytes > kKeptBytes || heap_only) {
+      const c10::DataPtr workspace = bytes > 0 ? c10::GetCPUAllocator()->allocate(bytes) : c10::DataPtr();
+      return algorithm.run(shape, pointers, workspace.get(), threads);
+    }
+    const KeptWorkspace workspace(bytes);
     algorithm.run(shape, pointers, workspace.get(), threads);
   }
 
