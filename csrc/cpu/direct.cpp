@@ -174,7 +174,9 @@ void strip_runs(const Plan& plan, const int64_t (&start)[3], std::vector<Segment
   const int64_t extent = a[2]->from_extent, step = a[2]->from_step;
   const auto source = [&](int d, int64_t p, int64_t i) {
     const int64_t base = plan.axis[d].plane_base(p, block[d]);
-    return padded_index(source_index(start[d] + i, a[d]->from_step, 0, 0, -base), a[d]->from_extent, a[d]->mode);
+    const int64_t at =
+        padded_index(source_index(start[d] + i, a[d]->from_step, 0, 0, -base), a[d]->from_extent, a[d]->mode);
+    return at < a[d]->from_extent ? at : -1;  // what no tap reads may lie beyond any padding mode's reach
   };
   const auto add = [&](int64_t from, int64_t target, int64_t count, int64_t first, int64_t last) {
     runs.push_back({from, step, static_cast<int32_t>(target), static_cast<int32_t>(count), static_cast<int32_t>(first),

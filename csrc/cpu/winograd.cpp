@@ -49,7 +49,11 @@ struct Axis {
   Axis(const GatherAxis& a, int64_t out) : tiles(ceil_div(a.count, out)), count(a.count) {
     const int64_t low = std::min(a.offset[0], a.offset[2]);
     for (int64_t t = 0; t < 3; ++t) tap[a.offset[t] - low] = a.tap[t];
-    for (int64_t p = 0; p < tiles * out + 2; ++p) source.push_back(padded_index(p + low, a.from_extent, a.mode));
+    for (int64_t p = 0; p < tiles * out + 2; ++p) {
+      const int64_t at = padded_index(p + low, a.from_extent, a.mode);
+      // The last tile may reach further than any result, and than any padding mode.
+      source.push_back(at >= 0 && at < a.from_extent ? at : -1);
+    }
   }
 };
 
