@@ -328,7 +328,8 @@ INVARIANCE = [
     for name in (
         "in_channels_17 out_channels_33 all_tails width_1 stride_2 stride_3_2 dilation_2 dilation_mostly_padding "
         "groups_4_of_16 depthwise depthwise_stride_2 1x1 1x1_of_1x1 1x1_stride_2 7x7 kernel_is_input reflect_2d "
-        "circular_depthwise depthwise_7x7_plane depthwise_times_2_5x5 31x31_depthwise resnet_stem resnet_3x3 vgg_3x3 wav2vec_feature video_3x3x3 unet_up "
+        "circular_depthwise depthwise_7x7_plane depthwise_times_2_5x5 31x31_depthwise "
+        "resnet_stem resnet_3x3 vgg_3x3 wav2vec_feature video_3x3x3 unet_up "
         "transposed_stride_2 transposed_1d_stride_3"
     ).split()
 ]
