@@ -26,8 +26,8 @@ constexpr int64_t kDotPixels = 4;
 constexpr int64_t kFewRows = 256;               // NHWC: up to here a thread packs the panels that it alone multiplies
 constexpr int64_t kChunkBytes = 64 << 10;       // NHWC: pixels that meet all panels while these stay in L2
 constexpr int64_t kWideChunkBytes = 256 << 10;  // NHWC: and where the panels come from farther away
-constexpr int64_t kPanelsInL2 = 512 << 10;
-constexpr int64_t kInPlaceRowTiles = 2;  // NCHW: up to so many uses a panel of pixels is not worth packing
+constexpr int64_t kPanelsInL2 = 512 << 10;      // up to here each thread packs all panels for itself
+constexpr int64_t kInPlaceRowTiles = 2;         // NCHW: up to so many uses a panel of pixels is not worth packing
 
 // Seen from either direction: "from" is what is read, "to" what is written.
 struct Product {
@@ -73,8 +73,9 @@ struct RowPlan {
   int64_t rows, tiles;    // all pixels of the batch
   int64_t width, panels;  // of a group
   bool split_columns;     // each thread packs the panels of its own columns
+  bool own_panels;        // or all panels for itself: to fetch them from another thread costs more
 
-  RowPlan(const Product& p, int64_t tile_rows, int64_t lanes, int64_t vectors, int threads)
+  RowPlan(const Product& p, int64_t tile_rows, int64_t lanes, int64_t vectors, int64_t element_size, int threads)
       : rows(p.batch * p.pixels), tiles(ceil_div(rows, tile_rows)) {
     const Panels widest(p.to, lanes, vectors);
     width = widest.width, panels = widest.count;
@@ -87,19 +88,21 @@ struct RowPlan {
       if (cost > best) continue;
       best = cost, width = v * lanes, panels = count, split_columns = true;
     }
+    own_panels = p.groups * panels * unit(p) * element_size <= kPanelsInL2;
   }
   int64_t unit(const Product& p) const { return p.from * width; }  // elements of one packed panel
   int64_t units_per_pass(const Product& p, int64_t element_size) const {
     return std::clamp<int64_t>(kPackedBytes / (unit(p) * element_size), 1, p.groups * panels);
   }
   int64_t workspace(const Product& p, int64_t element_size, int threads) const {
-    return split_columns ? threads * std::min(p.from, kSumLength) * width : units_per_pass(p, element_size) * unit(p);
+    if (split_columns) return threads * std::min(p.from, kSumLength) * width;
+    return units_per_pass(p, element_size) * unit(p) * (own_panels ? threads : 1);
   }
 };
 
 template <typename T>
 void rows_are_pixels(const Product& p, const Operands<T>& o, const Kernels<T>& kernels, T* workspace, int threads) {
-  const RowPlan plan(p, kernels.rows, kernels.lanes, kernels.vectors, threads);
+  const RowPlan plan(p, kernels.rows, kernels.lanes, kernels.vectors, sizeof(T), threads);
   const Blocks blocks = reduction_blocks(p.from, 1, /*taps_inside=*/false);
   const int64_t width = plan.width, from_channels = p.groups * p.from, to_channels = p.groups * p.to;
 
@@ -153,20 +156,24 @@ void rows_are_pixels(const Product& p, const Operands<T>& o, const Kernels<T>& k
   const int64_t per_pass = plan.units_per_pass(p, sizeof(T));
   for (int64_t first = 0; first < units; first += per_pass) {
     const int64_t count = std::min(per_pass, units - first);
-    parallel_tasks(count, 8.0 * plan.unit(p), [&](int64_t begin, int64_t end) {
+    const auto pack_units = [&](int64_t begin, int64_t end, T* packed) {
       for (int64_t i = begin; i < end; ++i)
-        for (const Block& block : blocks) pack(first + i, block, workspace + i * plan.unit(p) + block.start * width);
-    });
-    const int64_t chunk_bytes = count * plan.unit(p) * sizeof(T) <= kPanelsInL2 ? kChunkBytes : kWideChunkBytes;
+        for (const Block& block : blocks) pack(first + i, block, packed + i * plan.unit(p) + block.start * width);
+    };
+    if (!plan.own_panels)
+      parallel_tasks(count, 8.0 * plan.unit(p), [&](int64_t begin, int64_t end) { pack_units(begin, end, workspace); });
+    const int64_t chunk_bytes = plan.own_panels ? kChunkBytes : kWideChunkBytes;
     const int64_t tile_bytes = kernels.rows * std::min(p.from, kSumLength) * sizeof(T);
     const int64_t chunk = std::max<int64_t>(1, chunk_bytes / tile_bytes);
     // One block, one group: what the next tile reads follows what this one reads.
     const bool contiguous = p.groups == 1 && blocks.size() == 1;
     parallel_tasks(plan.tiles, macs * count / plan.tiles, [&](int64_t begin, int64_t end) {
+      T* const packed = workspace + (plan.own_panels ? at::get_thread_num() * count * plan.unit(p) : 0);
+      if (plan.own_panels) pack_units(0, count, packed);
       for (int64_t tile = begin; tile < end; tile += chunk)
         for (const Block& block : blocks)
           for (int64_t i = 0; i < count; ++i)
-            multiply(first + i, block, workspace + i * plan.unit(p) + block.start * width, tile,
+            multiply(first + i, block, packed + i * plan.unit(p) + block.start * width, tile,
                      std::min(end, tile + chunk), contiguous && i == 0);
     });
   }
@@ -371,7 +378,8 @@ int64_t workspace_elements(const ConvShape& s, Direction direction, int threads)
   const Product p(s, direction);
   const Kernels<T>& k = kernels_of<T>(microkernels());
   if (p.is_dot(s.channels_last())) return 0;
-  if (s.channels_last()) return RowPlan(p, k.rows, k.lanes, k.vectors, threads).workspace(p, sizeof(T), threads);
+  if (s.channels_last())
+    return RowPlan(p, k.rows, k.lanes, k.vectors, sizeof(T), threads).workspace(p, sizeof(T), threads);
   const ColumnPlan plan(p, k.rows, k.lanes, sizeof(T), threads);
   return plan.packed(p) + threads * plan.scratch(p, k.lanes * k.vectors);
 }

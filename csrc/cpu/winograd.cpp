@@ -12,8 +12,8 @@
 // NHWC reads pixels where they lie, through a pointer each (a row of zeros in the padding). NCHW transposes the lines of
 // a few tiles at a time, on the way in and on the way out. backward_input is the same with the taps reversed (gather.h).
 //
-// Threads: where U is small, they split tiles, each with V and M of its own; else they split the columns, each with U of
-// its own, against V of all tiles. Sums: blocks of kBlock channels, each from a fresh accumulator, added in order.
+// Threads: where U is small, they split tiles, each with all of U; else they split the columns, each with U of its own
+// and, unless they are many, V of all tiles. What a thread needs it computes: to fetch it from another costs more. Sums: blocks of kBlock channels, each from a fresh accumulator, added in order.
 // A tile with a result that is not finite is computed again without transforms, in which an infinity would spread.
 // Declines: other kernels, strides and types. Yields where direct computation or the other tile size takes less time.
 #include <algorithm>
@@ -29,14 +29,16 @@
 namespace myconv::cpu {
 namespace {
 
-constexpr int64_t kBlock = 128;              // channels of one sum: errors of the transforms add up
-constexpr int64_t kSharedWeights = 4 << 20;  // bytes of U up to which threads split tiles
-constexpr int64_t kTilesInL2 = 400 << 10;    // bytes of V and M of one thread
-constexpr int64_t kInputBytes = 16 << 20;    // bytes of V of all threads
-constexpr int64_t kFewChannels = 32;         // of a group, whose transforms would not be shared
-constexpr int64_t kMostTiles = 64;           // of a block
-constexpr int64_t kStripChannels = 64;       // NCHW: channels that are transposed at a time
-constexpr int64_t kWeightChannels = 64;      // whose taps are packed at a time
+constexpr int64_t kBlock = 128;             // channels of one sum: errors of the transforms add up
+constexpr int64_t kSmallWeights = 4 << 20;  // bytes of U up to which threads split tiles
+constexpr int64_t kTilesInL2 = 400 << 10;   // bytes of V and M of one thread
+constexpr int64_t kInputBytes = 12 << 20;   // bytes of V of all threads
+constexpr int64_t kAllWeights = 32 << 20;   // and bytes of U of all threads
+constexpr int64_t kColumnsPerThread = 64;   // from which on all tiles' transforms are little beside the products
+constexpr int64_t kFewChannels = 32;        // of a group, whose transforms would not be shared
+constexpr int64_t kMostTiles = 64;          // of a block
+constexpr int64_t kStripChannels = 64;      // NCHW: channels that are transposed at a time
+constexpr int64_t kWeightChannels = 64;     // whose taps are packed at a time
 
 // The source of each position of an axis, from the first pixel of the first tile on; -1 is a zero.
 using Sources = c10::SmallVector<int64_t, 128>;
@@ -66,7 +68,7 @@ struct Plan {
   int64_t positions, out;
   int64_t tiles_of_image, tiles;
   int64_t width, panels;
-  bool split_columns;
+  bool split_columns, own_input;
   int64_t block, chunk;  // tiles that M is of, and V is of
   int64_t u_channels;    // that a U is of: few tiles do not wait for all of it
   int64_t u, v, m, strip, result_strip, taps;
@@ -82,7 +84,8 @@ struct Plan {
     tiles_of_image = ceil_div(extent[1], out) * tiles_w;
     tiles = s.batch * tiles_of_image;
     const int64_t bytes = positions * sizeof(float);
-    split_columns = bytes * from * round_up(to, lanes) > kSharedWeights;
+    split_columns = bytes * from * round_up(to, lanes) > std::min(kSmallWeights, kAllWeights / threads);
+    own_input = !split_columns || threads * kColumnsPerThread <= to;
     const Panels widest(to, lanes, vectors);
     width = widest.width;
     if (split_columns) {
@@ -96,7 +99,9 @@ struct Plan {
     const int64_t fit = kTilesInL2 / (bytes * (split_columns ? width : from + width));
     block = std::clamp<int64_t>(fit, 8, kMostTiles);
     block = std::min(block, split_columns ? tiles : ceil_div(tiles, threads));
-    chunk = split_columns ? std::clamp<int64_t>(kInputBytes / (bytes * from), block, tiles) : block;
+    chunk = block;
+    if (split_columns)
+      chunk = std::clamp<int64_t>(kInputBytes / (own_input ? threads : 1) / (bytes * from), block, tiles);
     u_channels = split_columns && tiles <= block ? std::min(from, kBlock) : from;
     u = positions * step(u_channels * width), v = positions * step(chunk * from), m = positions * step(block * width);
     strip = result_strip = 0;
@@ -109,8 +114,9 @@ struct Plan {
     }
     taps = kWeightChannels * 9 * width;
     // Besides: a row of zeros to read from (shared) and one to write to.
-    shared = from + (split_columns ? v : u * panels);
-    of_thread = round_up((split_columns ? u : v) + m + strip + result_strip + taps + width, 16);
+    shared = from + (own_input ? 0 : v);
+    if (!split_columns) u *= panels;
+    of_thread = round_up(u + (own_input ? v : 0) + m + strip + result_strip + taps + width, 16);
   }
 };
 
@@ -149,12 +155,13 @@ class Winograd {
 
  private:
   struct Scratch {
-    float *of_strategy, *m, *strip, *result_strip, *taps, *trash;
+    float *u, *v, *m, *strip, *result_strip, *taps, *trash;
   };
   Scratch scratch() const {
     Scratch s;
-    s.of_strategy = scratch_ + at::get_thread_num() * plan_.of_thread;
-    s.m = s.of_strategy + (plan_.split_columns ? plan_.u : plan_.v);
+    s.u = scratch_ + at::get_thread_num() * plan_.of_thread;
+    s.v = plan_.own_input ? s.u + plan_.u : shared_;
+    s.m = s.u + plan_.u + (plan_.own_input ? plan_.v : 0);
     s.strip = s.m + plan_.m;
     s.result_strip = s.strip + plan_.strip;
     s.taps = s.result_strip + plan_.result_strip;
@@ -166,23 +173,17 @@ class Winograd {
   }
 
   void split_tiles() {
-    const int64_t from = gather_.from_per_group, pieces = ceil_div(from, kWeightChannels);
-    parallel_tasks(plan_.panels * pieces, 4.0 * plan_.u / pieces, [&](int64_t begin, int64_t end) {
-      const Scratch s = scratch();
-      for (int64_t i = begin; i < end; ++i) {
-        const int64_t panel = i / pieces, c = i % pieces * kWeightChannels;
-        transform_weights(panel, c, std::min(from, c + kWeightChannels), s.taps,
-                          shared_ + panel * plan_.u + c * plan_.width);
-      }
-    });
+    const int64_t from = gather_.from_per_group, u_of_panel = plan_.u / plan_.panels;
     const int64_t blocks = std::min(plan_.tiles, round_up(ceil_div(plan_.tiles, plan_.block), threads_));
     parallel_tasks(blocks, macs() / blocks, [&](int64_t begin, int64_t end) {
       const Scratch s = scratch();
+      for (int64_t panel = 0; panel < plan_.panels; ++panel)
+        transform_weights(panel, 0, from, s.taps, s.u + panel * u_of_panel);
       for (int64_t i = begin; i < end; ++i) {
         const int64_t first = plan_.tiles * i / blocks, last = plan_.tiles * (i + 1) / blocks;
-        transform_input(first, last, s, s.of_strategy, last - first);
+        transform_input(first, last, s, s.v, last - first);
         for (int64_t panel = 0; panel < plan_.panels; ++panel) {
-          multiply(panel, 0, from, shared_ + panel * plan_.u, s.of_strategy, last - first, last - first, s.m);
+          multiply(panel, 0, from, s.u + panel * u_of_panel, s.v, last - first, last - first, s.m);
           transform_output(panel, first, last, s);
         }
       }
@@ -193,26 +194,27 @@ class Winograd {
     const int64_t from = gather_.from_per_group;
     for (int64_t first = 0; first < plan_.tiles; first += plan_.chunk) {
       const int64_t count = std::min(plan_.chunk, plan_.tiles - first);
-      const int64_t pieces = std::min(count, round_up(ceil_div(count, plan_.block), threads_));
-      parallel_tasks(pieces, 16.0 * plan_.positions * count * from / pieces, [&](int64_t begin, int64_t end) {
-        const Scratch s = scratch();
+      const auto transform_pieces = [&](int64_t pieces, int64_t begin, int64_t end, const Scratch& s) {
         for (int64_t i = begin; i < end; ++i) {
           const int64_t tile = count * i / pieces;
-          transform_input(first + tile, first + count * (i + 1) / pieces, s, shared_ + tile * from, count);
+          transform_input(first + tile, first + count * (i + 1) / pieces, s, s.v + tile * from, count);
         }
-      });
+      };
+      const int64_t pieces = std::min(count, round_up(ceil_div(count, plan_.block), threads_));
+      if (!plan_.own_input)
+        parallel_tasks(pieces, 16.0 * plan_.positions * count * from / pieces,
+                       [&](int64_t begin, int64_t end) { transform_pieces(pieces, begin, end, scratch()); });
       parallel_tasks(plan_.panels, macs() / plan_.panels, [&](int64_t begin, int64_t end) {
         const Scratch s = scratch();
+        if (plan_.own_input) transform_pieces(pieces, 0, pieces, s);
         const int64_t blocks = ceil_div(count, plan_.block);
         for (int64_t panel = begin; panel < end; ++panel)
           for (int64_t c0 = 0; c0 < from; c0 += plan_.u_channels) {
             const int64_t c1 = std::min(from, c0 + plan_.u_channels);
-            for (int64_t c = c0; c < c1; c += kWeightChannels)
-              transform_weights(panel, c, std::min(c1, c + kWeightChannels), s.taps,
-                                s.of_strategy + (c - c0) * plan_.width);
+            transform_weights(panel, c0, c1, s.taps, s.u);
             for (int64_t i = 0; i < blocks; ++i) {
               const int64_t tile = count * i / blocks, end_tile = count * (i + 1) / blocks;
-              multiply(panel, c0, c1, s.of_strategy, shared_ + tile * from, end_tile - tile, count, s.m);
+              multiply(panel, c0, c1, s.u, s.v + tile * from, end_tile - tile, count, s.m);
               if (c1 == from) transform_output(panel, first + tile, first + end_tile, s);
             }
           }
@@ -226,28 +228,31 @@ class Winograd {
 
   // u[position][channel - c0][column] for channels [c0, c1) of one panel.
   void transform_weights(int64_t panel, int64_t c0, int64_t c1, float* packed, float* u) const {
-    const int64_t width = plan_.width, columns = panel_columns(panel), channels = c1 - c0;
+    const int64_t width = plan_.width, columns = panel_columns(panel);
     const int64_t to_stride = gather_.weight_to_stride, from_stride = gather_.weight_from_stride;
     const int64_t h_stride = gather_.weight_axis_stride[1], w_stride = gather_.weight_axis_stride[2];
-    const float* const source =
-        weight_ + group_ * gather_.weight_group_stride + panel * width * to_stride + c0 * from_stride;
-    // packed[channel][tap][column]
-    if (columns < width) std::fill_n(packed, channels * 9 * width, 0.0f);
-    if (w_stride == 1 && h_stride == 3 && from_stride == 9) {
-      kernels_.transpose(source, to_stride, columns, channels * 9, packed, width);
-    } else if (w_stride == 1 && h_stride == 3 && to_stride == 9) {
-      for (int64_t c = 0; c < channels; ++c)
-        kernels_.transpose(source + c * from_stride, 9, columns, 9, packed + c * 9 * width, width);
-    } else {
-      for (int64_t t = 0; t < 9; ++t)
-        pack_matrix(kernels_, source + t / 3 * h_stride + t % 3 * w_stride, from_stride, to_stride, channels, columns,
-                    packed + t * width, 9 * width);
-    }
+    const float* const weight = weight_ + group_ * gather_.weight_group_stride + panel * width * to_stride;
     int64_t offsets[9];
     for (int64_t t = 0; t < 9; ++t) offsets[t] = (h_.tap[t / 3] * 3 + w_.tap[t % 3]) * width;
-    for (int64_t c = 0; c < channels; ++c)
-      transforms_.weight(packed + c * 9 * width, offsets, width / kernels_.lanes, u + c * width,
-                         step(plan_.u_channels * width));
+    for (int64_t first = c0; first < c1; first += kWeightChannels) {
+      // packed[channel][tap][column]
+      const int64_t channels = std::min(kWeightChannels, c1 - first);
+      const float* const source = weight + first * from_stride;
+      if (columns < width) std::fill_n(packed, channels * 9 * width, 0.0f);
+      if (w_stride == 1 && h_stride == 3 && from_stride == 9) {
+        kernels_.transpose(source, to_stride, columns, channels * 9, packed, width);
+      } else if (w_stride == 1 && h_stride == 3 && to_stride == 9) {
+        for (int64_t c = 0; c < channels; ++c)
+          kernels_.transpose(source + c * from_stride, 9, columns, 9, packed + c * 9 * width, width);
+      } else {
+        for (int64_t t = 0; t < 9; ++t)
+          pack_matrix(kernels_, source + t / 3 * h_stride + t % 3 * w_stride, from_stride, to_stride, channels, columns,
+                      packed + t * width, 9 * width);
+      }
+      for (int64_t c = 0; c < channels; ++c)
+        transforms_.weight(packed + c * 9 * width, offsets, width / kernels_.lanes, u + (first - c0 + c) * width,
+                           step(plan_.u_channels * width));
+    }
   }
 
   // Calls f(rectangle, tiles before it) for the rectangles that tiles [first, last) are made of.
