@@ -253,13 +253,12 @@ IntList check_call_lists(const std::string& name, int rank, bool transposed, con
   return IntList(size.begin(), size.end());
 }
 
-// Every row of a direction's table and why it does not take the given convolution ("": it does).
-std::vector<std::pair<std::string, std::string>> selection(const std::string& direction, const IntList& input_size,
-                                                           const IntList& weight_size, const IntList& output_size,
-                                                           const IntList& stride, const IntList& padding,
-                                                           const IntList& dilation, int64_t groups,
-                                                           int64_t padding_mode, at::ScalarType dtype,
-                                                           bool channels_last, const std::string& device) {
+// Every row of a direction's table and why it does not take the given convolution ("": it does); with may_yield, rows
+// that are slower than a later one give that as a reason, without it only what they decline even if forced.
+std::vector<std::pair<std::string, std::string>> selection(
+    const std::string& direction, const IntList& input_size, const IntList& weight_size, const IntList& output_size,
+    const IntList& stride, const IntList& padding, const IntList& dilation, int64_t groups, int64_t padding_mode,
+    at::ScalarType dtype, bool channels_last, const std::string& device, bool may_yield) {
   IntList output{input_size.at(0), weight_size.at(0)}, weight_strides(weight_size.size(), 1);
   output.insert(output.end(), output_size.begin(), output_size.end());
   for (int64_t d = static_cast<int64_t>(weight_size.size()) - 2; d >= 0; --d)
@@ -269,7 +268,7 @@ std::vector<std::pair<std::string, std::string>> selection(const std::string& di
                                    stride,      padding, dilation,   groups,      padding_mode};
   check_operator(call);
   const ConvShape shape = make_conv_shape(call, weight_strides, dtype, channels_last);
-  return declines(table_of(direction, device), shape);
+  return (may_yield ? reasons : declines)(table_of(direction, device), shape);
 }
 
 // What explain() is told of the convolutions that f() calls; their kernels do not run.
@@ -341,6 +340,7 @@ PYBIND11_MODULE(_C, m) {
   m.def("set_flush_denormals", &set_flush_denormals);
   m.def("flush_denormals", &flush_denormals);
   m.def("selection", &selection, "direction"_a, "input_size"_a, "weight_size"_a, "output_size"_a, "stride"_a,
-        "padding"_a, "dilation"_a, "groups"_a, "padding_mode"_a, "dtype"_a, "channels_last"_a, "device"_a = "cpu");
+        "padding"_a, "dilation"_a, "groups"_a, "padding_mode"_a, "dtype"_a, "channels_last"_a, "device"_a = "cpu",
+        "may_yield"_a = false);
   m.def("record", &record);
 }

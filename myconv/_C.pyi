@@ -125,5 +125,6 @@ def selection(
     dtype: torch.dtype,
     channels_last: bool,
     device: str = "cpu",
+    may_yield: bool = False,
 ) -> list[tuple[str, str]]: ...
 def record(function: Callable[[], object]) -> list[dict[str, Any]]: ...

@@ -7,39 +7,46 @@ import pytest
 import torch
 
 import myconv
-from cases import CHANNELS_LAST
+from cases import CHANNELS_LAST, Case
 from checking import isas
 
 LAYERS = json.loads((Path(__file__).parents[1] / "benchmarks" / "layers.json").read_text())
-FLOATS = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
+FIELDS = ("out_channels", "kernel_size", "stride", "padding", "dilation", "groups", "bias", "output_padding")
 
 
-def explained(layer, dtype, channels_last):
-    """The layer's call, explained; nothing is computed, and the tensors' memory is never touched."""
-    transposed = layer["op"].startswith("ConvTranspose")
-    c, k, groups = layer["input"][1], layer["out_channels"], layer["groups"]
-    memory_format = CHANNELS_LAST[len(layer["input"])] if channels_last else torch.contiguous_format
-    channels = (c, k // groups) if transposed else (k, c // groups)
-    w = torch.empty(*channels, *layer["kernel_size"], dtype=dtype, memory_format=memory_format)
-    x = torch.empty(layer["input"], dtype=dtype, memory_format=memory_format)
-    b = torch.empty(k, dtype=dtype) if layer["bias"] else None
-    names = ("stride", "padding", "dilation", "groups") + ("output_padding",) * transposed
-    function = getattr(myconv.functional, "conv" + "_transpose" * transposed + layer["op"][-2:])
-    (call,) = myconv.explain(function, x, w, b, **{name: layer[name] for name in names}).calls
-    return call
+def as_case(layer):
+    fields = {name: layer[name] for name in FIELDS if name in layer}
+    fields = {name: tuple(value) if isinstance(value, list) else value for name, value in fields.items()}
+    function = "conv" + "_transpose" * layer["op"].startswith("ConvTranspose") + layer["op"][-2:]
+    return Case(layer["id"], function, tuple(layer["input"]), **fields)
+
+
+CASES = [as_case(layer) for layer in LAYERS]
 
 
 @pytest.mark.parametrize("isa", [isa for isa in isas("cpu") if isa != "portable"])
 @pytest.mark.parametrize("channels_last", [False, True], ids=["contiguous", "channels_last"])
-@pytest.mark.parametrize("dtype", FLOATS, ids=str)
-def test_no_layer_runs_on_the_reference(dtype, channels_last, isa):
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("direction", ["forward", "backward_input"])
+def test_no_layer_runs_on_the_reference(direction, dtype, channels_last, isa):
     slow = []
     with myconv.flags.isa(isa):
-        for layer in LAYERS:
-            if channels_last and len(layer["input"]) not in CHANNELS_LAST:
+        for case in CASES:
+            if channels_last and len(case.input) not in CHANNELS_LAST:
                 continue
-            call = explained(layer, dtype, channels_last)
-            for role in ("forward", "backward_input"):
-                if call.directions[role].algorithm == "reference":
-                    slow.append((layer["id"], role))
+            rows = myconv._C.selection(direction, *case.problem, dtype, channels_last, may_yield=True)
+            if next(row for row, reason in rows if not reason) == "reference":
+                slow.append(case.name)
     assert not slow, f"{len(slow)} on the reference: {slow[:10]}"
+
+
+@pytest.mark.parametrize("rows", [{"winograd_4x4", "winograd_2x2"}])
+def test_rows_that_yield_can_be_forced(rows):
+    """A row that leaves a problem to a faster one is not chosen, and runs where it is forced."""
+    x, w = torch.randn(1, 2, 8, 8), torch.randn(2, 2, 3, 3)
+    direction = myconv.explain(myconv.functional.conv2d, x, w).calls[0].directions["forward"]
+    assert rows <= set(direction.declined)
+    for row in rows:
+        with myconv.flags.algorithm("forward", row):
+            y = myconv.functional.conv2d(x, w)
+        torch.testing.assert_close(y, torch.nn.functional.conv2d(x, w))
