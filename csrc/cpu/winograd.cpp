@@ -35,7 +35,8 @@ constexpr int64_t kTilesInL2 = 400 << 10;   // bytes of V and M of one thread
 constexpr int64_t kInputBytes = 12 << 20;   // bytes of V of all threads
 constexpr int64_t kAllWeights = 32 << 20;   // and bytes of U of all threads
 constexpr int64_t kColumnsPerThread = 64;   // from which on all tiles' transforms are little beside the products
-constexpr int64_t kFewChannels = 32;        // of a group, whose transforms would not be shared
+constexpr int64_t kFewChannels = 16;        // whose transforms are not shared by enough products
+constexpr int64_t kFewGroupChannels = 64;   // the same of a group: groups take turns
 constexpr int64_t kMostTiles = 64;          // of a block
 constexpr int64_t kStripChannels = 64;      // NCHW: channels that are transposed at a time
 constexpr int64_t kWeightChannels = 64;     // whose taps are packed at a time
@@ -466,7 +467,9 @@ double direct_cycles(const ConvShape& s, Direction direction) {
 }
 
 const char* yield(const ConvShape& s, Direction direction, int64_t out) {
-  if (s.groups > 1 && std::min(s.in_per_group, s.out_per_group) < kFewChannels) return "few channels a group";
+  const bool forward = direction == Direction::kForward;
+  if ((forward ? s.in_per_group : s.out_per_group) < kFewChannels) return "few channels";
+  if (s.groups > 1 && std::min(s.in_per_group, s.out_per_group) < kFewGroupChannels) return "few channels a group";
   const double cycles = winograd_cycles(s, direction, out);
   if (winograd_cycles(s, direction, 6 - out) < cycles)
     return out == 4 ? "tiles of 2x2 take less" : "tiles of 4x4 take less";
