@@ -59,10 +59,12 @@ def read_records(paths: list[Path]) -> dict[str, dict]:
             stop(f"{path}: {error}")
         if record.get("benchmark") != "run" or list(record.get("against", ["torch"])) != ["torch"]:
             stop(f"{path.name} is not a record of run.py against torch")
-        first = together.setdefault(record["dtype"], record | {"rows": {}})
+        first = together.setdefault(record["dtype"], record | {"rows": {}, "commits": []})
         for key in ("machine", "threads", "isa", "torch"):
             if first[key] != record[key]:
                 stop(f"{path.name} differs from the records before it in {key!r}")
+        passes = " and ".join(dict.fromkeys(row["pass"] for row in record["rows"]))
+        first["commits"].append(f"{(record['commit'] or 'unknown')[:7]} ({passes})")
         first["ceilings"] = record.get("ceilings") or first.get("ceilings")
         first["rows"] |= {tuple(row[key] for key in ("id", "batch", "layout", "pass")): row for row in record["rows"]}
     return {dtype: record | {"rows": list(record["rows"].values())} for dtype, record in together.items()}
@@ -70,8 +72,7 @@ def read_records(paths: list[Path]) -> dict[str, dict]:
 
 def caption(record: dict) -> str:
     machine = f"{record['machine']['cpu']}, {record['threads']} threads, {record['isa']}"
-    commit = (record["commit"] or "unknown")[:7]
-    return f"{record['dtype']}, {machine}; myconv at {commit} and torch {record['torch']}"
+    return f"{record['dtype']}, {machine}; myconv at {', '.join(record['commits'])}; torch {record['torch']}"
 
 
 def passes_of(rows: list[dict]) -> list[str]:
