@@ -143,6 +143,22 @@ def test_workspace_is_what_is_allocated():
     subprocess.run([sys.executable, "-c", WORKSPACE], env=environment, check=True)
 
 
+@pytest.mark.parametrize("threads", [1, 2, 16])
+@pytest.mark.parametrize("channels", [256, 1024])
+def test_workspace_is_bounded(channels, threads):
+    """64 MiB and 2 MiB a thread, where a quarter of the tensors is less."""
+    x, w = torch.empty(1, channels, 40, 40), torch.empty(channels, channels, 3, 3)
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        directions = myconv.explain(myconv.functional.conv2d, x, w, padding=1).calls[0].directions
+    finally:
+        torch.set_num_threads(before)
+    for role in ("forward", "backward_input"):
+        assert directions[role].algorithm.startswith("winograd")
+        assert directions[role].workspace <= (64 + 2 * threads) << 20
+
+
 def test_copies():
     w = torch.randn(4, 8, 3, 3)
     x = torch.randn(2, 8, 10, 10)

@@ -33,7 +33,7 @@ constexpr int64_t kBlock = 128;             // channels of one sum: errors of th
 constexpr int64_t kSmallWeights = 4 << 20;  // bytes of U up to which threads split tiles
 constexpr int64_t kTilesInL2 = 400 << 10;   // bytes of V and M of one thread
 constexpr int64_t kInputBytes = 12 << 20;   // bytes of V of all threads
-constexpr int64_t kAllWeights = 32 << 20;   // and bytes of U of all threads
+constexpr int64_t kAllWeights = 32 << 20;   // and bytes of U, or of V, that all threads have of their own
 constexpr int64_t kColumnsPerThread = 64;   // from which on all tiles' transforms are little beside the products
 constexpr int64_t kFewChannels = 16;        // whose transforms are not shared by enough products
 constexpr int64_t kFewGroupChannels = 64;   // the same of a group: groups take turns
@@ -86,7 +86,6 @@ struct Plan {
     tiles = s.batch * tiles_of_image;
     const int64_t bytes = positions * sizeof(float);
     split_columns = bytes * from * round_up(to, lanes) > std::min(kSmallWeights, kAllWeights / threads);
-    own_input = !split_columns || threads * kColumnsPerThread <= to;
     const Panels widest(to, lanes, vectors);
     width = widest.width;
     if (split_columns) {
@@ -100,10 +99,13 @@ struct Plan {
     const int64_t fit = kTilesInL2 / (bytes * (split_columns ? width : from + width));
     block = std::clamp<int64_t>(fit, 8, kMostTiles);
     block = std::min(block, split_columns ? tiles : ceil_div(tiles, threads));
+    own_input = !split_columns || (threads * kColumnsPerThread <= to && threads * bytes * from * block <= kAllWeights);
+    // All of a panel's U, or where that is much for all threads, a block of channels at a time and as few tiles.
+    const bool whole_u = threads * bytes * from * width <= kAllWeights;
     chunk = block;
-    if (split_columns)
+    if (split_columns && whole_u)
       chunk = std::clamp<int64_t>(kInputBytes / (own_input ? threads : 1) / (bytes * from), block, tiles);
-    u_channels = split_columns && tiles <= block ? std::min(from, kBlock) : from;
+    u_channels = split_columns && chunk <= block ? std::min(from, kBlock) : from;
     u = positions * step(u_channels * width), v = positions * step(chunk * from), m = positions * step(block * width);
     strip = result_strip = 0;
     if (!s.channels_last()) {
