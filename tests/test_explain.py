@@ -147,7 +147,7 @@ def test_workspace_is_what_is_allocated():
 @pytest.mark.parametrize("channels", [256, 1024])
 def test_workspace_is_bounded(channels, threads):
     """64 MiB and 2 MiB a thread, where a quarter of the tensors is less."""
-    x, w = torch.empty(1, channels, 40, 40), torch.empty(channels, channels, 3, 3)
+    x, w = torch.zeros(1, channels, 40, 40), torch.zeros(channels, channels, 3, 3)
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
