@@ -67,22 +67,72 @@ inline Blocks reduction_blocks(int64_t channels, int64_t taps, bool taps_inside)
   return blocks;
 }
 
-// to[r * width + c] = from[r * row_stride + c * column_stride]; the columns up to width are left alone.
+// to[r * width + c] = from[r * row_stride + c * column_stride]; the columns up to width are left alone. Words are made of
+// neighbouring rows.
 template <typename T>
 void pack_matrix(const Kernels<T>& kernels, const T* from, int64_t row_stride, int64_t column_stride, int64_t rows,
-                 int64_t columns, T* to, int64_t width) {
-  if (column_stride == 1) {
-    for (int64_t r = 0; r < rows; ++r) std::copy_n(from + r * row_stride, columns, to + r * width);
-    return;
-  }
+                 int64_t columns, Word<T>* to, int64_t width) {
+  if (column_stride == 1) return kernels.copy_channels(from, row_stride, rows, columns, to, width);
   if (row_stride == 1) return kernels.transpose(from, column_stride, columns, rows, to, width);
   constexpr int64_t kTile = 16;  // one cache line of float on either side
   for (int64_t c0 = 0; c0 < columns; c0 += kTile)
     for (int64_t r0 = 0; r0 < rows; r0 += kTile) {
       const int64_t r1 = std::min(rows, r0 + kTile), c1 = std::min(columns, c0 + kTile);
-      for (int64_t c = c0; c < c1; ++c)
-        for (int64_t r = r0; r < r1; ++r) to[r * width + c] = from[r * row_stride + c * column_stride];
+      if constexpr (kIsHalf<T>) {
+        T square[kTile * kTile];
+        for (int64_t c = c0; c < c1; ++c)
+          for (int64_t r = r0; r < r1; ++r)
+            square[(c - c0) * kTile + r - r0] = from[r * row_stride + c * column_stride];
+        kernels.transpose(square, kTile, c1 - c0, r1 - r0, to + r0 / kernels.pair * width + c0, width);
+      } else {
+        for (int64_t c = c0; c < c1; ++c)
+          for (int64_t r = r0; r < r1; ++r) to[r * width + c] = from[r * row_stride + c * column_stride];
+      }
     }
 }
+
+// to[r * step + k] = words of from[r * row_stride + k * stride], k < depth: rows that are multiplied as they are.
+template <typename T>
+void pack_rows(const Kernels<T>& kernels, const T* from, int64_t row_stride, int64_t stride, int64_t rows,
+               int64_t depth, Word<T>* to, int64_t step) {
+  if (stride == 1 || depth == 1) return kernels.copy_rows(from, row_stride, rows, depth, to, step);
+  if constexpr (!kIsHalf<T>) return pack_matrix(kernels, from, row_stride, stride, rows, depth, to, step);
+  constexpr int64_t kTile = 32;
+  T square[kTile * kTile];
+  for (int64_t r0 = 0; r0 < rows; r0 += kTile)
+    for (int64_t k0 = 0; k0 < depth; k0 += kTile) {
+      const int64_t r1 = std::min(rows, r0 + kTile), k1 = std::min(depth, k0 + kTile);
+      for (int64_t k = k0; k < k1; ++k)
+        for (int64_t r = r0; r < r1; ++r) square[(r - r0) * kTile + k - k0] = from[r * row_stride + k * stride];
+      kernels.copy_rows(square, kTile, r1 - r0, k1 - k0, to + r0 * step + k0 / kernels.pair, step);
+    }
+}
+
+// Whether rows of `depth` values that follow each other are multiplied where they lie, and not as packed words.
+template <typename T>
+bool reads_in_place(const Kernels<T>& kernels, int64_t depth) {
+  return !kIsHalf<T> || (kernels.pair > 1 && depth % kernels.pair == 0);
+}
+template <typename T>
+const Word<T>* as_words(const T* values) {
+  return reinterpret_cast<const Word<T>*>(values);
+}
+
+// The bias as it is added to sums, of 16-bit types a copy.
+template <typename T>
+class Bias {
+ public:
+  Bias(const Microkernels& m, const void* bias, int64_t channels) : bias_(static_cast<const Word<T>*>(bias)) {
+    if (!kIsHalf<T> || !bias) return;
+    copy_.resize(channels);
+    kernels_of<T>(m).copy_rows(static_cast<const T*>(bias), 0, 1, channels, copy_.data(), 0);
+    bias_ = copy_.data();
+  }
+  const Word<T>* get() const { return bias_; }
+
+ private:
+  const Word<T>* bias_;
+  c10::SmallVector<Word<T>, 64> copy_;
+};
 
 }  // namespace myconv::cpu

@@ -16,6 +16,20 @@ struct Isa {
 };
 
 #ifdef MYCONV_X86
+const Microkernels kAvx512Bf16 = [] {
+  Microkernels kernels = avx512::kMicrokernels;
+  kernels.isa = "avx512_bf16";
+  kernels.bfloat16_pairs = &avx512_bf16::kPairs;
+  return kernels;
+}();
+
+bool has_avx512() {
+  return bool(__builtin_cpu_supports("avx512f")) && __builtin_cpu_supports("avx512bw") &&
+         __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+}
+#endif
+
+#ifdef MYCONV_X86
 // Every CPU with AVX2 has F16C; not every compiler knows its name in __builtin_cpu_supports.
 bool has_f16c() {
   unsigned a, b, c, d;
@@ -29,11 +43,8 @@ const Isa kIsas[] = {
 #ifdef MYCONV_X86
     {&avx2::kMicrokernels,
      [] { return bool(__builtin_cpu_supports("avx2")) && __builtin_cpu_supports("fma") && has_f16c(); }},
-    {&avx512::kMicrokernels,
-     [] {
-       return bool(__builtin_cpu_supports("avx512f")) && __builtin_cpu_supports("avx512bw") &&
-              __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
-     }},
+    {&avx512::kMicrokernels, has_avx512},
+    {&kAvx512Bf16, [] { return has_avx512() && __builtin_cpu_supports("avx512bf16"); }},
 #endif
 };
 
@@ -49,10 +60,10 @@ const Microkernels& best(const std::string& cap) {
     }
   }
 #ifndef MYCONV_X86
-  known = known || cap == "avx2" || cap == "avx512";  // caps that this build is under anyway
+  known = known || cap == "avx2" || cap == "avx512" || cap == "avx512_bf16";  // caps that this build is under anyway
 #endif
   TORCH_CHECK_VALUE(known, "MYCONV_ISA: '", cap,
-                    "' is not an instruction set of this build; use portable, avx2 or avx512");
+                    "' is not an instruction set of this build; use portable, avx2, avx512 or avx512_bf16");
   return *found;
 }
 
@@ -70,6 +81,12 @@ thread_local std::string cap;
 }  // namespace
 
 const Microkernels& microkernels() { return capped ? *capped : process_default(); }
+
+template <>
+const Kernels<bfloat16>& dense_kernels() {
+  const Microkernels& m = microkernels();
+  return m.bfloat16_pairs && flush_denormals() ? *m.bfloat16_pairs : m.bf16;
+}
 
 std::vector<std::string> runnable_isas() {
   std::vector<std::string> names;

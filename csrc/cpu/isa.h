@@ -4,12 +4,37 @@
 #include <string>
 #include <vector>
 
+#include "algorithm.h"
 #include "cpu/microkernels.h"
 
 namespace myconv::cpu {
 
 // The kernels in force on the calling thread. Resolve it before a parallel region, never inside.
 const Microkernels& microkernels();
+
+// Those that matrix products of a type run on: of bfloat16, pairs where there are, which treat denormals as zeros.
+template <typename T>
+const Kernels<T>& dense_kernels() {
+  return kernels_of<T>(microkernels());
+}
+template <>
+const Kernels<bfloat16>& dense_kernels();
+
+// f(T()) for the floating-point type T that a dtype is stored as.
+template <typename F>
+decltype(auto) with_type(Dtype dtype, const F& f) {
+  switch (dtype) {
+    case Dtype::kFloat64:
+      return f(double());
+    case Dtype::kBFloat16:
+      return f(bfloat16());
+    case Dtype::kFloat16:
+      return f(float16());
+    default:
+      return f(float());
+  }
+}
+inline bool is_floating_point(Dtype dtype) { return dtype <= Dtype::kFloat16; }
 
 std::vector<std::string> runnable_isas();  // in this build and on this machine, worst first
 std::string isa_in_force();

@@ -21,26 +21,60 @@ namespace myconv::cpu {
 inline constexpr int kMaxRows = 8;     // register tile rows of any ISA
 inline constexpr int kMaxVectors = 3;  // register tile columns of any ISA, in vectors
 
+// The 16-bit types as they are stored. They are multiplied as words of 4 bytes, into which they are packed: each a
+// float32, or where the processor multiplies them itself, a pair of bfloat16 values that follow each other in depth (the
+// second is zero behind an odd depth). A word travels as a float whatever its bits mean. Sums are float32.
+struct bfloat16 {
+  uint16_t bits;
+};
+struct float16 {
+  uint16_t bits;
+};
+
+// What a stored type is multiplied as.
+template <typename T>
+struct WordOf {
+  using type = T;
+};
+template <>
+struct WordOf<bfloat16> {
+  using type = float;
+};
+template <>
+struct WordOf<float16> {
+  using type = float;
+};
+template <typename T>
+using Word = typename WordOf<T>::type;
+template <typename T>
+inline constexpr bool kIsHalf = sizeof(T) == 2;
+
 // C[row][0, cols) = sum over tap < taps, k < depth of
 //                     a[tap * rows + row][a_offset + k * a_step] * b[b_offset(tap) + k * ldb + col]
 //                   + (accumulate ? C : bias of the row or the column or 0)
 // b_offset(tap) is b_offsets[tap], or tap * depth * ldb where there is no such list. The sum starts at zero and the
-// other term is added last, so that a long reduction is a sum of short ones.
+// other term is added last, so that a long reduction is a sum of short ones. depth counts words.
 template <typename T>
 struct GemmTile {
+  using W = Word<T>;
   int64_t taps, depth;
-  const T* const* a;  // [taps][rows]
+  const W* const* a;  // [taps][rows]
   int64_t a_offset, a_step;
-  const T* b;
+  const W* b;
   const int64_t* b_offsets;  // [taps] or nullptr
   int64_t ldb;
   T* const* c;  // [rows] pointers, each to cols contiguous elements
   int64_t cols;
-  const T* row_bias;     // [rows] or nullptr
-  const T* column_bias;  // [cols] or nullptr
+  const W* row_bias;     // [rows] or nullptr
+  const W* column_bias;  // [cols] or nullptr
   bool accumulate;
-  const T* next = nullptr;  // what the next tile reads first, rows x depth values: fetched into L2 meanwhile
-  T* packed = nullptr;      // of gemm_packing: a copy of B is left here, [tap][k][cols up to a whole vector]
+  const W* next = nullptr;  // what the next tile reads first, rows x depth values: fetched into L2 meanwhile
+  W* packed = nullptr;      // of gemm_packing: a copy of B is left here, [tap][k][cols up to a whole vector]
+  // Of 16-bit types only: C while its sum is in the making, partial[row * partial_step + col], and whether it still is
+  // after this part.
+  W* partial = nullptr;
+  int64_t partial_step = 0;
+  bool unfinished = false;
 };
 
 // A term of a sum whose operands both lie anywhere: offsets of the value of A, in every row, and of the vectors of B.
@@ -57,18 +91,20 @@ struct StripVector {
 // for l < v.lanes of each vector v. B is read in whole vectors.
 template <typename T>
 struct StripTile {
+  using W = Word<T>;
   int64_t terms;
   const Term* term;
-  const T* a;
+  const W* a;
   int64_t a_row;
-  const T* b;
+  const W* b;
   T* c;
   int64_t c_row;
   int vectors;  // up to Kernels::vectors
   const StripVector* vector;
-  const T* row_bias;     // [rows] or nullptr
-  const T* column_bias;  // at v.c + l, or nullptr
+  const W* row_bias;     // [rows] or nullptr
+  const W* column_bias;  // at v.c + l, or nullptr
   bool accumulate;
+  W* partial = nullptr;  // of 16-bit types, if not null: C is written here, and not rounded, at the same offsets
 };
 
 // C[row][0, cols) += sum over p < depth of  a[p * lda + row] * b[p][col]          (C is always accumulated into)
@@ -85,7 +121,7 @@ struct OuterTile {
 };
 
 // c[col][row * c_step] = sum over k < depth of a[row * lda + k] * b[col * ldb + k], + bias[row]
-// Both operands have depth innermost: nothing is packed. A lane sums every kLanes-th term.
+// Both operands have depth innermost: nothing is packed. A lane sums every kLanes-th word.
 template <typename T>
 struct DotTile {
   int64_t depth;
@@ -93,8 +129,8 @@ struct DotTile {
   int64_t lda, rows;  // at most kLanes
   const T* b;
   int64_t ldb, cols;
-  const T* bias;  // [rows] or nullptr
-  T* const* c;    // [cols]
+  const Word<T>* bias;  // [rows] or nullptr
+  T* const* c;          // [cols]
   int64_t c_step;
 };
 
@@ -105,37 +141,50 @@ struct Segment {
   int32_t target, length, first, last;
 };
 
-// Winograd transforms of one tile, all channels: [position] is a step of position_step.
+// Winograd transforms of one tile, all channels: [position] is a step of position_step. 16-bit types are transformed as
+// float32.
 template <typename T>
 struct WinogradKernels {
+  using W = Word<T>;
   int out, tile;  // results, pixels of a side
   // v[position][channel], from pixels[tile * tile] that each point to the channels of one
-  void (*input)(const T* const* pixels, int64_t channels, T* v, int64_t position_step);
+  void (*input)(const T* const* pixels, int64_t channels, W* v, int64_t position_step);
   // u[position][lane], from taps[tap_offsets[9]][lane], for a number of whole vectors
-  void (*weight)(const T* taps, const int64_t* tap_offsets, int64_t vectors, T* u, int64_t position_step);
+  void (*weight)(const W* taps, const int64_t* tap_offsets, int64_t vectors, W* u, int64_t position_step);
   // pixels[out * out][channel], from m[position][channel]; whether all results are finite
-  bool (*output)(const T* m, int64_t position_step, int64_t channels, const T* bias, T* const* pixels);
+  bool (*output)(const W* m, int64_t position_step, int64_t channels, const W* bias, T* const* pixels);
 };
 
+// Whatever reads a tensor reads stored values and makes words, of `pair` values each (1 unless words are pairs).
 template <typename T>
 struct Kernels {
+  using W = Word<T>;
   int rows, lanes, vectors;                      // register tile: rows x (vectors * lanes)
+  int pair;                                      // values of a word
   void (*gemm[kMaxRows])(const GemmTile<T>&);    // [rows - 1]
   void (*gemm_packing)(const GemmTile<T>&);      // of `rows` rows
   void (*strip[kMaxRows])(const StripTile<T>&);  // [rows - 1]
   void (*outer[kMaxRows])(const OuterTile<T>&);  // [rows - 1]
   void (*dot)(const DotTile<T>&);
-  // to[r * to_step][0, length) = from[r * from_step][0, length)
-  void (*copy_rows)(const T* from, int64_t from_step, int64_t count, int64_t length, T* to, int64_t to_step);
+  // to[r * to_step][0, length) = from[r * from_step][0, length)           words are made of neighbours in a row
+  void (*copy_rows)(const T* from, int64_t from_step, int64_t count, int64_t length, W* to, int64_t to_step);
+  // The same, of rows that are channels: words are made of neighbouring rows, count of which become count / pair.
+  void (*copy_channels)(const T* from, int64_t from_step, int64_t count, int64_t length, W* to, int64_t to_step);
+  // to[r * to_step][0, length) = round(from[r * from_step][0, length))    of float32 sums, whatever words are
+  void (*store_rows)(const W* from, int64_t from_step, int64_t count, int64_t length, T* to, int64_t to_step);
   void (*add_row)(T* sums, const T* row, int64_t length);  // sums[i] += row[i]
   T (*sum_row)(const T* row, int64_t length);
-  bool (*all_finite)(const T* row, int64_t length);
+  bool (*all_finite)(const W* row, int64_t length);
   // panel row r holds channel r / taps and tap r % taps: segments[first[tap], first[tap + 1]) of that channel's plane.
+  // Words are made of neighbouring channels.
   void (*pack)(int64_t channels, int64_t taps, const T* plane, int64_t plane_stride, const Segment* segments,
-               const int32_t* first, T* panel, int64_t width);
+               const int32_t* first, W* panel, int64_t width);
   WinogradKernels<T> winograd[2];  // F(2x2), F(4x4)
-  // to[c * to_step + r] = from[r * from_step + c],  r < rows, c < cols
-  void (*transpose)(const T* from, int64_t from_step, int64_t rows, int64_t cols, T* to, int64_t to_step);
+  // to[c * to_step + r] = from[r * from_step + c],  r < rows, c < cols    words are made of neighbours in a row
+  void (*transpose)(const T* from, int64_t from_step, int64_t rows, int64_t cols, W* to, int64_t to_step);
+  // The same of float32 sums, rounded.
+  void (*store_transposed)(const W* from, int64_t from_step, int64_t rows, int64_t cols, T* to, int64_t to_step);
+  // Not of 16-bit types, as are gemm_packing, outer, add_row and sum_row: no row of theirs asks for these.
   DepthwiseKernels<T> depthwise;
 };
 
@@ -149,15 +198,20 @@ struct Microkernels {
   const char* isa;
   Kernels<float> f32;
   Kernels<double> f64;
-  Widening widening[2];  // bfloat16, float16
+  Kernels<bfloat16> bf16;
+  Kernels<float16> f16;
+  Widening widening[2];                               // bfloat16, float16
+  const Kernels<bfloat16>* bfloat16_pairs = nullptr;  // where the processor multiplies bfloat16: words are pairs
 };
+
+inline const Kernels<float>& kernels_for(const Microkernels& m, float) { return m.f32; }
+inline const Kernels<double>& kernels_for(const Microkernels& m, double) { return m.f64; }
+inline const Kernels<bfloat16>& kernels_for(const Microkernels& m, bfloat16) { return m.bf16; }
+inline const Kernels<float16>& kernels_for(const Microkernels& m, float16) { return m.f16; }
 
 template <typename T>
 const Kernels<T>& kernels_of(const Microkernels& m) {
-  if constexpr (sizeof(T) == 4)
-    return m.f32;
-  else
-    return m.f64;
+  return kernels_for(m, T{});
 }
 
 namespace portable {
@@ -170,6 +224,9 @@ extern const Microkernels kMicrokernels;
 }
 namespace avx512 {
 extern const Microkernels kMicrokernels;
+}
+namespace avx512_bf16 {
+extern const Kernels<bfloat16> kPairs;
 }
 #endif
 

@@ -15,7 +15,7 @@
 namespace myconv::cpu::avx2 {
 #include "cpu/microkernels.inc"
 
-extern const Microkernels kMicrokernels = {"avx2", kernels<F32>(), kernels<F64>(), MYCONV_WIDENING};
+extern constinit const Microkernels kMicrokernels = microkernels_of("avx2");
 }  // namespace myconv::cpu::avx2
 #ifdef __clang__
 #pragma clang attribute pop

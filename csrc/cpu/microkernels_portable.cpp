@@ -5,5 +5,5 @@
 namespace myconv::cpu::portable {
 #include "cpu/microkernels.inc"
 
-extern const Microkernels kMicrokernels = {"portable", kernels<F32>(), kernels<F64>(), MYCONV_WIDENING};
+extern constinit const Microkernels kMicrokernels = microkernels_of("portable");
 }  // namespace myconv::cpu::portable

@@ -1,6 +1,6 @@
 // Pointwise convolutions: one tap, stride 1, no padding. Pixel o of the result reads pixel o and no other, so that a
 // convolution is one matrix product per group (and, in NCHW, per sample) of the tensors as they lie. forward and
-// backward_input, float32 and float64; for backward_input in and out channels change places.
+// backward_input of all floating-point types; for backward_input in and out channels change places.
 //
 //   layout   rows (register tile)   columns (vectors)    depth      packed
 //   NHWC     pixels                 result channels      channels   weights, transposed into panels [channel][width]
@@ -13,7 +13,9 @@
 // Threads split pixels or result channels, whichever leaves them more equal work, never a sum.
 // Sums: blocks of at most kSumLength channels, each from a fresh accumulator, added in order; bias with the first. Dot
 // products: one sum per lane, then the lanes, then the bias.
-// Declines: more than one tap, a stride, padding, types other than float32 and float64.
+// 16-bit types are packed into words (microkernels.h); rows that are not pairs as they lie are packed, too. Blocks of a
+// sum follow each other for one tile, in float32, and are rounded at the end.
+// Declines: more than one tap, a stride, padding, types other than floating-point.
 #include "cpu/algorithms.h"
 #include "cpu/gemm_blocks.h"
 #include "cpu/isa.h"
@@ -32,22 +34,29 @@ constexpr int64_t kInPlaceRowTiles = 2;         // NCHW: up to so many uses a pa
 // Seen from either direction: "from" is what is read, "to" what is written.
 struct Product {
   int64_t batch, groups, from, to, pixels;       // channels are those of a group
+  int64_t depth;                                 // words that the channels read are packed into
   int64_t to_stride, from_stride, group_stride;  // of the weight
+  bool half;
 
-  Product(const ConvShape& s, Direction direction)
+  Product(const ConvShape& s, Direction direction, int64_t pair)
       : batch(s.batch), groups(s.groups), pixels(s.out_pixels()), group_stride(s.out_per_group * s.weight_stride[0]) {
     const bool forward = direction == Direction::kForward;
     from = forward ? s.in_per_group : s.out_per_group, to = forward ? s.out_per_group : s.in_per_group;
     to_stride = s.weight_stride[forward ? 0 : 1], from_stride = s.weight_stride[forward ? 1 : 0];
+    depth = ceil_div(from, pair), half = dtype_size(s.dtype) == 2;
+  }
+  // Whether the weights of a result channel follow each other.
+  bool in_rows() const { return from_stride == 1 || from == 1; }
+  // And are multiplied where they lie: as they are, or as pairs.
+  bool rows_in_place(int64_t pair) const {
+    return in_rows() && (!half || (pair > 1 && from % pair == 0 && to_stride % pair == 0));
   }
   // A sample of at most kDotPixels pixels, whose channels are contiguous, against weights that lie as [to][from].
-  bool is_dot(bool channels_last) const {
-    return pixels <= kDotPixels && (channels_last || pixels == 1) && (from_stride == 1 || from == 1);
-  }
+  bool is_dot(bool channels_last) const { return pixels <= kDotPixels && (channels_last || pixels == 1) && in_rows(); }
   // How many of the last pixels of a plane are better off as dot products (NCHW). For each result channel a vector, full
   // or not, takes 0.5 to 0.7 cycles a step; a dot product takes 1/32 cycle a step and about 5 to add its lanes up.
   int64_t tail(int64_t lanes) const {
-    const int64_t left = pixels % lanes;
+    const int64_t left = half && !in_rows() ? 0 : pixels % lanes;
     return left * (from + 160) * 2 < from * lanes ? left : 0;
   }
 };
@@ -58,7 +67,7 @@ template <typename T>
 struct Operands {
   const T* from;
   const T* weight;
-  const T* bias;
+  const Word<T>* bias;
   T* to;
 };
 
@@ -70,12 +79,15 @@ constexpr double tile_cost(int64_t vectors) { return vectors == 1 ? 1.3 : static
 
 // How rows x columns are split among threads.
 struct RowPlan {
-  int64_t rows, tiles;    // all pixels of the batch
-  int64_t width, panels;  // of a group
-  bool split_columns;     // each thread packs the panels of its own columns
-  bool own_panels;        // or all panels for itself: to fetch them from another thread costs more
+  int64_t rows, tiles;      // all pixels of the batch
+  int64_t width, panels;    // of a group
+  bool split_columns;       // each thread packs the panels of its own columns
+  bool own_panels;          // or all panels for itself: to fetch them from another thread costs more
+  int64_t chunk;            // tiles that meet all panels at a time
+  int64_t sums, converted;  // 16-bit types, of a thread: rows of sums in the making, words of a tile's rows
 
-  RowPlan(const Product& p, int64_t tile_rows, int64_t lanes, int64_t vectors, int64_t element_size, int threads)
+  RowPlan(const Product& p, int64_t tile_rows, int64_t lanes, int64_t vectors, int64_t word_size, bool in_place,
+          int threads)
       : rows(p.batch * p.pixels), tiles(ceil_div(rows, tile_rows)) {
     const Panels widest(p.to, lanes, vectors);
     width = widest.width, panels = widest.count;
@@ -88,41 +100,59 @@ struct RowPlan {
       if (cost > best) continue;
       best = cost, width = v * lanes, panels = count, split_columns = true;
     }
-    own_panels = p.groups * panels * unit(p) * element_size <= kPanelsInL2;
+    own_panels = p.groups * panels * unit(p) * word_size <= kPanelsInL2;
+    const int64_t block = std::min(p.depth, kSumLength);
+    chunk = std::max<int64_t>(1, (own_panels ? kChunkBytes : kWideChunkBytes) / (tile_rows * block * word_size));
+    sums = p.half && p.depth > kSumLength ? split_columns ? rows : chunk * tile_rows : 0;
+    converted = in_place ? 0 : tile_rows * block;
   }
-  int64_t unit(const Product& p) const { return p.from * width; }  // elements of one packed panel
-  int64_t units_per_pass(const Product& p, int64_t element_size) const {
-    return std::clamp<int64_t>(kPackedBytes / (unit(p) * element_size), 1, p.groups * panels);
+  int64_t unit(const Product& p) const { return p.depth * width; }  // words of one packed panel
+  int64_t units_per_pass(const Product& p, int64_t word_size) const {
+    return std::clamp<int64_t>(kPackedBytes / (unit(p) * word_size), 1, p.groups * panels);
   }
-  int64_t workspace(const Product& p, int64_t element_size, int threads) const {
-    if (split_columns) return threads * std::min(p.from, kSumLength) * width;
-    return units_per_pass(p, element_size) * unit(p) * (own_panels ? threads : 1);
+  int64_t packed(const Product& p, int64_t word_size, int threads) const {
+    if (split_columns) return threads * std::min(p.depth, kSumLength) * width;
+    return units_per_pass(p, word_size) * unit(p) * (own_panels ? threads : 1);
   }
+  int64_t of_thread() const { return sums * width + converted; }
 };
 
 template <typename T>
-void rows_are_pixels(const Product& p, const Operands<T>& o, const Kernels<T>& kernels, T* workspace, int threads) {
-  const RowPlan plan(p, kernels.rows, kernels.lanes, kernels.vectors, sizeof(T), threads);
-  const Blocks blocks = reduction_blocks(p.from, 1, /*taps_inside=*/false);
-  const int64_t width = plan.width, from_channels = p.groups * p.from, to_channels = p.groups * p.to;
+void rows_are_pixels(const Product& p, const Operands<T>& o, const Kernels<T>& kernels, Word<T>* workspace,
+                     int threads) {
+  using W = Word<T>;
+  const bool in_place = reads_in_place(kernels, p.from);
+  const RowPlan plan(p, kernels.rows, kernels.lanes, kernels.vectors, sizeof(W), in_place, threads);
+  const Blocks blocks = reduction_blocks(p.depth, 1, /*taps_inside=*/false);
+  const int64_t width = plan.width, pair = kernels.pair;
+  const int64_t from_channels = p.groups * p.from, to_channels = p.groups * p.to;
+  W* const of_threads = workspace + plan.packed(p, sizeof(W), threads);
 
   const auto columns_of = [&](int64_t unit) { return std::min(width, p.to - unit % plan.panels * width); };
-  const auto pack = [&](int64_t unit, const Block& block, T* target) {
-    const int64_t group = unit / plan.panels, column = unit % plan.panels * width;
-    pack_matrix(kernels, o.weight + group * p.group_stride + column * p.to_stride + block.channel * p.from_stride,
-                p.from_stride, p.to_stride, block.channels, columns_of(unit), target, width);
+  const auto pack = [&](int64_t unit, const Block& block, W* target) {
+    const int64_t group = unit / plan.panels, column = unit % plan.panels * width, channel = block.channel * pair;
+    pack_matrix(kernels, o.weight + group * p.group_stride + column * p.to_stride + channel * p.from_stride,
+                p.from_stride, p.to_stride, std::min(block.channels * pair, p.from - channel), columns_of(unit), target,
+                width);
   };
-  const auto multiply = [&](int64_t unit, const Block& block, const T* b, int64_t tile0, int64_t tile1,
+  const auto multiply = [&](int64_t unit, const Block& block, const W* b, int64_t tile0, int64_t tile1,
                             bool from_afar) {
     const int64_t group = unit / plan.panels, column = group * p.to + unit % plan.panels * width;
-    const T* a[kMaxRows];
+    W* const sums = of_threads + at::get_thread_num() * plan.of_thread();
+    W* const converted = sums + plan.sums * width;
+    const int64_t first_row = plan.rows * tile0 / plan.tiles;
+    const W* a[kMaxRows];
     T* c[kMaxRows];
     for (int64_t tile = tile0; tile < tile1; ++tile) {
       const int64_t row = plan.rows * tile / plan.tiles, rows = plan.rows * (tile + 1) / plan.tiles - row;
+      const T* const source = o.from + row * from_channels + group * p.from + block.channel * pair;
       for (int64_t r = 0; r < rows; ++r) {
-        a[r] = o.from + (row + r) * from_channels + group * p.from + block.channel;
+        a[r] = in_place ? as_words(source + r * from_channels) : converted + r * block.channels;
         c[r] = o.to + (row + r) * to_channels + column;
       }
+      if (!in_place)
+        kernels.copy_rows(source, from_channels, rows, std::min(block.channels * pair, p.from - block.channel * pair),
+                          converted, block.channels);
       kernels.gemm[rows - 1]({.taps = 1,
                               .depth = block.channels,
                               .a = a,
@@ -136,15 +166,18 @@ void rows_are_pixels(const Product& p, const Operands<T>& o, const Kernels<T>& k
                               .row_bias = nullptr,
                               .column_bias = o.bias ? o.bias + column : nullptr,
                               .accumulate = block.start > 0,
-                              .next = from_afar ? a[rows - 1] + from_channels : nullptr});
+                              .next = from_afar ? as_words(source + rows * from_channels) : nullptr,
+                              .partial = sums + (row - first_row) * width,
+                              .partial_step = width,
+                              .unfinished = block.start + block.channels < p.depth});
     }
   };
 
   const int64_t units = p.groups * plan.panels;
-  const double macs = static_cast<double>(plan.rows) * p.from * width;  // of a unit
+  const double macs = static_cast<double>(plan.rows) * p.depth * width;  // of a unit
   if (plan.split_columns) {
     parallel_tasks(units, macs + 8.0 * plan.unit(p), [&](int64_t begin, int64_t end) {
-      T* const packed = workspace + at::get_thread_num() * std::min(p.from, kSumLength) * width;
+      W* const packed = workspace + at::get_thread_num() * std::min(p.depth, kSumLength) * width;
       for (int64_t unit = begin; unit < end; ++unit)
         for (const Block& block : blocks) {
           pack(unit, block, packed);
@@ -153,28 +186,28 @@ void rows_are_pixels(const Product& p, const Operands<T>& o, const Kernels<T>& k
     });
     return;
   }
-  const int64_t per_pass = plan.units_per_pass(p, sizeof(T));
+  const int64_t per_pass = plan.units_per_pass(p, sizeof(W)), block_count = static_cast<int64_t>(blocks.size());
   for (int64_t first = 0; first < units; first += per_pass) {
     const int64_t count = std::min(per_pass, units - first);
-    const auto pack_units = [&](int64_t begin, int64_t end, T* packed) {
+    const auto pack_units = [&](int64_t begin, int64_t end, W* packed) {
       for (int64_t i = begin; i < end; ++i)
         for (const Block& block : blocks) pack(first + i, block, packed + i * plan.unit(p) + block.start * width);
     };
     if (!plan.own_panels)
       parallel_tasks(count, 8.0 * plan.unit(p), [&](int64_t begin, int64_t end) { pack_units(begin, end, workspace); });
-    const int64_t chunk_bytes = plan.own_panels ? kChunkBytes : kWideChunkBytes;
-    const int64_t tile_bytes = kernels.rows * std::min(p.from, kSumLength) * sizeof(T);
-    const int64_t chunk = std::max<int64_t>(1, chunk_bytes / tile_bytes);
     // One block, one group: what the next tile reads follows what this one reads.
-    const bool contiguous = p.groups == 1 && blocks.size() == 1;
+    const bool contiguous = p.groups == 1 && block_count == 1;
     parallel_tasks(plan.tiles, macs * count / plan.tiles, [&](int64_t begin, int64_t end) {
-      T* const packed = workspace + (plan.own_panels ? at::get_thread_num() * count * plan.unit(p) : 0);
+      W* const packed = workspace + (plan.own_panels ? at::get_thread_num() * count * plan.unit(p) : 0);
       if (plan.own_panels) pack_units(0, count, packed);
-      for (int64_t tile = begin; tile < end; tile += chunk)
-        for (const Block& block : blocks)
-          for (int64_t i = 0; i < count; ++i)
-            multiply(first + i, block, packed + i * plan.unit(p) + block.start * width, tile,
-                     std::min(end, tile + chunk), contiguous && i == 0);
+      for (int64_t tile = begin; tile < end; tile += plan.chunk)
+        for (int64_t j = 0; j < block_count * count; ++j) {
+          // All panels for a block; sums that are rounded at their end, all blocks for a panel.
+          const int64_t i = p.half ? j / block_count : j % count;
+          const Block& block = blocks[p.half ? j % block_count : j / count];
+          multiply(first + i, block, packed + i * plan.unit(p) + block.start * width, tile,
+                   std::min(end, tile + plan.chunk), contiguous && i == 0);
+        }
     });
   }
 }
@@ -184,11 +217,13 @@ void rows_are_pixels(const Product& p, const Operands<T>& o, const Kernels<T>& k
 struct ColumnPlan {
   int64_t row_tiles, vectors;  // of one product
   int64_t splits, pieces;      // of the rows, of all vectors of all products
-  bool in_rows, in_place;
-  int64_t packed_rows;  // weights that are packed at a time
-  int64_t tail;         // last pixels of a plane, as dot products
+  bool in_rows, in_place;      // whether weights, pixels are read where they lie
+  int64_t packed_rows;         // weights that are packed at a time
+  int64_t tail;                // last pixels of a plane, as dot products
+  int64_t sums;                // 16-bit types: of a tile that is in the making
 
-  ColumnPlan(const Product& p, int64_t tile_rows, int64_t lanes, int64_t element_size, int threads)
+  ColumnPlan(const Product& p, int64_t tile_rows, int64_t lanes, int64_t vectors_of_tile, int64_t word_size,
+             bool rows_in_place, int threads)
       : row_tiles(ceil_div(p.to, tile_rows)), tail(p.tail(lanes)) {
     vectors = ceil_div(p.pixels - tail, lanes);
     const int64_t all = p.batch * p.groups * vectors;
@@ -200,14 +235,17 @@ struct ColumnPlan {
       if (best < 0 || cost < best) best = cost, splits = s;
     }
     pieces = std::clamp<int64_t>(all, 1, threads / splits);
-    in_rows = p.from_stride == 1 || p.from == 1;
-    in_place = ceil_div(row_tiles, splits) <= kInPlaceRowTiles;
-    packed_rows = in_rows ? p.to : std::clamp<int64_t>(kPackedBytes / (p.groups * p.from * element_size), 1, p.to);
+    in_rows = rows_in_place;
+    in_place = !p.half && ceil_div(row_tiles, splits) <= kInPlaceRowTiles;
+    packed_rows = in_rows ? p.to : std::clamp<int64_t>(kPackedBytes / (p.groups * p.depth * word_size), 1, p.to);
+    sums = p.half && p.depth > kSumLength ? tile_rows * lanes * vectors_of_tile : 0;
   }
-  int64_t packed(const Product& p) const { return in_rows ? 0 : packed_rows * p.groups * p.from; }
-  int64_t panel(const Product& p, int64_t width) const { return in_place ? 0 : std::min(p.from, kSumLength) * width; }
+  int64_t packed(const Product& p) const { return in_rows ? 0 : packed_rows * p.groups * p.depth; }
+  int64_t panel(const Product& p, int64_t width) const {
+    return in_place ? 0 : (p.half ? p.depth : std::min(p.depth, kSumLength)) * width;
+  }
   int64_t tails(const Product& p) const { return tail ? kTailColumns * p.from : 0; }
-  int64_t scratch(const Product& p, int64_t width) const { return std::max(panel(p, width), tails(p)); }
+  int64_t scratch(const Product& p, int64_t width) const { return sums + std::max(panel(p, width), tails(p)); }
 };
 
 // The last pixels of every plane against rows [row0, row1) of the weights at hand, which begin at channel `first`.
@@ -242,32 +280,36 @@ void multiply_tails(const Product& p, const Operands<T>& o, const Kernels<T>& ke
 }
 
 template <typename T>
-void columns_are_pixels(const Product& p, const Operands<T>& o, const Kernels<T>& kernels, T* workspace, int threads) {
-  const ColumnPlan plan(p, kernels.rows, kernels.lanes, sizeof(T), threads);
-  const Blocks blocks = reduction_blocks(p.from, 1, /*taps_inside=*/true);
+void columns_are_pixels(const Product& p, const Operands<T>& o, const Kernels<T>& kernels, Word<T>* workspace,
+                        int threads) {
+  using W = Word<T>;
+  const ColumnPlan plan(p, kernels.rows, kernels.lanes, kernels.vectors, sizeof(W), p.rows_in_place(kernels.pair),
+                        threads);
+  const Blocks blocks = reduction_blocks(p.depth, 1, /*taps_inside=*/true);
   const int64_t lanes = kernels.lanes, widest = lanes * kernels.vectors, scratch_size = plan.scratch(p, widest);
   const int64_t all = p.batch * p.groups * plan.vectors;
 
   for (int64_t first = 0; first < p.to; first += plan.packed_rows) {
     const int64_t count = std::min(plan.packed_rows, p.to - first);
     if (!plan.in_rows)  // workspace[group][row][channel]
-      parallel_tasks(p.groups * ceil_div(count, lanes), 8.0 * lanes * p.from, [&](int64_t begin, int64_t end) {
+      parallel_tasks(p.groups * ceil_div(count, lanes), 8.0 * lanes * p.depth, [&](int64_t begin, int64_t end) {
         for (int64_t i = begin; i < end; ++i) {
           const int64_t group = i / ceil_div(count, lanes), row = i % ceil_div(count, lanes) * lanes;
-          pack_matrix(kernels, o.weight + group * p.group_stride + (first + row) * p.to_stride, p.to_stride,
-                      p.from_stride, std::min(lanes, count - row), p.from, workspace + (group * count + row) * p.from,
-                      p.from);
+          pack_rows(kernels, o.weight + group * p.group_stride + (first + row) * p.to_stride, p.to_stride,
+                    p.from_stride, std::min(lanes, count - row), p.from, workspace + (group * count + row) * p.depth,
+                    p.depth);
         }
       });
-    const T* const weight = plan.in_rows ? o.weight + first * p.to_stride : workspace;
-    const int64_t group_stride = plan.in_rows ? p.group_stride : count * p.from;
-    const int64_t row_stride = plan.in_rows ? p.to_stride : p.from;
+    const W* const weight = plan.in_rows ? as_words(o.weight + first * p.to_stride) : workspace;
+    const int64_t group_stride = plan.in_rows ? p.group_stride / kernels.pair : count * p.depth;
+    const int64_t row_stride = plan.in_rows ? p.to_stride / kernels.pair : p.depth;
 
     const int64_t tasks = plan.pieces * plan.splits;
-    const double macs = static_cast<double>(all) * lanes * p.from * count / tasks;
+    const double macs = static_cast<double>(all) * lanes * p.depth * count / tasks;
     parallel_tasks(tasks, macs, [&](int64_t begin, int64_t end) {
-      T* const packed = workspace + plan.packed(p) + at::get_thread_num() * scratch_size;
-      const T* a[kMaxRows];
+      W* const sums = workspace + plan.packed(p) + at::get_thread_num() * scratch_size;
+      W* const packed = sums + plan.sums;
+      const W* a[kMaxRows];
       T* c[kMaxRows];
       for (int64_t task = begin; task < end; ++task) {
         const int64_t split = task % plan.splits, piece = task / plan.splits;
@@ -282,17 +324,20 @@ void columns_are_pixels(const Product& p, const Operands<T>& o, const Kernels<T>
           const int64_t group = product % p.groups;
           const T* const plane = o.from + product * p.from * p.pixels + pixel;
           T* const result = o.to + (product * p.to + first) * p.pixels + pixel;
-          const T* const bias = o.bias ? o.bias + group * p.to + first : nullptr;
+          const W* const bias = o.bias ? o.bias + group * p.to + first : nullptr;
           // While this panel is multiplied, the one that comes next is fetched into L2, some rows with each tile.
           const T* const next = at + take < last && !plan.in_place
                                     ? take < left ? plane + take * lanes : o.from + (product + 1) * p.from * p.pixels
                                     : nullptr;
-          for (const Block& block : blocks) {
-            const T* const source = plane + block.channel * p.pixels;
+          // Sums that are rounded at their end: all blocks for a tile; else all tiles for a block.
+          const size_t at_once = p.half ? blocks.size() : 1;
+          for (size_t block0 = 0; block0 < blocks.size(); block0 += at_once) {
+            const int64_t channel = blocks[block0].channel * kernels.pair;
+            const int64_t channels = p.half ? p.from : blocks[block0].channels;
+            const T* const source = plane + channel * p.pixels;
             // The first tile reads the pixels where they lie and leaves the panel behind for the others.
-            const bool packs = !plan.in_place && row1 - row0 >= kernels.rows;
-            if (!plan.in_place && !packs)
-              kernels.copy_rows(source, p.pixels, block.channels, cols, packed, take * lanes);
+            const bool packs = !p.half && !plan.in_place && row1 - row0 >= kernels.rows;
+            if (!plan.in_place && !packs) kernels.copy_channels(source, p.pixels, channels, cols, packed, take * lanes);
             const int64_t rest0 = row0 + (packs ? kernels.rows : 0), rest = ceil_div(row1 - rest0, kernels.rows);
             for (int64_t tile = packs ? -1 : 0; tile < rest; ++tile) {
               const bool in_place = plan.in_place || tile < 0;
@@ -300,36 +345,45 @@ void columns_are_pixels(const Product& p, const Operands<T>& o, const Kernels<T>
               const int64_t rows = tile < 0 ? kernels.rows : rest0 + (row1 - rest0) * (tile + 1) / rest - row;
               if (next) {
                 const int64_t part = tile + packs, parts = rest + packs;
-                for (int64_t k = block.channels * part / parts; k < block.channels * (part + 1) / parts; ++k)
+                for (int64_t k = channels * part / parts; k < channels * (part + 1) / parts; ++k)
                   for (int64_t j = 0; j < widest; j += 64 / static_cast<int64_t>(sizeof(T)))
-                    __builtin_prefetch(next + (block.channel + k) * p.pixels + j, 0, 2);
+                    __builtin_prefetch(next + (channel + k) * p.pixels + j, 0, 2);
               }
-              for (int64_t r = 0; r < rows; ++r) {
-                a[r] = weight + group * group_stride + (row + r) * row_stride + block.channel;
-                c[r] = result + (row + r) * p.pixels;
+              for (size_t b = block0; b < block0 + at_once; ++b) {
+                const Block& block = blocks[b];
+                for (int64_t r = 0; r < rows; ++r) {
+                  a[r] = weight + group * group_stride + (row + r) * row_stride + block.channel;
+                  c[r] = result + (row + r) * p.pixels;
+                }
+                const W* const panel = packed + (block.start - blocks[block0].start) * take * lanes;
+                const auto gemm = tile < 0 ? kernels.gemm_packing : kernels.gemm[rows - 1];
+                gemm({.taps = 1,
+                      .depth = block.channels,
+                      .a = a,
+                      .a_offset = 0,
+                      .a_step = 1,
+                      .b = in_place ? as_words(source) : panel,
+                      .b_offsets = nullptr,
+                      .ldb = in_place ? p.pixels : take * lanes,
+                      .c = c,
+                      .cols = cols,
+                      .row_bias = bias ? bias + row : nullptr,
+                      .column_bias = nullptr,
+                      .accumulate = block.start > 0,
+                      .packed = tile < 0 ? packed : nullptr,
+                      .partial = sums,
+                      .partial_step = widest,
+                      .unfinished = b + 1 < blocks.size()});
               }
-              const auto gemm = tile < 0 ? kernels.gemm_packing : kernels.gemm[rows - 1];
-              gemm({.taps = 1,
-                    .depth = block.channels,
-                    .a = a,
-                    .a_offset = 0,
-                    .a_step = 1,
-                    .b = in_place ? source : packed,
-                    .b_offsets = nullptr,
-                    .ldb = in_place ? p.pixels : take * lanes,
-                    .c = c,
-                    .cols = cols,
-                    .row_bias = bias ? bias + row : nullptr,
-                    .column_bias = nullptr,
-                    .accumulate = block.start > 0,
-                    .packed = tile < 0 ? packed : nullptr});
             }
           }
           at += take;
         }
         if (plan.tail > 0)
-          multiply_tails(p, o, kernels, plan.tail, weight, group_stride, row_stride, first, count * task / tasks,
-                         count * (task + 1) / tasks, packed);
+          multiply_tails(p, o, kernels, plan.tail,
+                         kIsHalf<T> ? o.weight + first * p.to_stride : reinterpret_cast<const T*>(weight),
+                         kIsHalf<T> ? p.group_stride : group_stride, kIsHalf<T> ? p.to_stride : row_stride, first,
+                         count * task / tasks, count * (task + 1) / tasks, reinterpret_cast<T*>(packed));
       }
     });
   }
@@ -365,32 +419,42 @@ void dot_products(const Product& p, const Operands<T>& o, const Kernels<T>& kern
 template <typename T>
 void run(const ConvShape& s, Direction direction, const void* from, const ConvPointers& pointers, void* workspace,
          int threads) {
-  const Product p(s, direction);
-  const Operands<T> o{static_cast<const T*>(from), static_cast<const T*>(pointers.weight),
-                      static_cast<const T*>(pointers.bias), static_cast<T*>(pointers.result)};
-  const Kernels<T>& kernels = kernels_of<T>(microkernels());
+  const Kernels<T>& kernels = dense_kernels<T>();
+  const Product p(s, direction, kernels.pair);
+  const Bias<T> bias(microkernels(), pointers.bias, p.groups * p.to);
+  const Operands<T> o{static_cast<const T*>(from), static_cast<const T*>(pointers.weight), bias.get(),
+                      static_cast<T*>(pointers.result)};
   if (p.is_dot(s.channels_last())) return dot_products(p, o, kernels);
-  (s.channels_last() ? rows_are_pixels<T> : columns_are_pixels<T>)(p, o, kernels, static_cast<T*>(workspace), threads);
+  (s.channels_last() ? rows_are_pixels<T> : columns_are_pixels<T>)(p, o, kernels, static_cast<Word<T>*>(workspace),
+                                                                   threads);
 }
 
 template <typename T>
-int64_t workspace_elements(const ConvShape& s, Direction direction, int threads) {
-  const Product p(s, direction);
-  const Kernels<T>& k = kernels_of<T>(microkernels());
+int64_t workspace_bytes(const ConvShape& s, Direction direction, int threads) {
+  constexpr int64_t size = sizeof(Word<T>);
+  const Kernels<T>& k = dense_kernels<T>();
+  const Product p(s, direction, k.pair);
+  const bool in_place = reads_in_place(k, p.from);
   if (p.is_dot(s.channels_last())) return 0;
-  if (s.channels_last())
-    return RowPlan(p, k.rows, k.lanes, k.vectors, sizeof(T), threads).workspace(p, sizeof(T), threads);
-  const ColumnPlan plan(p, k.rows, k.lanes, sizeof(T), threads);
-  return plan.packed(p) + threads * plan.scratch(p, k.lanes * k.vectors);
+  if (s.channels_last()) {
+    const RowPlan plan(p, k.rows, k.lanes, k.vectors, size, in_place, threads);
+    return (plan.packed(p, size, threads) + threads * plan.of_thread()) * size;
+  }
+  const ColumnPlan plan(p, k.rows, k.lanes, k.vectors, size, p.rows_in_place(k.pair), threads);
+  return (plan.packed(p) + threads * plan.scratch(p, k.lanes * k.vectors)) * size;
 }
 
 int64_t workspace(const ConvShape& s, Direction direction, int threads) {
-  return (s.dtype == Dtype::kFloat32 ? workspace_elements<float> : workspace_elements<double>)(s, direction, threads) *
-         dtype_size(s.dtype);
+  return with_type(s.dtype, [&](auto type) { return workspace_bytes<decltype(type)>(s, direction, threads); });
+}
+
+void run_any(const ConvShape& s, Direction direction, const void* from, const ConvPointers& p, void* workspace,
+             int threads) {
+  with_type(s.dtype, [&](auto type) { run<decltype(type)>(s, direction, from, p, workspace, threads); });
 }
 
 const char* decline(const ConvShape& s) {
-  if (s.dtype != Dtype::kFloat32 && s.dtype != Dtype::kFloat64) return "only float32 and float64";
+  if (!is_floating_point(s.dtype)) return "only floating-point types";
   if (s.in_per_group == 0 || s.out_per_group == 0 || s.in_pixels() == 0 || s.out_pixels() == 0)
     return "nothing to sum over";
   if (s.taps() != 1) return "more than one tap";
@@ -411,11 +475,10 @@ int64_t pointwise_backward_input_workspace(const ConvShape& s, int threads) {
 }
 
 void pointwise_forward(const ConvShape& s, const ConvPointers& p, void* workspace, int threads) {
-  (s.dtype == Dtype::kFloat32 ? run<float> : run<double>)(s, Direction::kForward, p.input, p, workspace, threads);
+  run_any(s, Direction::kForward, p.input, p, workspace, threads);
 }
 void pointwise_backward_input(const ConvShape& s, const ConvPointers& p, void* workspace, int threads) {
-  const Direction direction = Direction::kBackwardInput;
-  (s.dtype == Dtype::kFloat32 ? run<float> : run<double>)(s, direction, p.grad_output, p, workspace, threads);
+  run_any(s, Direction::kBackwardInput, p.grad_output, p, workspace, threads);
 }
 
 }  // namespace myconv::cpu

@@ -27,25 +27,47 @@ struct F32 {
   static void store(float* p, V v, Mask m) { _mm256_maskstore_ps(p, m, v); }
   static V add(V a, V b) { return _mm256_add_ps(a, b); }
   static V fma(V a, V b, V c) { return _mm256_fmadd_ps(a, b, c); }
-  static V load_bfloat16(const uint16_t* p) {
-    const __m256i bits = _mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
-    return _mm256_castsi256_ps(_mm256_slli_epi32(bits, 16));
+  // 16-bit values in memory, all lanes or the first few: these in pieces of 4, 2 and 1.
+  static __m128i load_bits(const uint16_t* p) { return _mm_loadu_si128(reinterpret_cast<const __m128i*>(p)); }
+  static __m128i load_bits(const uint16_t* p, int64_t values) {
+    if (values >= kLanes) return load_bits(p);
+    uint64_t rest = 0, four = 0;
+    const uint16_t* const last = p + (values & 4);
+    if (values & 4) __builtin_memcpy(&four, p, 8);
+    if (values & 2) __builtin_memcpy(&rest, last, 4);
+    if (values & 1) rest |= uint64_t{last[values & 2]} << 16 * (values & 2);
+    return values & 4 ? _mm_set_epi64x(static_cast<int64_t>(rest), static_cast<int64_t>(four))
+                      : _mm_set_epi64x(0, static_cast<int64_t>(rest));
   }
-  static void store_bfloat16(uint16_t* p, V v) {
+  static void store_bits(uint16_t* p, __m128i bits) { _mm_storeu_si128(reinterpret_cast<__m128i*>(p), bits); }
+  static void store_bits(uint16_t* p, __m128i bits, int64_t values) {
+    if (values >= kLanes) return store_bits(p, bits);
+    uint64_t rest = static_cast<uint64_t>(_mm_cvtsi128_si64(bits));
+    if (values & 4) {
+      __builtin_memcpy(p, &rest, 8);
+      rest = static_cast<uint64_t>(_mm_extract_epi64(bits, 1)), p += 4;
+    }
+    if (values & 2) {
+      __builtin_memcpy(p, &rest, 4);
+      rest >>= 32, p += 2;
+    }
+    if (values & 1) *p = static_cast<uint16_t>(rest);
+  }
+  static V load_bfloat16(const uint16_t* p, auto... values) {
+    return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(load_bits(p, values...)), 16));
+  }
+  static void store_bfloat16(uint16_t* p, V v, auto... values) {
     const __m256i bits = _mm256_castps_si256(v),
                   odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
     const __m256i rounded = _mm256_add_epi32(_mm256_add_epi32(bits, _mm256_set1_epi32(0x7fff)), odd);
     const __m256i nan = _mm256_or_si256(bits, _mm256_set1_epi32(0x400000));
     const __m256i kept = _mm256_blendv_epi8(rounded, nan, _mm256_castps_si256(_mm256_cmp_ps(v, v, _CMP_UNORD_Q)));
     const __m256i high = _mm256_srli_epi32(kept, 16);
-    _mm_storeu_si128(reinterpret_cast<__m128i*>(p),
-                     _mm_packus_epi32(_mm256_castsi256_si128(high), _mm256_extracti128_si256(high, 1)));
+    store_bits(p, _mm_packus_epi32(_mm256_castsi256_si128(high), _mm256_extracti128_si256(high, 1)), values...);
   }
-  static V load_float16(const uint16_t* p) {
-    return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
-  }
-  static void store_float16(uint16_t* p, V v) {
-    _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT));
+  static V load_float16(const uint16_t* p, auto... values) { return _mm256_cvtph_ps(load_bits(p, values...)); }
+  static void store_float16(uint16_t* p, V v, auto... values) {
+    store_bits(p, _mm256_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT), values...);
   }
   // Of the 2 * kLanes values of a and b, those at even and at odd places.
   static void deinterleave(V a, V b, V& even, V& odd) {

@@ -5,7 +5,12 @@
 
 #include <cstdint>
 
-namespace myconv::cpu::avx512 {
+// In a namespace of its own for each target that this is compiled for.
+#ifndef MYCONV_AVX512
+#define MYCONV_AVX512 avx512
+#endif
+
+namespace myconv::cpu::MYCONV_AVX512 {
 
 struct F32 {
   using T = float;
@@ -25,23 +30,25 @@ struct F32 {
   static void store(float* p, V v, Mask m) { _mm512_mask_storeu_ps(p, m, v); }
   static V add(V a, V b) { return _mm512_add_ps(a, b); }
   static V fma(V a, V b, V c) { return _mm512_fmadd_ps(a, b, c); }
-  static V load_bfloat16(const uint16_t* p) {
-    const __m512i bits = _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
-    return _mm512_castsi512_ps(_mm512_slli_epi32(bits, 16));
+  // 16-bit values in memory, all lanes or the first few.
+  static __m256i load_bits(const uint16_t* p) { return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)); }
+  static __m256i load_bits(const uint16_t* p, int64_t values) { return _mm256_maskz_loadu_epi16(mask(values), p); }
+  static void store_bits(uint16_t* p, __m256i bits) { _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), bits); }
+  static void store_bits(uint16_t* p, __m256i bits, int64_t values) { _mm256_mask_storeu_epi16(p, mask(values), bits); }
+  static V load_bfloat16(const uint16_t* p, auto... values) {
+    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(load_bits(p, values...)), 16));
   }
-  static void store_bfloat16(uint16_t* p, V v) {
+  static void store_bfloat16(uint16_t* p, V v, auto... values) {
     const __m512i bits = _mm512_castps_si512(v),
                   odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
     const __m512i rounded = _mm512_add_epi32(_mm512_add_epi32(bits, _mm512_set1_epi32(0x7fff)), odd);
     const __m512i nan = _mm512_or_si512(bits, _mm512_set1_epi32(0x400000));
     const __m512i kept = _mm512_mask_mov_epi32(rounded, _mm512_cmp_ps_mask(v, v, _CMP_UNORD_Q), nan);
-    _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtepi32_epi16(_mm512_srli_epi32(kept, 16)));
+    store_bits(p, _mm512_cvtepi32_epi16(_mm512_srli_epi32(kept, 16)), values...);
   }
-  static V load_float16(const uint16_t* p) {
-    return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
-  }
-  static void store_float16(uint16_t* p, V v) {
-    _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT));
+  static V load_float16(const uint16_t* p, auto... values) { return _mm512_cvtph_ps(load_bits(p, values...)); }
+  static void store_float16(uint16_t* p, V v, auto... values) {
+    store_bits(p, _mm512_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT), values...);
   }
   // Of the 2 * kLanes values of a and b, those at even and at odd places.
   static void deinterleave(V a, V b, V& even, V& odd) {
@@ -119,4 +126,4 @@ struct F64 {
 
 inline constexpr int kRows = 8, kVectors = 3;  // 24 accumulators + 3 of B + 1 of A: 28 of 32 registers
 
-}  // namespace myconv::cpu::avx512
+}  // namespace myconv::cpu::MYCONV_AVX512

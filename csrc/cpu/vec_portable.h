@@ -53,9 +53,9 @@ struct Vec {
 };
 
 struct F32 : Vec<float> {
-  static V load_bfloat16(const uint16_t* p) {
-    V v;
-    for (int i = 0; i < kLanes; ++i) {
+  static V load_bfloat16(const uint16_t* p, int64_t values = kLanes) {
+    V v{};
+    for (int i = 0; i < values; ++i) {
       const uint32_t bits = uint32_t{p[i]} << 16;
       float value;
       std::memcpy(&value, &bits, sizeof(value));
@@ -63,8 +63,8 @@ struct F32 : Vec<float> {
     }
     return v;
   }
-  static void store_bfloat16(uint16_t* p, V v) {
-    for (int i = 0; i < kLanes; ++i) {
+  static void store_bfloat16(uint16_t* p, V v, int64_t values = kLanes) {
+    for (int i = 0; i < values; ++i) {
       uint32_t bits;
       const float value = v[i];
       std::memcpy(&bits, &value, sizeof(bits));
@@ -73,9 +73,9 @@ struct F32 : Vec<float> {
   }
   // float16: sign, 5 bits of exponent, 10 of mantissa. The products and sums with powers of two below are exact but for
   // the one rounding that is wanted, and meet no float32 denormal.
-  static V load_float16(const uint16_t* p) {
-    V v;
-    for (int i = 0; i < kLanes; ++i) {
+  static V load_float16(const uint16_t* p, int64_t values = kLanes) {
+    V v{};
+    for (int i = 0; i < values; ++i) {
       const uint32_t h = p[i], sign = (h & 0x8000) << 16, exponent = h >> 10 & 0x1f, mantissa = h & 0x3ff;
       uint32_t bits = exponent == 31 ? 0x7f800000 | mantissa << 13 : (exponent + 112) << 23 | mantissa << 13;
       if (exponent == 0) {
@@ -89,8 +89,8 @@ struct F32 : Vec<float> {
     }
     return v;
   }
-  static void store_float16(uint16_t* p, V v) {
-    for (int i = 0; i < kLanes; ++i) {
+  static void store_float16(uint16_t* p, V v, int64_t values = kLanes) {
+    for (int i = 0; i < values; ++i) {
       uint32_t bits;
       float value = v[i];
       std::memcpy(&bits, &value, sizeof(bits));

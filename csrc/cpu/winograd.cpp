@@ -1,4 +1,4 @@
-// Winograd convolution: 3x3, stride 1, no dilation; forward and backward_input; float32. Each tile of m x m results,
+// Winograd convolution: 3x3, stride 1, no dilation; forward and backward_input; float32 and the 16-bit types. Each tile of m x m results,
 // m = 2 or 4, is computed from its (m + 2) x (m + 2) pixels with (m + 2)^2 multiplications per pair of channels
 // instead of 9 m^2:
 //
@@ -15,6 +15,7 @@
 // Threads: where U is small, they split tiles, each with all of U; else they split the columns, each with U of its own
 // and, unless they are many, V of all tiles. What a thread needs it computes: to fetch it from another costs more. Sums: blocks of kBlock channels, each from a fresh accumulator, added in order.
 // A tile with a result that is not finite is computed again without transforms, in which an infinity would spread.
+// 16-bit types are float32 from the transforms of what is read to those of what is written, and rounded there.
 // Declines: other kernels, strides and types. Yields where direct computation or the other tile size takes less time.
 #include <algorithm>
 #include <cmath>
@@ -129,27 +130,29 @@ struct Tiles {
   int64_t count() const { return (h1 - h0) * (w1 - w0); }
 };
 
+template <typename T>
 class Winograd {
  public:
-  Winograd(const ConvShape& s, Direction direction, const WinogradKernels<float>& transforms, const void* from,
-           const ConvPointers& p, float* workspace, int threads)
+  Winograd(const ConvShape& s, Direction direction, int64_t out, const void* from, const ConvPointers& p,
+           float* workspace, int threads)
       : gather_(make_gather(s, direction)),
         phase_(gather_.phases[0]),
         kernels_(microkernels().f32),
-        transforms_(transforms),
-        plan_(s, direction, transforms, kernels_.lanes, kernels_.vectors, threads),
+        stored_(kernels_of<T>(microkernels())),
+        variant_(out == 4),
+        plan_(s, direction, kernels_.winograd[variant_], kernels_.lanes, kernels_.vectors, threads),
         h_(phase_.axis[1], plan_.out),
         w_(phase_.axis[2], plan_.out),
         channels_last_(s.channels_last()),
-        from_(static_cast<const float*>(from)),
-        weight_(static_cast<const float*>(p.weight)),
-        bias_(static_cast<const float*>(p.bias)),
-        to_(static_cast<float*>(p.result)),
-        zeros_(workspace),
+        from_(static_cast<const T*>(from)),
+        weight_(static_cast<const T*>(p.weight)),
+        bias_(microkernels(), p.bias, gather_.groups * gather_.to_per_group),
+        to_(static_cast<T*>(p.result)),
+        zeros_(reinterpret_cast<T*>(workspace)),
         shared_(workspace + gather_.from_per_group),
         scratch_(workspace + plan_.shared),
         threads_(threads) {
-    std::fill_n(zeros_, gather_.from_per_group, 0.0f);
+    std::fill_n(zeros_, gather_.from_per_group, T{});
   }
 
   void run() {
@@ -234,27 +237,27 @@ class Winograd {
     const int64_t width = plan_.width, columns = panel_columns(panel);
     const int64_t to_stride = gather_.weight_to_stride, from_stride = gather_.weight_from_stride;
     const int64_t h_stride = gather_.weight_axis_stride[1], w_stride = gather_.weight_axis_stride[2];
-    const float* const weight = weight_ + group_ * gather_.weight_group_stride + panel * width * to_stride;
+    const T* const weight = weight_ + group_ * gather_.weight_group_stride + panel * width * to_stride;
     int64_t offsets[9];
     for (int64_t t = 0; t < 9; ++t) offsets[t] = (h_.tap[t / 3] * 3 + w_.tap[t % 3]) * width;
     for (int64_t first = c0; first < c1; first += kWeightChannels) {
       // packed[channel][tap][column]
       const int64_t channels = std::min(kWeightChannels, c1 - first);
-      const float* const source = weight + first * from_stride;
+      const T* const source = weight + first * from_stride;
       if (columns < width) std::fill_n(packed, channels * 9 * width, 0.0f);
       if (w_stride == 1 && h_stride == 3 && from_stride == 9) {
-        kernels_.transpose(source, to_stride, columns, channels * 9, packed, width);
+        stored_.transpose(source, to_stride, columns, channels * 9, packed, width);
       } else if (w_stride == 1 && h_stride == 3 && to_stride == 9) {
         for (int64_t c = 0; c < channels; ++c)
-          kernels_.transpose(source + c * from_stride, 9, columns, 9, packed + c * 9 * width, width);
+          stored_.transpose(source + c * from_stride, 9, columns, 9, packed + c * 9 * width, width);
       } else {
         for (int64_t t = 0; t < 9; ++t)
-          pack_matrix(kernels_, source + t / 3 * h_stride + t % 3 * w_stride, from_stride, to_stride, channels, columns,
+          pack_matrix(stored_, source + t / 3 * h_stride + t % 3 * w_stride, from_stride, to_stride, channels, columns,
                       packed + t * width, 9 * width);
       }
       for (int64_t c = 0; c < channels; ++c)
-        transforms_.weight(packed + c * 9 * width, offsets, width / kernels_.lanes, u + (first - c0 + c) * width,
-                           step(plan_.u_channels * width));
+        kernels_.winograd[variant_].weight(packed + c * 9 * width, offsets, width / kernels_.lanes,
+                                           u + (first - c0 + c) * width, step(plan_.u_channels * width));
     }
   }
 
@@ -273,10 +276,10 @@ class Winograd {
 
   // v[position][tile - first][channel]
   void transform_input(int64_t first, int64_t last, const Scratch& s, float* v, int64_t v_tiles) const {
-    const int64_t from = gather_.from_per_group, out = plan_.out, n = transforms_.tile;
-    const float* const group = from_ + group_ * from * gather_.from_stride.channel;
+    const int64_t from = gather_.from_per_group, out = plan_.out;
+    const T* const group = from_ + group_ * from * gather_.from_stride.channel;
     each_rectangle(first, last, [&](const Tiles& r, int64_t before) {
-      const float* const image = group + r.image * gather_.from_stride.batch;
+      const T* const image = group + r.image * gather_.from_stride.batch;
       const int64_t most = channels_last_ ? from : kStripChannels;
       for (int64_t c = 0; c < from; c += most) {
         const int64_t channels = std::min(most, from - c);
@@ -285,24 +288,35 @@ class Winograd {
         float* target = v + before * from + c;
         for (int64_t h = r.h0; h < r.h1; ++h)
           for (int64_t w = r.w0; w < r.w1; ++w, target += from) {
-            const float* pixels[36];
-            for (int64_t i = 0; i < n; ++i)
-              for (int64_t j = 0; j < n; ++j) {
+            if (channels_last_)
+              transform_tile(stored_, channels, target, step(v_tiles * from), [&](int64_t i, int64_t j) {
                 const int64_t at_h = h_.source[h * out + i], at_w = w_.source[w * out + j];
-                pixels[i * n + j] =
-                    !channels_last_ ? s.strip + ((h - r.h0) * out + i) * pitch + ((w - r.w0) * out + j) * channels
-                    : at_h < 0 || at_w < 0
-                        ? zeros_
-                        : image + at_h * gather_.from_stride.axis[1] + at_w * gather_.from_stride.axis[2];
-              }
-            transforms_.input(pixels, channels, target, step(v_tiles * from));
+                return at_h < 0 || at_w < 0
+                           ? zeros_
+                           : image + at_h * gather_.from_stride.axis[1] + at_w * gather_.from_stride.axis[2];
+              });
+            else
+              transform_tile(kernels_, channels, target, step(v_tiles * from), [&](int64_t i, int64_t j) {
+                return s.strip + ((h - r.h0) * out + i) * pitch + ((w - r.w0) * out + j) * channels;
+              });
           }
       }
     });
   }
 
+  // One tile, whose pixel (i, j) lies at pixel(i, j): stored values, or float32 of a strip.
+  template <typename P, typename At>
+  void transform_tile(const Kernels<P>& kernels, int64_t channels, float* v, int64_t position_step,
+                      const At& pixel) const {
+    const WinogradKernels<P>& transforms = kernels.winograd[variant_];
+    const P* pixels[36];
+    for (int64_t i = 0; i < transforms.tile; ++i)
+      for (int64_t j = 0; j < transforms.tile; ++j) pixels[i * transforms.tile + j] = pixel(i, j);
+    transforms.input(pixels, channels, v, position_step);
+  }
+
   // strip[line][pixel][channel] of what the tiles of r read, with its padding.
-  void fill_strip(const Tiles& r, const float* planes, int64_t channels, float* strip) const {
+  void fill_strip(const Tiles& r, const T* planes, int64_t channels, float* strip) const {
     const int64_t plane = gather_.from_stride.channel, w0 = r.w0 * plan_.out, w1 = r.w1 * plan_.out + 2;
     for (int64_t h = r.h0 * plan_.out; h < r.h1 * plan_.out + 2; ++h, strip += (w1 - w0) * channels) {
       const int64_t line = h_.source[h] * gather_.from_stride.axis[1];
@@ -314,7 +328,7 @@ class Winograd {
         if (at < 0)
           std::fill_n(target, (end - w) * channels, 0.0f);
         else
-          kernels_.transpose(planes + line + at, plane, channels, end - w, target, channels);
+          stored_.transpose(planes + line + at, plane, channels, end - w, target, channels);
         w = end;
       }
     }
@@ -354,83 +368,102 @@ class Winograd {
   void transform_output(int64_t panel, int64_t first, int64_t last, const Scratch& s) const {
     const int64_t out = plan_.out, width = plan_.width, columns = panel_columns(panel);
     const int64_t k = group_ * gather_.to_per_group + panel * width;
-    const float* const bias = bias_ ? bias_ + k : nullptr;
     const ActivationStrides& to_stride = gather_.to_stride;
     each_rectangle(first, last, [&](const Tiles& r, int64_t before) {
-      float* const image = to_ + r.image * to_stride.batch + k * to_stride.channel;
+      T* const image = to_ + r.image * to_stride.batch + k * to_stride.channel;
       const int64_t pitch = (r.w1 - r.w0) * out * width;  // of a line of the strip
       int64_t tile = before;
       for (int64_t h = r.h0; h < r.h1; ++h)
         for (int64_t w = r.w0; w < r.w1; ++w, ++tile) {
-          float* pixels[16];
-          for (int64_t i = 0; i < out; ++i)
-            for (int64_t j = 0; j < out; ++j) {
-              const int64_t at_h = h * out + i, at_w = w * out + j;
-              pixels[i * out + j] =
-                  !channels_last_ ? s.result_strip + (at_h - r.h0 * out) * pitch + (at_w - r.w0 * out) * width
-                  : at_h >= h_.count || at_w >= w_.count ? s.trash
-                                                         : image + at_h * to_stride.axis[1] + at_w * to_stride.axis[2];
-            }
-          if (!transforms_.output(s.m + tile * width, step((last - first) * width), columns, bias, pixels))
-            compute_directly(r.image, h, w, panel, pixels);
+          const float* const m = s.m + tile * width;
+          const int64_t m_step = step((last - first) * width);
+          if (channels_last_)
+            finish_tile(stored_, r.image, h, w, panel, m, m_step, [&](int64_t at_h, int64_t at_w) {
+              return at_h >= h_.count || at_w >= w_.count ? reinterpret_cast<T*>(s.trash)
+                                                          : image + at_h * to_stride.axis[1] + at_w * to_stride.axis[2];
+            });
+          else
+            finish_tile(kernels_, r.image, h, w, panel, m, m_step, [&](int64_t at_h, int64_t at_w) {
+              return s.result_strip + (at_h - r.h0 * out) * pitch + (at_w - r.w0 * out) * width;
+            });
         }
       if (channels_last_) return;
       const int64_t w0 = r.w0 * out, w1 = std::min(r.w1 * out, w_.count);
       for (int64_t h = r.h0 * out; h < std::min(r.h1 * out, h_.count); ++h)
-        kernels_.transpose(s.result_strip + (h - r.h0 * out) * pitch, width, w1 - w0, columns,
-                           image + h * to_stride.axis[1] + w0, to_stride.channel);
+        stored_.store_transposed(s.result_strip + (h - r.h0 * out) * pitch, width, w1 - w0, columns,
+                                 image + h * to_stride.axis[1] + w0, to_stride.channel);
     });
   }
 
-  // The results of one tile and panel from their definition.
-  void compute_directly(int64_t image, int64_t tile_h, int64_t tile_w, int64_t panel, float* const* pixels) const {
+  // The results of one tile and panel, of which (h, w) goes to pixel(h, w): as it is stored, or float32 in a strip.
+  template <typename P, typename At>
+  void finish_tile(const Kernels<P>& kernels, int64_t image, int64_t tile_h, int64_t tile_w, int64_t panel,
+                   const float* m, int64_t position_step, const At& pixel) const {
+    const int64_t out = plan_.out, k = group_ * gather_.to_per_group + panel * plan_.width;
+    P* pixels[16];
+    for (int64_t i = 0; i < out; ++i)
+      for (int64_t j = 0; j < out; ++j) pixels[i * out + j] = pixel(tile_h * out + i, tile_w * out + j);
+    const float* const bias = bias_.get() ? bias_.get() + k : nullptr;
+    if (!kernels.winograd[variant_].output(m, position_step, panel_columns(panel), bias, pixels))
+      compute_directly(kernels, image, tile_h, tile_w, panel, pixels);
+  }
+
+  // The same from their definition.
+  template <typename P>
+  void compute_directly(const Kernels<P>& kernels, int64_t image, int64_t tile_h, int64_t tile_w, int64_t panel,
+                        P* const* pixels) const {
     const int64_t from = gather_.from_per_group, out = plan_.out;
-    const float* const x = from_ + image * gather_.from_stride.batch + group_ * from * gather_.from_stride.channel;
+    const T* const x = from_ + image * gather_.from_stride.batch + group_ * from * gather_.from_stride.channel;
+    const auto value = [&](const T& stored) {
+      float single;
+      stored_.copy_rows(&stored, 0, 1, 1, &single, 0);
+      return static_cast<double>(single);
+    };
     for (int64_t i = 0; i < out; ++i)
       for (int64_t j = 0; j < out; ++j) {
         const int64_t h = tile_h * out + i, w = tile_w * out + j;
         if (h >= h_.count || w >= w_.count) continue;
         for (int64_t k = 0; k < panel_columns(panel); ++k) {
           const int64_t to = panel * plan_.width + k;
-          const float* const g = weight_ + group_ * gather_.weight_group_stride + to * gather_.weight_to_stride;
+          const T* const g = weight_ + group_ * gather_.weight_group_stride + to * gather_.weight_to_stride;
           double sum = 0;
           for (int64_t t = 0; t < 9; ++t) {
             const int64_t at_h = h_.source[h + t / 3], at_w = w_.source[w + t % 3];
-            const float* const tap =
+            const T* const tap =
                 g + h_.tap[t / 3] * gather_.weight_axis_stride[1] + w_.tap[t % 3] * gather_.weight_axis_stride[2];
-            const float* const pixel = x + at_h * gather_.from_stride.axis[1] + at_w * gather_.from_stride.axis[2];
+            const T* const pixel = x + at_h * gather_.from_stride.axis[1] + at_w * gather_.from_stride.axis[2];
             for (int64_t c = 0; c < from; ++c)
-              sum += static_cast<double>(at_h < 0 || at_w < 0 ? 0 : pixel[c * gather_.from_stride.channel]) *
-                     tap[c * gather_.weight_from_stride];
+              sum += (at_h < 0 || at_w < 0 ? 0 : value(pixel[c * gather_.from_stride.channel])) *
+                     value(tap[c * gather_.weight_from_stride]);
           }
-          if (bias_) sum += bias_[group_ * gather_.to_per_group + to];
-          pixels[i * out + j][k] = static_cast<float>(sum);
+          if (bias_.get()) sum += bias_.get()[group_ * gather_.to_per_group + to];
+          const float single = static_cast<float>(sum);
+          kernels.store_rows(&single, 0, 1, 1, pixels[i * out + j] + k, 0);
         }
       }
   }
 
   const Gather gather_;
   const GatherPhase& phase_;
-  const Kernels<float>& kernels_;
-  const WinogradKernels<float>& transforms_;
+  const Kernels<float>& kernels_;  // of everything between the transforms
+  const Kernels<T>& stored_;
+  const int variant_;  // of the transforms
   const Plan plan_;
   const Axis h_, w_;
   const bool channels_last_;
-  const float* const from_;
-  const float* const weight_;
-  const float* const bias_;
-  float* const to_;
-  float* const zeros_;
+  const T* const from_;
+  const T* const weight_;
+  const Bias<T> bias_;
+  T* const to_;
+  T* const zeros_;
   float* const shared_;
   float* const scratch_;
   const int threads_;
   int64_t group_ = 0;
 };
 
-const WinogradKernels<float>& transforms(int64_t out) { return microkernels().f32.winograd[out == 4]; }
-
 const char* decline(const ConvShape& s, Direction direction, int64_t out) {
-  if (s.dtype != Dtype::kFloat32) return "only float32";
+  if (!is_floating_point(s.dtype) || s.dtype == Dtype::kFloat64) return "only float32 and 16-bit types";
   if (s.in_per_group == 0 || s.out_per_group == 0 || s.in_pixels() == 0 || s.out_pixels() == 0)
     return "nothing to sum over";
   if (s.kernel[0] != 1 || s.kernel[1] != 3 || s.kernel[2] != 3) return "only 3x3 kernels";
@@ -465,7 +498,8 @@ double winograd_cycles(const ConvShape& s, Direction direction, int64_t out) {
 double direct_cycles(const ConvShape& s, Direction direction) {
   const bool forward = direction == Direction::kForward;
   const double from = forward ? s.in_per_group : s.out_per_group, to = forward ? s.out_per_group : s.in_per_group;
-  return product_cycles(static_cast<double>(forward ? s.out_pixels() : s.in_pixels()), 9 * from, std::ceil(to / 16));
+  const double words = std::ceil(from / (s.dtype == Dtype::kBFloat16 ? dense_kernels<bfloat16>().pair : 1));
+  return product_cycles(static_cast<double>(forward ? s.out_pixels() : s.in_pixels()), 9 * words, std::ceil(to / 16));
 }
 
 const char* yield(const ConvShape& s, Direction direction, int64_t out) {
@@ -481,14 +515,17 @@ const char* yield(const ConvShape& s, Direction direction, int64_t out) {
 
 int64_t workspace(const ConvShape& s, Direction direction, int64_t out, int threads) {
   const Kernels<float>& k = microkernels().f32;
-  const Plan plan(s, direction, transforms(out), k.lanes, k.vectors, threads);
+  const Plan plan(s, direction, k.winograd[out == 4], k.lanes, k.vectors, threads);
   return (plan.shared + threads * plan.of_thread) * static_cast<int64_t>(sizeof(float));
 }
 
 template <Direction direction, int64_t out>
 void run(const ConvShape& s, const ConvPointers& p, void* workspace, int threads) {
   const void* const from = direction == Direction::kForward ? p.input : p.grad_output;
-  Winograd(s, direction, transforms(out), from, p, static_cast<float*>(workspace), threads).run();
+  auto* const scratch = static_cast<float*>(workspace);
+  if (s.dtype == Dtype::kBFloat16) return Winograd<bfloat16>(s, direction, out, from, p, scratch, threads).run();
+  if (s.dtype == Dtype::kFloat16) return Winograd<float16>(s, direction, out, from, p, scratch, threads).run();
+  Winograd<float>(s, direction, out, from, p, scratch, threads).run();
 }
 
 }  // namespace
