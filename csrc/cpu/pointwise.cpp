@@ -27,6 +27,7 @@ constexpr int64_t kFewRows = 256;               // NHWC: up to here a thread pac
 constexpr int64_t kChunkBytes = 64 << 10;       // NHWC: pixels that meet all panels while these stay in L2
 constexpr int64_t kWideChunkBytes = 256 << 10;  // NHWC: and where the panels come from farther away
 constexpr int64_t kPanelsInL2 = 512 << 10;      // up to here each thread packs all panels for itself
+constexpr int64_t kLongRow = 256;               // NHWC: from here on the next rows are fetched ahead
 constexpr int64_t kInPlaceRowTiles = 2;         // NCHW: up to so many uses a panel of pixels is not worth packing
 
 // Seen from either direction: "from" is what is read, "to" what is written.
@@ -112,32 +113,27 @@ void rows_are_pixels(const Product& p, const Operands<T>& o, const Kernels<T>& k
     pack_matrix(kernels, o.weight + group * p.group_stride + column * p.to_stride + block.channel * p.from_stride,
                 p.from_stride, p.to_stride, block.channels, columns_of(unit), target, width);
   };
+  const Term one_run{0, 0};
   const auto multiply = [&](int64_t unit, const Block& block, const T* b, int64_t tile0, int64_t tile1,
                             bool from_afar) {
     const int64_t group = unit / plan.panels, column = group * p.to + unit % plan.panels * width;
-    const T* a[kMaxRows];
-    T* c[kMaxRows];
-    for (int64_t tile = tile0; tile < tile1; ++tile) {
-      const int64_t row = plan.rows * tile / plan.tiles, rows = plan.rows * (tile + 1) / plan.tiles - row;
-      for (int64_t r = 0; r < rows; ++r) {
-        a[r] = o.from + (row + r) * from_channels + group * p.from + block.channel;
-        c[r] = o.to + (row + r) * to_channels + column;
-      }
-      kernels.gemm[rows - 1]({.taps = 1,
-                              .depth = block.channels,
-                              .a = a,
-                              .a_offset = 0,
-                              .a_step = 1,
-                              .b = b,
-                              .b_offsets = nullptr,
-                              .ldb = width,
-                              .c = c,
-                              .cols = columns_of(unit),
-                              .row_bias = nullptr,
-                              .column_bias = o.bias ? o.bias + column : nullptr,
-                              .accumulate = block.start > 0,
-                              .next = from_afar ? a[rows - 1] + from_channels : nullptr});
-    }
+    const int64_t row0 = plan.rows * tile0 / plan.tiles, row1 = plan.rows * tile1 / plan.tiles;
+    multiply_rows(kernels,
+                  {.tiles = 0,
+                   .runs = 1,
+                   .depth = block.channels,
+                   .run = &one_run,
+                   .a = o.from + row0 * from_channels + group * p.from + block.channel,
+                   .a_row = from_channels,
+                   .b = b,
+                   .ldb = width,
+                   .c = o.to + row0 * to_channels + column,
+                   .c_row = to_channels,
+                   .cols = columns_of(unit),
+                   .column_bias = o.bias ? o.bias + column : nullptr,
+                   .accumulate = block.start > 0,
+                   .ahead = from_afar},
+                  row1 - row0);
   };
 
   const int64_t units = p.groups * plan.panels;
@@ -165,8 +161,8 @@ void rows_are_pixels(const Product& p, const Operands<T>& o, const Kernels<T>& k
     const int64_t chunk_bytes = plan.own_panels ? kChunkBytes : kWideChunkBytes;
     const int64_t tile_bytes = kernels.rows * std::min(p.from, kSumLength) * sizeof(T);
     const int64_t chunk = std::max<int64_t>(1, chunk_bytes / tile_bytes);
-    // One block, one group: what the next tile reads follows what this one reads.
-    const bool contiguous = p.groups == 1 && blocks.size() == 1;
+    // One block, one group: what the next tile reads follows what this one reads. The machine sees short rows coming.
+    const bool ahead = p.groups == 1 && blocks.size() == 1 && p.from >= kLongRow;
     parallel_tasks(plan.tiles, macs * count / plan.tiles, [&](int64_t begin, int64_t end) {
       T* const packed = workspace + (plan.own_panels ? at::get_thread_num() * count * plan.unit(p) : 0);
       if (plan.own_panels) pack_units(0, count, packed);
@@ -174,7 +170,7 @@ void rows_are_pixels(const Product& p, const Operands<T>& o, const Kernels<T>& k
         for (const Block& block : blocks)
           for (int64_t i = 0; i < count; ++i)
             multiply(first + i, block, packed + i * plan.unit(p) + block.start * width, tile,
-                     std::min(end, tile + chunk), contiguous && i == 0);
+                     std::min(end, tile + chunk), ahead && i == 0);
     });
   }
 }
