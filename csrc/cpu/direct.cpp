@@ -16,7 +16,9 @@
 //
 // Sums: blocks of channels with at most kSumLength terms, each from a fresh accumulator, added in order; inside a block
 // channels outermost; the bias with the first block. Threads split samples, groups, lines and result channels.
-// Declines: NHWC with more channels a group, types other than float32 and float64, empty sums, kernels above kMaxTaps,
+// 16-bit types are multiplied as words (microkernels.h), in which channels and terms count: strips are packed as they are
+// copied, weights once a call, and results are float32 in scratch rows before they are rounded.
+// Declines: NHWC with more channels a group, types other than floating-point, empty sums, kernels above kMaxTaps,
 // the adjoint of a padding mode.
 #include <vector>
 
@@ -37,6 +39,7 @@ constexpr int64_t kMostColumns = 512;
 constexpr int64_t kFewChannels = 16;     // of a group, where NHWC is transposed
 constexpr int64_t kChannelsAtOnce = 16;  // of several groups that NHWC transposes together
 constexpr int64_t kSlack = 16;           // behind the strips: vectors are read whole
+constexpr int64_t kMostWeights = 48 << 20;  // bytes of packed weights
 constexpr int64_t kMaxPhases = 65536;    // of backward_input: each costs a little set-up
 
 // One axis of a strip: planes of equal length. Position i of plane p holds source position base[p] + i * step, counted
@@ -89,7 +92,8 @@ struct Plan {
   int64_t kept_rows, splits;
   bool joined, keep, keep_all;  // lines are joined to one run of columns; results go through scratch rows, all at once
 
-  Plan(const Gather& g, const GatherPhase& phase, int64_t lanes, int64_t element_size, int threads, bool line_per_tap)
+  Plan(const Gather& g, const GatherPhase& phase, int64_t lanes, int64_t element_size, bool half, int threads,
+       bool line_per_tap)
       : axis{StripAxis(phase.axis[0]), StripAxis(phase.axis[1]), StripAxis(phase.axis[2])} {
     const GatherAxis* a = phase.axis;
     axis[2].per_tap = line_per_tap;
@@ -134,7 +138,7 @@ struct Plan {
     vectors = std::min(joined_vectors, line_vectors);
     // Joined lines that follow each other in the result, too, are a run there.
     const bool gapless = block[1] == 1 || (pitch == block[2] && a[1].to_step == 1 && blocks[2] == 1);
-    keep = scatter || (joined && !gapless);
+    keep = half || scatter || (joined && !gapless);
 
     // Threads take different blocks, or where these do not go round, different result channels.
     const int64_t rows = g.to_per_group;
@@ -222,13 +226,59 @@ void strip_runs(const Plan& plan, const int64_t (&start)[3], std::vector<Segment
           }
 }
 
+// Where the weights of a phase lie: as they are, or packed into words [group][out channel][channel][tap].
+struct Weights {
+  int64_t group_stride, to_stride, from_stride;
+  std::vector<int64_t> tap;
+
+  Weights(const Gather& g, const GatherPhase& phase, int64_t pair, bool packed) {
+    const int64_t taps = phase.taps(), channels = ceil_div(g.from_per_group, pair);
+    from_stride = packed ? taps : g.weight_from_stride;
+    to_stride = packed ? channels * taps : g.weight_to_stride;
+    group_stride = packed ? g.to_per_group * channels * taps : g.weight_group_stride;
+    for (int64_t t = 0; t < taps; ++t) tap.push_back(packed ? t : g.weight_tap_offset(phase, t));
+  }
+};
+
+template <typename T>
+void pack_weights(const Gather& g, const GatherPhase& phase, const Kernels<T>& kernels, const T* weight,
+                  const Weights& packed, Word<T>* target) {
+  const int64_t taps = phase.taps(), channels = g.from_per_group;
+  std::vector<int64_t> offset(taps);
+  bool taps_last = true, channels_last = g.weight_from_stride == 1;
+  for (int64_t t = 0; t < taps; ++t) {
+    offset[t] = g.weight_tap_offset(phase, t);
+    taps_last = taps_last && offset[t] == offset[0] + t;
+    channels_last = channels_last && offset[t] == offset[0] + t * (offset[taps > 1] - offset[0]);
+  }
+  if (taps == 0) return;
+  parallel_tasks(g.groups * g.to_per_group, 4.0 * channels * taps, [&](int64_t begin, int64_t end) {
+    std::vector<T> gathered;
+    for (int64_t i = begin; i < end; ++i) {
+      const int64_t group = i / g.to_per_group, k = i % g.to_per_group;
+      const T* const source = weight + group * g.weight_group_stride + k * g.weight_to_stride;
+      Word<T>* const to = target + group * packed.group_stride + k * packed.to_stride;
+      if (taps_last) {
+        kernels.copy_channels(source + offset[0], g.weight_from_stride, channels, taps, to, taps);
+      } else if (channels_last) {
+        kernels.transpose(source + offset[0], taps > 1 ? offset[1] - offset[0] : 1, taps, channels, to, taps);
+      } else {
+        gathered.resize(channels * taps);
+        for (int64_t c = 0; c < channels; ++c)
+          for (int64_t t = 0; t < taps; ++t) gathered[c * taps + t] = source[c * g.weight_from_stride + offset[t]];
+        kernels.copy_channels(gathered.data(), taps, channels, taps, to, taps);
+      }
+    }
+  });
+}
+
 // The terms of one sum block, a channel after the other, and the tap of each term of the first channel.
 struct Terms {
   std::vector<Term> list;
   std::vector<int64_t> taps;
 
-  void prepare(const Gather& g, const GatherPhase& phase, const Plan& plan, const int64_t (&start)[3], int64_t channels,
-               bool skip_zeros) {
+  void prepare(const Weights& weights, const GatherPhase& phase, const Plan& plan, const int64_t (&start)[3],
+               int64_t channels, bool skip_zeros) {
     list.clear(), taps.clear();
     const int64_t* const block = plan.block;
     const GatherAxis* a = phase.axis;
@@ -248,14 +298,14 @@ struct Terms {
           const int64_t at =
               ((plane * length[0] + s[0].shift(td, block[0])) * length[1] + s[1].shift(th, block[1])) * length[2] +
               s[2].shift(tw, block[2]);
-          list.push_back({g.weight_tap_offset(phase, t), at});
+          list.push_back({weights.tap[t], at});
           taps.push_back(t);
         }
     const auto live = static_cast<int64_t>(taps.size());
     list.resize(live * channels);
     for (int64_t c = 1; c < channels; ++c)
       for (int64_t t = 0; t < live; ++t)
-        list[c * live + t] = {list[t].a + c * g.weight_from_stride, list[t].b + c * plan.size};
+        list[c * live + t] = {list[t].a + c * weights.from_stride, list[t].b + c * plan.size};
   }
   // The terms that belong to a block: a prefix of whole channels, or some taps of one.
   std::pair<const Term*, int64_t> of(const Block& block, int64_t all_taps) const {
@@ -266,17 +316,18 @@ struct Terms {
   }
 };
 
+// A strip of each word of channels.
 template <typename T>
 void fill_strips(const Kernels<T>& kernels, const ActivationStrides& stride, const std::vector<Segment>& runs,
-                 const T* from, int64_t channels, T* strips, int64_t size) {
+                 const T* from, int64_t channels, Word<T>* strips, int64_t size) {
   const int32_t all[] = {0, static_cast<int32_t>(runs.size())};
   if (stride.axis[2] == 1) return kernels.pack(channels, 1, from, stride.channel, runs.data(), all, strips, size);
   for (const Segment& run : runs) {
     if (run.first > 0 || run.last < run.length)
-      for (int64_t c = 0; c < channels; ++c) {
-        T* const line = strips + c * size + run.target;
-        std::fill(line, line + run.first, T(0));
-        std::fill(line + run.last, line + run.length, T(0));
+      for (int64_t c = 0; c < ceil_div(channels, kernels.pair); ++c) {
+        Word<T>* const line = strips + c * size + run.target;
+        std::fill(line, line + run.first, Word<T>(0));
+        std::fill(line + run.last, line + run.length, Word<T>(0));
       }
     if (run.first >= run.last) continue;
     const T* const source = from + (run.source + run.first * run.step) * stride.axis[2];
@@ -287,19 +338,35 @@ void fill_strips(const Kernels<T>& kernels, const ActivationStrides& stride, con
   }
 }
 
+// Of 16-bit types, in words.
+template <typename T>
+int64_t packed_weights(const Gather& g, const GatherPhase& phase, const Kernels<T>& kernels) {
+  if (!kIsHalf<T>) return 0;
+  return round_up(g.groups * g.to_per_group * ceil_div(g.from_per_group, kernels.pair) * phase.taps(), 16);
+}
+
 template <typename T>
 void run_phase(const Gather& g, const GatherPhase& phase, const Plan& plan, const Kernels<T>& kernels, const T* from,
-               const T* weight, const T* bias, T* to, T* workspace, int threads, bool skip_zeros) {
+               const T* weight, const Word<T>* bias, T* to, Word<T>* workspace, int threads, bool skip_zeros) {
+  using W = Word<T>;
   const GatherAxis* a = phase.axis;
-  const int64_t taps = phase.taps(), channels = g.to_per_group;
-  const Blocks sums = reduction_blocks(g.from_per_group, taps, /*taps_inside=*/true);
+  const int64_t taps = phase.taps(), channels = g.to_per_group, pair = kernels.pair;
+  const int64_t from_words = ceil_div(g.from_per_group, pair);
+  const Blocks sums = reduction_blocks(from_words, taps, /*taps_inside=*/true);
+  const Weights weights(g, phase, pair, kIsHalf<T>);
+  const W* words = as_words(weight);
+  if constexpr (kIsHalf<T>) {
+    pack_weights(g, phase, kernels, weight, weights, workspace);
+    words = workspace;
+    workspace += packed_weights(g, phase, kernels);
+  }
   const int64_t splits = plan.splits, gathers = ceil_div(g.groups, plan.groups_at_once);
   const int64_t problems = plan.blocks[0] * plan.blocks[1] * plan.blocks[2] * g.batch * gathers;
-  const bool nhwc = g.to_stride.axis[2] != 1, chunked = plan.chunk < g.from_per_group;
-  const double macs = static_cast<double>(plan.columns) * taps * g.from_per_group * plan.groups_at_once * channels;
+  const bool nhwc = g.to_stride.axis[2] != 1, chunked = plan.chunk < from_words;
+  const double macs = static_cast<double>(plan.columns) * taps * from_words * plan.groups_at_once * channels;
   parallel_tasks(problems * splits, macs / splits, [&](int64_t begin, int64_t end) {
-    T* const strips = workspace + at::get_thread_num() * (plan.strips() + plan.kept_rows * plan.columns);
-    T* const kept = strips + plan.strips();
+    W* const strips = workspace + at::get_thread_num() * (plan.strips() + plan.kept_rows * plan.columns);
+    W* const kept = strips + plan.strips();
     std::vector<Segment> runs;
     Terms terms;
     std::vector<StripVector> vectors;
@@ -312,7 +379,7 @@ void run_phase(const Gather& g, const GatherPhase& phase, const Plan& plan, cons
                                 at % plan.blocks[2] * plan.block[2]};
       if (prepared != at) {
         strip_runs(plan, start, runs);
-        terms.prepare(g, phase, plan, start, sums[0].channels, skip_zeros);
+        terms.prepare(weights, phase, plan, start, sums[0].channels, skip_zeros);
         prepared = at;
       }
       const int64_t lines = std::min(plan.block[1], a[1].count - start[1]);
@@ -328,22 +395,25 @@ void run_phase(const Gather& g, const GatherPhase& phase, const Plan& plan, cons
       const int64_t line_step = a[1].to_step * g.to_stride.axis[1], pixel_step = a[2].to_step * g.to_stride.axis[2];
 
       // Rows [row, row + rows) of the group go from scratch to the result.
-      const auto deliver = [&](const T* source, int64_t first, int64_t rows) {
+      const auto deliver = [&](const W* source, int64_t first, int64_t rows) {
         if (nhwc) {
           for (int64_t h = 0; h < lines; ++h)
-            kernels.transpose(source + h * plan.pitch, plan.columns, rows, line, result + h * line_step + first,
-                              pixel_step);
+            kernels.store_transposed(source + h * plan.pitch, plan.columns, rows, line, result + h * line_step + first,
+                                     pixel_step);
           return;
         }
         for (int64_t r = 0; r < rows; ++r) {
           T* const target = result + (first + r) * g.to_stride.channel;
-          const T* const row = source + r * plan.columns;
+          const W* const row = source + r * plan.columns;
           if (pixel_step == 1) {
-            kernels.copy_rows(row, plan.pitch, lines, line, target, line_step);
+            kernels.store_rows(row, plan.pitch, lines, line, target, line_step);
             continue;
           }
-          for (int64_t h = 0; h < lines; ++h)
-            for (int64_t j = 0; j < line; ++j) target[h * line_step + j * pixel_step] = row[h * plan.pitch + j];
+          for (int64_t h = 0; h < lines; ++h) {
+            T stored[kMostColumns];
+            kernels.store_rows(row + h * plan.pitch, 0, 1, line, stored, 0);
+            for (int64_t j = 0; j < line; ++j) target[h * line_step + j * pixel_step] = stored[j];
+          }
         }
       };
 
@@ -357,12 +427,17 @@ void run_phase(const Gather& g, const GatherPhase& phase, const Plan& plan, cons
         vectors_of = at;
       }
       const auto vector_count = static_cast<int64_t>(vectors.size()), panels = ceil_div(vector_count, kernels.vectors);
-      for (int64_t c0 = 0; c0 == 0 || c0 < g.from_per_group; c0 += plan.chunk) {
-        const int64_t c1 = std::min(g.from_per_group, c0 + plan.chunk);
+      for (int64_t c0 = 0; c0 == 0 || c0 < from_words; c0 += plan.chunk) {
+        const int64_t c1 = std::min(from_words, c0 + plan.chunk);
         if (taps > 0 && (chunked || filled != problem)) {
-          const int64_t first = first_group * g.from_per_group + c0;
-          fill_strips(kernels, g.from_stride, runs, from + n * g.from_stride.batch + first * g.from_stride.channel,
-                      groups * (c1 - c0), strips, plan.size);
+          // Groups together, unless a word would hold values of two.
+          const int64_t values = std::min((c1 - c0) * pair, g.from_per_group - c0 * pair);
+          const int64_t together = values % pair == 0 ? groups : 1;
+          for (int64_t group = 0; group < groups; group += together) {
+            const int64_t first = (first_group + group) * g.from_per_group + c0 * pair;
+            fill_strips(kernels, g.from_stride, runs, from + n * g.from_stride.batch + first * g.from_stride.channel,
+                        together * values, strips + group * (c1 - c0) * plan.size, plan.size);
+          }
           filled = problem;
         }
         for (int64_t group = 0; group < groups; ++group)
@@ -370,22 +445,22 @@ void run_phase(const Gather& g, const GatherPhase& phase, const Plan& plan, cons
             const int64_t row = row0 + (row1 - row0) * tile / tiles;
             const int64_t rows = row0 + (row1 - row0) * (tile + 1) / tiles - row;
             const int64_t in_group = first_group + group;
-            T* const c = !plan.keep      ? result + row * g.to_stride.channel
-                         : plan.keep_all ? kept + (group * channels + row - row0) * plan.columns
-                                         : kept;
+            W* const sums_at = plan.keep_all ? kept + (group * channels + row - row0) * plan.columns : kept;
+            T* c = nullptr;  // of 16-bit types, only sums in scratch rows
+            if constexpr (!kIsHalf<T>) c = plan.keep ? sums_at : result + row * g.to_stride.channel;
             const int64_t c_row = plan.keep ? plan.columns : g.to_stride.channel;
             for (const Block& sum : sums) {
               if (sum.channel < c0 || (sum.channel >= c1 && sum.channels > 0)) continue;
               const auto [term, count] = terms.of(sum, taps);
-              const T* const w = weight + in_group * g.weight_group_stride + row * g.weight_to_stride +
-                                 sum.channel * g.weight_from_stride;
-              const T* const b = strips + (group * (c1 - c0) + sum.channel - c0) * plan.size;
+              const W* const w = words + in_group * weights.group_stride + row * weights.to_stride +
+                                 sum.channel * weights.from_stride;
+              const W* const b = strips + (group * (c1 - c0) + sum.channel - c0) * plan.size;
               for (int64_t panel = 0; panel < panels; ++panel) {
                 const int64_t v0 = vector_count * panel / panels, v1 = vector_count * (panel + 1) / panels;
                 kernels.strip[rows - 1]({.terms = count,
                                          .term = term,
                                          .a = w,
-                                         .a_row = g.weight_to_stride,
+                                         .a_row = weights.to_stride,
                                          .b = b,
                                          .c = c,
                                          .c_row = c_row,
@@ -393,7 +468,8 @@ void run_phase(const Gather& g, const GatherPhase& phase, const Plan& plan, cons
                                          .vector = vectors.data() + v0,
                                          .row_bias = bias ? bias + in_group * channels + row : nullptr,
                                          .column_bias = nullptr,
-                                         .accumulate = sum.start > 0});
+                                         .accumulate = sum.start > 0,
+                                         .partial = sums_at});
               }
             }
             if (plan.keep && !plan.keep_all) deliver(kept, group * channels + row, rows);
@@ -404,37 +480,43 @@ void run_phase(const Gather& g, const GatherPhase& phase, const Plan& plan, cons
   });
 }
 
-Plan plan_for(const ConvShape& s, const Gather& g, const GatherPhase& phase, int threads) {
-  const Microkernels& m = microkernels();
-  const bool single = s.dtype == Dtype::kFloat32;
+template <typename T>
+Plan plan_for(const Gather& g, const GatherPhase& phase, const Kernels<T>& kernels, int threads) {
+  Gather words = g;
+  words.from_per_group = ceil_div(g.from_per_group, kernels.pair);
   const auto plan = [&](bool line_per_tap) {
-    return Plan(g, phase, single ? m.f32.lanes : m.f64.lanes, dtype_size(s.dtype), threads, line_per_tap);
+    return Plan(words, phase, kernels.lanes, sizeof(Word<T>), kIsHalf<T>, threads, line_per_tap);
   };
   Plan shared = plan(false);
   if (phase.axis[2].taps() <= 1) return shared;
   Plan per_tap = plan(true);
-  return per_tap.cost(g, phase) < shared.cost(g, phase) ? per_tap : shared;
+  return per_tap.cost(words, phase) < shared.cost(words, phase) ? per_tap : shared;
 }
 
 template <typename T>
 void run(const ConvShape& s, Direction direction, const void* from, const ConvPointers& p, void* workspace,
          int threads) {
   Gather g = make_gather(s, direction);
-  const bool skip_zeros = works_on_padding(s) && all_finite(s, static_cast<const T*>(p.weight));
+  const Kernels<T>& kernels = dense_kernels<T>();
+  const auto* const weight = static_cast<const T*>(p.weight);
+  const bool skip_zeros = works_on_padding(s) && all_finite(s, weight);
   if (skip_zeros) drop_idle_taps(g);
+  const Bias<T> bias(microkernels(), p.bias, g.groups * g.to_per_group);
   for (const GatherPhase& phase : g.phases)
-    run_phase(g, phase, plan_for(s, g, phase, threads), kernels_of<T>(microkernels()), static_cast<const T*>(from),
-              static_cast<const T*>(p.weight), static_cast<const T*>(p.bias), static_cast<T*>(p.result),
-              static_cast<T*>(workspace), threads, skip_zeros);
+    run_phase(g, phase, plan_for(g, phase, kernels, threads), kernels, static_cast<const T*>(from), weight, bias.get(),
+              static_cast<T*>(p.result), static_cast<Word<T>*>(workspace), threads, skip_zeros);
 }
 
 const char* decline(const ConvShape& s, Direction direction) {
-  if (s.dtype != Dtype::kFloat32 && s.dtype != Dtype::kFloat64) return "only float32 and float64";
+  if (!is_floating_point(s.dtype)) return "only floating-point types";
   if (s.in_per_group == 0 || s.out_per_group == 0 || s.in_pixels() == 0 || s.out_pixels() == 0)
     return "nothing to sum over";
   if (s.channels_last() && (s.groups == 1 || std::max(s.in_per_group, s.out_per_group) > kFewChannels))
     return "NHWC with more than 16 channels a group, or one group";
   if (s.taps() > kMaxTaps) return "more than 16384 taps";
+  const int64_t words = s.in_channels() * s.out_per_group * s.taps();
+  if (dtype_size(s.dtype) == 2 && words > kMostWeights / static_cast<int64_t>(sizeof(float)))
+    return "more packed weights than 48 MiB";
   if (direction == Direction::kForward) return nullptr;
   if (s.padding_mode != PaddingMode::kZeros) return "the adjoint of a padding mode";
   double phases = 1;
@@ -444,19 +526,31 @@ const char* decline(const ConvShape& s, Direction direction) {
 }
 
 // Phases follow each other in the same scratch.
-int64_t workspace(const ConvShape& s, Direction direction, int threads) {
+template <typename T>
+int64_t workspace_bytes(const ConvShape& s, Direction direction, int threads) {
   Gather g = make_gather(s, direction);
-  int64_t elements = 0;
+  const Kernels<T>& kernels = dense_kernels<T>();
+  int64_t words = 0;
   const auto add = [&] {
     for (const GatherPhase& phase : g.phases)
-      elements = std::max(elements, plan_for(s, g, phase, threads).elements(threads));
+      words = std::max(words,
+                       packed_weights(g, phase, kernels) + plan_for(g, phase, kernels, threads).elements(threads));
   };
   add();
   if (works_on_padding(s)) {
     drop_idle_taps(g);
     add();
   }
-  return elements * dtype_size(s.dtype);
+  return words * static_cast<int64_t>(sizeof(Word<T>));
+}
+
+int64_t workspace(const ConvShape& s, Direction direction, int threads) {
+  return with_type(s.dtype, [&](auto type) { return workspace_bytes<decltype(type)>(s, direction, threads); });
+}
+
+void run_any(const ConvShape& s, Direction direction, const void* from, const ConvPointers& p, void* workspace,
+             int threads) {
+  with_type(s.dtype, [&](auto type) { run<decltype(type)>(s, direction, from, p, workspace, threads); });
 }
 
 }  // namespace
@@ -470,11 +564,10 @@ int64_t direct_backward_input_workspace(const ConvShape& s, int threads) {
 }
 
 void direct_forward(const ConvShape& s, const ConvPointers& p, void* workspace, int threads) {
-  (s.dtype == Dtype::kFloat32 ? run<float> : run<double>)(s, Direction::kForward, p.input, p, workspace, threads);
+  run_any(s, Direction::kForward, p.input, p, workspace, threads);
 }
 void direct_backward_input(const ConvShape& s, const ConvPointers& p, void* workspace, int threads) {
-  const Direction direction = Direction::kBackwardInput;
-  (s.dtype == Dtype::kFloat32 ? run<float> : run<double>)(s, direction, p.grad_output, p, workspace, threads);
+  run_any(s, Direction::kBackwardInput, p.grad_output, p, workspace, threads);
 }
 
 }  // namespace myconv::cpu

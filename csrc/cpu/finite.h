@@ -6,14 +6,18 @@
 #include <type_traits>
 
 #include "conv_shape.h"
+#include "cpu/microkernels.h"
 #include "cpu/parallel.h"
 
 namespace myconv::cpu {
 
 template <typename T>
 bool all_finite(const ConvShape& s, const T* weight) {
-  using Bits = std::conditional_t<sizeof(T) == 4, uint32_t, uint64_t>;
-  constexpr Bits kExponent = sizeof(T) == 4 ? Bits(0x7f800000) : static_cast<Bits>(0x7ff0000000000000);
+  using Bits = std::conditional_t<sizeof(T) == 2, uint16_t, std::conditional_t<sizeof(T) == 4, uint32_t, uint64_t>>;
+  constexpr auto kExponent = static_cast<Bits>(std::is_same_v<T, float16>    ? 0x7c00
+                                               : std::is_same_v<T, bfloat16> ? 0x7f80
+                                               : std::is_same_v<T, float>    ? 0x7f800000
+                                                                             : 0x7ff0000000000000);
   const auto not_finite = [](T value) { return Bits((std::bit_cast<Bits>(value) & kExponent) == kExponent); };
   const int64_t extent[4] = {s.in_per_group, s.kernel[0], s.kernel[1], s.kernel[2]};
   const int64_t* const stride = s.weight_stride + 1;

@@ -77,9 +77,31 @@ struct GemmTile {
   bool unfinished = false;
 };
 
-// A term of a sum whose operands both lie anywhere: offsets of the value of A, in every row, and of the vectors of B.
+// A term of a sum, or the first one of a run of them, whose operands both lie anywhere: offsets of the value of A, in
+// every row, and of the vectors of B.
 struct Term {
   int64_t a, b;
+};
+
+// Tiles below each other, whose rows all lie at one distance:
+// C[row][0, cols) = sum over run, k < depth of  a[row * a_row + run.a + k] * b[run.b + k * ldb + col]  + (as in GemmTile)
+template <typename T>
+struct GemmRows {
+  using W = Word<T>;
+  int64_t tiles, runs, depth;
+  const Term* run;
+  const W* a;
+  int64_t a_row;
+  const W* b;
+  int64_t ldb;
+  T* c;
+  int64_t c_row, cols;
+  const W* column_bias;  // [cols] or nullptr
+  bool accumulate;
+  bool ahead = false;    // the rows of the next tile are fetched into L2 meanwhile
+  W* partial = nullptr;  // as in GemmTile
+  int64_t partial_step = 0;
+  bool unfinished = false;
 };
 
 // A vector of columns that lies anywhere: offsets in B and C, and how many of its lanes are columns.
@@ -159,12 +181,13 @@ struct WinogradKernels {
 template <typename T>
 struct Kernels {
   using W = Word<T>;
-  int rows, lanes, vectors;                      // register tile: rows x (vectors * lanes)
-  int pair;                                      // values of a word
-  void (*gemm[kMaxRows])(const GemmTile<T>&);    // [rows - 1]
-  void (*gemm_packing)(const GemmTile<T>&);      // of `rows` rows
-  void (*strip[kMaxRows])(const StripTile<T>&);  // [rows - 1]
-  void (*outer[kMaxRows])(const OuterTile<T>&);  // [rows - 1]
+  int rows, lanes, vectors;                         // register tile: rows x (vectors * lanes)
+  int pair;                                         // values of a word
+  void (*gemm[kMaxRows])(const GemmTile<T>&);       // [rows - 1]
+  void (*gemm_packing)(const GemmTile<T>&);         // of `rows` rows
+  void (*gemm_rows[kMaxRows])(const GemmRows<T>&);  // [rows of a tile - 1]
+  void (*strip[kMaxRows])(const StripTile<T>&);     // [rows - 1]
+  void (*outer[kMaxRows])(const OuterTile<T>&);     // [rows - 1]
   void (*dot)(const DotTile<T>&);
   // to[r * to_step][0, length) = from[r * from_step][0, length)           words are made of neighbours in a row
   void (*copy_rows)(const T* from, int64_t from_step, int64_t count, int64_t length, W* to, int64_t to_step);

@@ -29,6 +29,8 @@ constexpr int64_t kFewRows = 256;               // NHWC: up to here a thread pac
 constexpr int64_t kChunkBytes = 64 << 10;       // NHWC: pixels that meet all panels while these stay in L2
 constexpr int64_t kWideChunkBytes = 256 << 10;  // NHWC: and where the panels come from farther away
 constexpr int64_t kPanelsInL2 = 512 << 10;      // up to here each thread packs all panels for itself
+constexpr int64_t kLongRow = 256;               // NHWC: from here on the next rows are fetched ahead
+constexpr int64_t kConvertedTiles = 2;          // NHWC: tiles whose rows are packed at a time, if they have to be
 constexpr int64_t kInPlaceRowTiles = 2;         // NCHW: up to so many uses a panel of pixels is not worth packing
 
 // Seen from either direction: "from" is what is read, "to" what is written.
@@ -104,7 +106,7 @@ struct RowPlan {
     const int64_t block = std::min(p.depth, kSumLength);
     chunk = std::max<int64_t>(1, (own_panels ? kChunkBytes : kWideChunkBytes) / (tile_rows * block * word_size));
     sums = p.half && p.depth > kSumLength ? split_columns ? rows : chunk * tile_rows : 0;
-    converted = in_place ? 0 : tile_rows * block;
+    converted = in_place ? 0 : kConvertedTiles * tile_rows * block;
   }
   int64_t unit(const Product& p) const { return p.depth * width; }  // words of one packed panel
   int64_t units_per_pass(const Product& p, int64_t word_size) const {
@@ -135,41 +137,38 @@ void rows_are_pixels(const Product& p, const Operands<T>& o, const Kernels<T>& k
                 p.from_stride, p.to_stride, std::min(block.channels * pair, p.from - channel), columns_of(unit), target,
                 width);
   };
+  const Term one_run{0, 0};
   const auto multiply = [&](int64_t unit, const Block& block, const W* b, int64_t tile0, int64_t tile1,
                             bool from_afar) {
     const int64_t group = unit / plan.panels, column = group * p.to + unit % plan.panels * width;
+    const int64_t row0 = plan.rows * tile0 / plan.tiles, row1 = plan.rows * tile1 / plan.tiles;
     W* const sums = of_threads + at::get_thread_num() * plan.of_thread();
     W* const converted = sums + plan.sums * width;
-    const int64_t first_row = plan.rows * tile0 / plan.tiles;
-    const W* a[kMaxRows];
-    T* c[kMaxRows];
-    for (int64_t tile = tile0; tile < tile1; ++tile) {
-      const int64_t row = plan.rows * tile / plan.tiles, rows = plan.rows * (tile + 1) / plan.tiles - row;
+    for (int64_t row = row0, end; row < row1; row = end) {
+      end = in_place ? row1 : std::min(row1, row + kConvertedTiles * kernels.rows);
       const T* const source = o.from + row * from_channels + group * p.from + block.channel * pair;
-      for (int64_t r = 0; r < rows; ++r) {
-        a[r] = in_place ? as_words(source + r * from_channels) : converted + r * block.channels;
-        c[r] = o.to + (row + r) * to_channels + column;
-      }
       if (!in_place)
-        kernels.copy_rows(source, from_channels, rows, std::min(block.channels * pair, p.from - block.channel * pair),
-                          converted, block.channels);
-      kernels.gemm[rows - 1]({.taps = 1,
-                              .depth = block.channels,
-                              .a = a,
-                              .a_offset = 0,
-                              .a_step = 1,
-                              .b = b,
-                              .b_offsets = nullptr,
-                              .ldb = width,
-                              .c = c,
-                              .cols = columns_of(unit),
-                              .row_bias = nullptr,
-                              .column_bias = o.bias ? o.bias + column : nullptr,
-                              .accumulate = block.start > 0,
-                              .next = from_afar ? as_words(source + rows * from_channels) : nullptr,
-                              .partial = sums + (row - first_row) * width,
-                              .partial_step = width,
-                              .unfinished = block.start + block.channels < p.depth});
+        kernels.copy_rows(source, from_channels, end - row,
+                          std::min(block.channels * pair, p.from - block.channel * pair), converted, block.channels);
+      multiply_rows(kernels,
+                    {.tiles = 0,
+                     .runs = 1,
+                     .depth = block.channels,
+                     .run = &one_run,
+                     .a = in_place ? as_words(source) : converted,
+                     .a_row = in_place ? from_channels / pair : block.channels,
+                     .b = b,
+                     .ldb = width,
+                     .c = o.to + row * to_channels + column,
+                     .c_row = to_channels,
+                     .cols = columns_of(unit),
+                     .column_bias = o.bias ? o.bias + column : nullptr,
+                     .accumulate = block.start > 0,
+                     .ahead = from_afar && in_place,
+                     .partial = sums + (row - row0) * width,
+                     .partial_step = width,
+                     .unfinished = block.start + block.channels < p.depth},
+                    end - row);
     }
   };
 
@@ -195,8 +194,8 @@ void rows_are_pixels(const Product& p, const Operands<T>& o, const Kernels<T>& k
     };
     if (!plan.own_panels)
       parallel_tasks(count, 8.0 * plan.unit(p), [&](int64_t begin, int64_t end) { pack_units(begin, end, workspace); });
-    // One block, one group: what the next tile reads follows what this one reads.
-    const bool contiguous = p.groups == 1 && block_count == 1;
+    // One block, one group: what the next tile reads follows what this one reads. The machine sees short rows coming.
+    const bool ahead = p.groups == 1 && block_count == 1 && p.from >= kLongRow;
     parallel_tasks(plan.tiles, macs * count / plan.tiles, [&](int64_t begin, int64_t end) {
       W* const packed = workspace + (plan.own_panels ? at::get_thread_num() * count * plan.unit(p) : 0);
       if (plan.own_panels) pack_units(0, count, packed);
@@ -206,7 +205,7 @@ void rows_are_pixels(const Product& p, const Operands<T>& o, const Kernels<T>& k
           const int64_t i = p.half ? j / block_count : j % count;
           const Block& block = blocks[p.half ? j % block_count : j / count];
           multiply(first + i, block, packed + i * plan.unit(p) + block.start * width, tile,
-                   std::min(end, tile + plan.chunk), contiguous && i == 0);
+                   std::min(end, tile + plan.chunk), ahead && i == 0);
         }
     });
   }
