@@ -184,6 +184,7 @@ GROUPS = [
     Case("depthwise_stride_1_2", "conv2d", (2, 9, 8, 19), 9, 3, stride=(1, 2), padding=1, groups=9),
     Case("depthwise_9x9", "conv2d", (1, 6, 15, 18), 6, 9, padding=4, groups=6),
     Case("depthwise_4x6", "conv2d", (1, 6, 9, 18), 6, (4, 6), padding=(2, 3), groups=6),
+    Case("depthwise_times_5", "conv2d", (2, 9, 7, 9), 45, 3, stride=(1, 2), padding=1, groups=9),
     Case("depthwise_times_2_5x5", "conv2d", (2, 5, 14, 14), 10, 5, padding=2, groups=5),
     Case("depthwise_dilation_2_stride_2", "conv2d", (2, 8, 13, 21), 8, 3, 2, padding=2, dilation=2, groups=8),
     Case("depthwise_of_padding", "conv2d", (1, 8, 2, 3), 8, 5, padding=6, groups=8),
@@ -234,6 +235,12 @@ MODES = [
     Case("circular_widest", "conv2d", (1, 3, 3, 4), 4, 3, padding=(3, 4), padding_mode="circular"),
     Case("circular_3d", "conv3d", (1, 3, 4, 3, 5), 4, 3, padding=(1, 3, 2), padding_mode="circular"),
     Case("circular_depthwise", "conv2d", (2, 9, 6, 7), 9, 5, padding=2, groups=9, padding_mode="circular"),
+    Case("circular_depthwise_lines", "conv2d", (1, 3, 5, 45), 3, 7, padding=3, groups=3, padding_mode="circular"),
+    Case("circular_depthwise_far", "conv2d", (1, 3, 5, 70), 3, (3, 7), 2, padding=(1, 9), groups=3, padding_mode="circular"),
+    Case("circular_depthwise_stride_2", "conv2d", (1, 3, 9, 71), 3, 5, 2, padding=2, groups=3, padding_mode="circular"),
+    Case("reflect_depthwise_lines", "conv2d", (1, 3, 9, 37), 3, 5, padding=2, groups=3, padding_mode="reflect"),
+    Case("reflect_depthwise_stride_2", "conv2d", (1, 4, 9, 38), 4, 7, 2, padding=3, groups=4, padding_mode="reflect"),
+    Case("replicate_depthwise_times_2", "conv2d", (1, 3, 7, 19), 6, 3, padding=1, groups=3, padding_mode="replicate"),
     Case("replicate_dilated", "conv2d", (2, 3, 7, 8), 4, 3, padding=2, dilation=2, padding_mode="replicate"),
     Case("reflect_stride_drops_padding", "conv2d", (1, 3, 6, 6), 4, 2, 5, 2, padding_mode="reflect"),
 ]
@@ -328,7 +335,8 @@ INVARIANCE = [
     for name in (
         "in_channels_17 out_channels_33 all_tails width_1 stride_2 stride_3_2 dilation_2 dilation_mostly_padding "
         "groups_4_of_16 depthwise depthwise_stride_2 1x1 1x1_of_1x1 1x1_stride_2 7x7 kernel_is_input reflect_2d "
-        "circular_depthwise depthwise_7x7_plane depthwise_times_2_5x5 31x31_depthwise "
+        "circular_depthwise depthwise_7x7_plane depthwise_times_2_5x5 depthwise_times_5 31x31_depthwise "
+        "circular_depthwise_lines "
         "resnet_stem resnet_3x3 vgg_3x3 wav2vec_feature video_3x3x3 unet_up "
         "transposed_stride_2 transposed_1d_stride_3"
     ).split()

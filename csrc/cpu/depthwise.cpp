@@ -1,8 +1,8 @@
 // Depthwise convolutions (one in channel a group), all three directions, float32 and float64.
 //
 //   NCHW   vectors run along a line and are loaded from the plane as it lies, masked where a line ends; with stride 2
-//          pairs of vectors are sorted into even and odd columns. Tiles are 8 or 7 lines high. Columns that a padding
-//          mode moves or that lie further apart come from a padded copy of the lines (strip.h).
+//          pairs of vectors are sorted into even and odd columns. At the ends of a line a padding mode permutes them.
+//          Tiles are 8 or 7 lines high. Columns further apart come from a padded copy of the lines (strip.h).
 //          Planes with lines of up to half a vector are transposed, a vector of channels at a time, and done as NHWC.
 //   NHWC   vectors run along channels. Tiles are 8 or 7 pixels of a line.
 //
@@ -17,8 +17,8 @@
 // Sums: forward and backward_input: walked taps outermost, at most kSumLength terms a piece, then the bias.
 // backward_weight: at most kSumLength terms a lane, then added to the total in order; the lanes of NCHW last. Threads
 // split planes, lines or channels, never a sum.
-// Declines: more than one in channel a group; a multiplier in NHWC and in both backwards; strips above kStripLimit;
-// backward_input with a padding mode.
+// Declines: more than one in channel a group; a multiplier in backward_weight; strips above kStripLimit; backward_input
+// with a padding mode.
 #include <atomic>
 #include <bit>
 #include <optional>
@@ -40,6 +40,7 @@ constexpr int64_t kMaxDepthwiseKernel = 4096;
 constexpr int64_t kMaxReach = 65536;         // positions from an axis' first tap to its last
 constexpr int64_t kKeptLines = 8;            // result lines that are kept before they are spread
 constexpr int64_t kMostLanes = 64;           // of any ISA, in bytes
+constexpr int64_t kLeastPixels = 8;          // NHWC: pixels that are kept before the filters of a channel are added up
 constexpr int64_t kTasks = 16;               // NHWC: pieces of work of a call, at least
 constexpr int64_t kPlanesBytes = 16 << 10;   // NCHW: planes that are done together
 constexpr int64_t kSmallPlane = 256;         // NCHW: values of a plane that may be transposed
@@ -52,11 +53,17 @@ constexpr int64_t kPixelsBytes = 256 << 10;  // NHWC: what the lines of a strip 
 // The positions that result positions read along an axis, as offsets; -1 in the padding.
 using Positions = c10::SmallVector<int64_t, 128>;
 
+// Whether a padding mode moves columns: whether lines go on at their ends.
+bool goes_on(const GatherAxis& w) {
+  return w.mode != PaddingMode::kZeros && w.taps() > 0 &&
+         (w.offset[0] < 0 || w.offset.back() + (w.count - 1) * w.from_step >= w.from_extent);
+}
+
 // How the tiles of one phase are walked. Their units are lines (NCHW) or pixels (NHWC).
 class Plan {
  public:
-  // `step` and `weight_step`: of what is read and of the weights, along D, H and W.
-  Plan(const GatherPhase& phase, bool lines, const int64_t* step, const int64_t* weight_step)
+  // `step` and `weight_step`: of what is read and of the weights, along D, H and W. `lanes`: of a vector.
+  Plan(const GatherPhase& phase, bool lines, const int64_t* step, const int64_t* weight_step, int64_t lanes)
       : lines_(lines), phase_(phase), along_(phase_.axis[lines ? 1 : 2]) {
     for (GatherAxis& axis : phase_.axis)
       if (axis.taps() > 1 && axis.offset[1] < axis.offset[0]) {
@@ -90,9 +97,11 @@ class Plan {
             const int64_t h = a[1].offset[th] - a[1].offset[0], w = a[2].offset[tw] - a[2].offset[0];
             const int64_t weight =
                 a[0].tap[td] * weight_step[0] + a[1].tap[th] * weight_step[1] + a[2].tap[tw] * weight_step[2];
-            taps_.push_back({offset, lines ? 0 : h, a[2].offset[tw], lines ? h : w, weight, pairs && tw + 1 < widths});
+            taps_.push_back({offset, lines ? 0 : h, lines ? a[2].offset[tw] : 0, lines ? h : w, weight,
+                             pairs && tw + 1 < widths, pairs ? tw / 2 : tw});
           }
       }
+    if (lines && goes_on(a[2])) find_moves(lanes);
     walked_ = static_cast<int64_t>(taps_.size()) / std::max<int64_t>(1, a[0].count);
   }
 
@@ -101,7 +110,7 @@ class Plan {
   bool pads() const { return pads_; }  // whether any tap of any result lies in the padding (NCHW: but for columns)
 
   // Runs results [first, first + count) along the tiles' axis, for depth d and (NHWC) the lists from `line` on. The
-  // caller sets lists, from, extent, weight, bias, to and its steps, length and skip_zeros.
+  // caller sets lists, from, extent, weight, bias, to and its steps, length, skip_zeros, accumulate and (NHWC) moves.
   template <typename T>
   void run(const DepthwiseKernels<T>& kernels, int64_t d, int64_t line, int64_t first, int64_t count,
            DepthwiseTile<T> t) const {
@@ -114,7 +123,10 @@ class Plan {
     t.unit_step = along_.from_step;
     t.weight_step = along_gap_;
     t.pair_step = pair_gap_;
-    t.accumulate = false;
+    if (lines_ && !moves_.empty()) {
+      t.moves = moves_.data();
+      t.line_moves = line_moves_, t.first_end = first_end_, t.to_end = to_end_;
+    }
     // Pieces of the taps, each with at most kSumLength terms, and of the results.
     for (int64_t k = 0, width; k == 0 || k < across; k += width) {
       int w = std::size(kDepthwiseWidths) - 1;
@@ -156,12 +168,59 @@ class Plan {
     }
   }
 
+  // NCHW: the moves of the vectors at the ends of a line.
+  void find_moves(int64_t lanes) {
+    const GatherAxis& w = phase_.axis[2];
+    const int64_t vectors = ceil_div(w.count, lanes), taps = w.taps();
+    const auto results = [&](int64_t v) { return std::min(lanes, w.count - v * lanes); };
+    const auto first = [&](int64_t v, int64_t t) { return v * lanes * stride_ + w.offset[t]; };
+    const auto last = [&](int64_t v, int64_t t) { return first(v, t) + (results(v) - 1) * stride_; };
+    while (first_end_ < vectors && first(first_end_, 0) < 0) ++first_end_;
+    for (to_end_ = vectors; to_end_ > first_end_ && last(to_end_ - 1, taps - 1) >= w.from_extent;) --to_end_;
+    line_moves_ = ceil_div(taps, stride_);
+    for (int64_t v = 0; v < vectors; ++v)
+      for (int64_t t = 0; t < taps && (v < first_end_ || v >= to_end_); t += stride_)
+        moves_.push_back(move(first(v, t), results(v), std::min(stride_, taps - t), lanes));
+  }
+
+  // Of a vector of results whose first tap reads `column`; with stride 2 the next tap, if it is there, reads the next.
+  DepthwiseMove move(int64_t column, int64_t results, int64_t taps, int64_t lanes) const {
+    const GatherAxis& w = phase_.axis[2];
+    const int64_t extent = w.from_extent, end = column + (results - 1) * stride_ + taps;
+    DepthwiseMove m{};
+    m.moves = column < 0 || end > extent;
+    if (!m.moves) return m;
+    if (w.mode == PaddingMode::kCircular && extent > lanes * stride_) {
+      const int64_t few = std::min<int64_t>(kFew, lanes), other = column < 0 ? extent - few : 0;
+      m.at = column;
+      m.wrap = other - column;
+      m.wrap_first = column < 0 ? 0 : extent - column;
+      m.wrap_last = column < 0 ? -column : end - column;
+      for (int64_t i = std::max<int64_t>(0, m.wrap_first); i < m.wrap_last; ++i)
+        m.index[i / lanes][i % lanes] = static_cast<int32_t>(padded_index(column + i, extent, w.mode) - other);
+    } else {
+      int64_t source[2][kMostIndices];
+      m.at = extent;
+      for (int64_t t = 0; t < taps; ++t)
+        for (int64_t l = 0; l < results; ++l) {
+          source[t][l] = padded_index(column + l * stride_ + t, extent, w.mode);
+          m.at = std::min(m.at, source[t][l]);
+        }
+      for (int64_t t = 0; t < taps; ++t)
+        for (int64_t l = 0; l < results; ++l) m.index[t][l] = static_cast<int32_t>(source[t][l] - m.at);
+    }
+    m.first = -m.at, m.last = extent - m.at;
+    return m;
+  }
+
   bool lines_, shares_, pads_ = false;
   GatherPhase phase_;
   const GatherAxis& along_;
   int64_t stride_, along_gap_, pair_gap_, walked_;
   Positions units_, rows_;
   c10::SmallVector<DepthwiseTap, 16> taps_;
+  std::vector<DepthwiseMove> moves_;
+  int64_t line_moves_ = 0, first_end_ = 0, to_end_ = 0;
 };
 
 // Whether no value is infinite or NaN.
@@ -182,15 +241,15 @@ double bytes_moved(const Gather& g) {
 
 // --- NCHW ------------------------------------------------------------------------------------------------------------
 
-// Whether lines must be copied first: columns that a padding mode moves, or too far apart.
-bool needs_strip(const GatherPhase& phase) {
+// Whether lines must be copied first: columns too far apart, or that a padding mode moves too far.
+bool needs_strip(const GatherPhase& phase, int64_t lanes) {
   const GatherAxis& w = phase.axis[2];
   if (w.from_step > 2) return true;
   if (w.from_step == 2 && w.taps() > 1 && w.offset[1] - w.offset[0] != 1) return true;
-  if (w.mode == PaddingMode::kZeros) return false;
-  for (int64_t t = 0; t < w.taps(); ++t)
-    if (w.first_inside(t) > 0 || w.last_inside(t) < w.count) return true;
-  return false;
+  if (!goes_on(w)) return false;
+  const bool wraps = w.mode == PaddingMode::kCircular && w.from_extent > lanes * w.from_step;
+  const int64_t most = wraps ? std::min<int64_t>(kFew, lanes - 1) : lanes - 1;
+  return -w.offset[0] > most || w.offset.back() + (w.count - 1) * w.from_step - w.from_extent + 1 > most;
 }
 
 // The strip of a block of lines as what a phase reads: nothing lies outside.
@@ -237,8 +296,8 @@ class BlockRuns {
 // Scratch of a thread, in elements.
 struct LineScratch {
   int64_t strip, kept;
-  LineScratch(const GatherPhase& phase, int64_t size)
-      : strip(needs_strip(phase) ? StripPlan(phase, size, kStripBytes).size + kMostLanes / size : 0),
+  LineScratch(const GatherPhase& phase, int64_t size, int64_t lanes)
+      : strip(needs_strip(phase, lanes) ? StripPlan(phase, size, kStripBytes).size + kMostLanes / size : 0),
         kept(phase.axis[2].to_step == 1 ? 0 : kKeptLines * phase.axis[2].count) {}
   int64_t elements() const { return round_up(strip + kept, 16); }
 };
@@ -247,33 +306,35 @@ template <typename T>
 void gather_lines(const Gather& g, const GatherPhase& phase, const Kernels<T>& kernels, const T* from, const T* weight,
                   const T* bias, T* to, T* workspace) {
   const GatherAxis* a = phase.axis;
-  const LineScratch scratch(phase, sizeof(T));
+  const LineScratch scratch(phase, sizeof(T), kernels.lanes);
   const StripPlan strip(phase, sizeof(T), kStripBytes);
   const int64_t strip_step[] = {strip.strip_lines * strip.pitch, strip.pitch, 1};
   const bool copies = scratch.strip > 0, scatters = scratch.kept > 0;
   const Plan plan(copies ? strip_phase(phase, strip) : phase, /*lines=*/true, copies ? strip_step : g.from_stride.axis,
-                  g.weight_axis_stride);
+                  g.weight_axis_stride, kernels.lanes);
   std::optional<BlockRuns> runs;
   if (copies) runs.emplace(phase, strip);
   const int64_t block = copies ? strip.block_lines : a[1].count;
   const int64_t step = scatters ? std::min(block, kKeptLines) : block;  // lines of one run of the plan
-  const int64_t multiplier = g.to_per_group, channels = g.groups * multiplier, taps = phase.taps();
-  const int64_t weight_step = g.weight_group_stride / multiplier;
+  // Planes of a group: of what is read, which are summed up, and of the result.
+  const int64_t summed = g.from_per_group, multiplier = g.to_per_group;
+  const int64_t channels = g.groups * multiplier, taps = phase.taps();
+  const int64_t weight_step = g.weight_group_stride / (summed * multiplier);
   const int64_t plane_bytes = g.from_stride.channel * sizeof(T);
   const int64_t together =
       copies || scatters || multiplier > 1 ? 1 : std::max<int64_t>(1, kPlanesBytes / std::max<int64_t>(1, plane_bytes));
   const bool streams = bytes_moved<T>(g) > kLinesStreamed;
   const bool dense = weight_step == taps;  // then all weights of a channel, used in this phase or not, lie together
   const auto finite = [&](int64_t first, int64_t last) {
-    if (dense) return all_finite(weight + first * taps, (last - first) * taps);
+    if (dense) return all_finite(weight + first * summed * taps, (last - first) * summed * taps);
     bool all = true;
     for (int64_t t = 0; t < taps; ++t)
-      for (int64_t c = first; c < last; ++c)
+      for (int64_t c = first * summed; c < last * summed; ++c)
         all = all && all_finite(weight + c * weight_step + g.weight_tap_offset(phase, t), 1);
     return all;
   };
 
-  parallel_tasks(g.batch * channels, 2.0 * taps * phase.pixels(), [&](int64_t begin, int64_t end) {
+  parallel_tasks(g.batch * channels, 2.0 * taps * summed * phase.pixels(), [&](int64_t begin, int64_t end) {
     T* const mine = workspace + at::get_thread_num() * scratch.elements();
     T* const kept = mine + scratch.strip;
     const bool all = end - begin >= channels || begin % channels > (end - 1) % channels;
@@ -282,7 +343,7 @@ void gather_lines(const Gather& g, const GatherPhase& phase, const Kernels<T>& k
     for (int64_t i = begin, planes; i < end; i += planes) {
       const int64_t n = i / channels, c = i % channels;
       planes = std::min({together, end - i, channels - c});
-      const T* const plane = from + n * g.from_stride.batch + c / multiplier * g.from_stride.channel;
+      const T* const plane = from + n * g.from_stride.batch + c / multiplier * summed * g.from_stride.channel;
       T* const result = to + n * g.to_stride.batch + c * g.to_stride.channel;
       for (int64_t d = 0; d < a[0].count; ++d)
         for (int64_t h = 0; h < a[1].count; h += block) {
@@ -294,21 +355,24 @@ void gather_lines(const Gather& g, const GatherPhase& phase, const Kernels<T>& k
             const int64_t target_step = a[1].to_step * g.to_stride.axis[1];
             DepthwiseTile<T> tile{};
             tile.planes = planes;
-            tile.from_plane = g.from_stride.channel;
-            tile.weight_plane = weight_step;
+            tile.from_plane = g.from_stride.channel * summed;
+            tile.weight_plane = weight_step * summed;
             tile.bias_plane = bias != nullptr;
             tile.to_plane = g.to_stride.channel;
             tile.lists = 1;
-            tile.from = copies ? mine : plane;
             tile.extent = plan.axis(2).from_extent;
-            tile.weight = weight + c * weight_step;
             tile.bias = bias ? bias + c : nullptr;
             tile.to = scatters ? kept : target;
             tile.to_step = scatters ? a[2].count : target_step;
             tile.length = a[2].count;
             tile.skip_zeros = skip_zeros;
             tile.ahead = streams && !copies ? g.from_stride.axis[1] : 0;
-            plan.run(kernels.depthwise, copies ? 0 : d, 0, copies ? l - h : l, lines, tile);
+            for (int64_t m = 0; m < summed; ++m) {
+              tile.from = copies ? mine : plane + m * g.from_stride.channel;
+              tile.weight = weight + (c * summed + m) * weight_step;
+              tile.accumulate = m > 0;
+              plan.run(kernels.depthwise, copies ? 0 : d, 0, copies ? l - h : l, lines, tile);
+            }
             if (scatters)
               for (int64_t r = 0; r < lines; ++r)
                 for (int64_t j = 0; j < a[2].count; ++j)
@@ -325,23 +389,25 @@ void gather_lines(const Gather& g, const GatherPhase& phase, const Kernels<T>& k
 template <typename T>
 bool pack_weights(const Gather& g, const Kernels<T>& kernels, const int64_t* kernel, const T* weight, T* packed) {
   const int64_t lanes = kernels.lanes, taps = kernel[0] * kernel[1] * kernel[2];
+  const int64_t per_group = g.from_per_group * g.to_per_group;
+  const int64_t filters = g.groups * per_group, filter_step = g.weight_group_stride / per_group;
   const bool dense = g.weight_axis_stride[2] == 1 && g.weight_axis_stride[1] == kernel[2] &&
                      g.weight_axis_stride[0] == kernel[1] * kernel[2];
   std::atomic<bool> finite = true;
-  parallel_tasks(ceil_div(g.groups, lanes), 8.0 * taps * lanes, [&](int64_t begin, int64_t end) {
+  parallel_tasks(ceil_div(filters, lanes), 8.0 * taps * lanes, [&](int64_t begin, int64_t end) {
     for (int64_t b = begin; b < end; ++b) {
-      const T* of_block = weight + b * lanes * g.weight_group_stride;
-      const int64_t count = std::min(lanes, g.groups - b * lanes);
+      const T* of_block = weight + b * lanes * filter_step;
+      const int64_t count = std::min(lanes, filters - b * lanes);
       T* const w = packed + b * taps * lanes;
       if (count < lanes) std::fill_n(w, taps * lanes, T(0));
       if (dense)
-        kernels.transpose(of_block, g.weight_group_stride, count, taps, w, lanes);
+        kernels.transpose(of_block, filter_step, count, taps, w, lanes);
       else
         for (int64_t t = 0; t < taps; ++t) {
           const T* of_tap = of_block + t / (kernel[1] * kernel[2]) * g.weight_axis_stride[0] +
                             t / kernel[2] % kernel[1] * g.weight_axis_stride[1] +
                             t % kernel[2] * g.weight_axis_stride[2];
-          for (int64_t c = 0; c < count; ++c) w[t * lanes + c] = of_tap[c * g.weight_group_stride];
+          for (int64_t c = 0; c < count; ++c) w[t * lanes + c] = of_tap[c * filter_step];
         }
     }
     if (!all_finite(packed + begin * taps * lanes, (end - begin) * taps * lanes)) finite = false;
@@ -349,20 +415,58 @@ bool pack_weights(const Gather& g, const Kernels<T>& kernels, const int64_t* ker
   return finite;
 }
 
+// Which channels of x the results of each vector of filters are made of, with a channel multiplier.
+std::vector<DepthwiseMove> multiplier_moves(int64_t filters, int64_t multiplier, int64_t lanes) {
+  std::vector<DepthwiseMove> moves(ceil_div(filters, lanes));
+  for (int64_t b = 0; b < static_cast<int64_t>(moves.size()); ++b) {
+    const int64_t first = b * lanes, count = std::min(lanes, filters - first);
+    DepthwiseMove& move = moves[b];
+    move.moves = true;
+    move.at = first / multiplier;
+    move.last = (first + count - 1) / multiplier - move.at + 1;
+    for (int64_t l = 0; l < count; ++l) move.index[0][l] = static_cast<int32_t>((first + l) / multiplier - move.at);
+  }
+  return moves;
+}
+
+// Pixels that are kept, one value a filter, before those of a channel are added up.
+template <typename T>
+int64_t summed_pixels(int64_t filters, int64_t pixels) {
+  return std::clamp<int64_t>(kStripBytes / static_cast<int64_t>(sizeof(T)) / filters, kLeastPixels,
+                             std::max(pixels, kLeastPixels));
+}
+
+// to[pixel * to_step + c] = sum over m of  from[(pixel * channels + c) * multiplier + m]
+template <typename T>
+void add_filters(const T* from, int64_t pixels, int64_t channels, int64_t multiplier, T* to, int64_t to_step) {
+  for (int64_t i = 0; i < pixels; ++i, to += to_step)
+    for (int64_t c = 0; c < channels; ++c, from += multiplier) {
+      T sum = from[0];
+      for (int64_t m = 1; m < multiplier; ++m) sum += from[m];
+      to[c] = sum;
+    }
+}
+
+// With a channel multiplier a vector holds filters: forward repeats what each channel of x holds (moves), and
+// backward_input adds up the results of a channel's filters.
 template <typename T>
 void gather_pixels(const Gather& g, const Kernels<T>& kernels, const int64_t* kernel, const T* from, const T* weight,
                    const T* bias, T* to, T* workspace) {
-  const int64_t lanes = kernels.lanes, channels = g.groups, blocks = ceil_div(channels, lanes);
-  const int64_t taps = kernel[0] * kernel[1] * kernel[2];
+  const int64_t lanes = kernels.lanes, taps = kernel[0] * kernel[1] * kernel[2];
+  const int64_t multiplier = g.from_per_group * g.to_per_group, filters = g.groups * multiplier;
+  const int64_t blocks = ceil_div(filters, lanes);
   const int64_t packed_step[] = {kernel[1] * kernel[2] * lanes, kernel[2] * lanes, lanes};
-  T* const packed = workspace;
+  T *const packed = workspace, *const kept = packed + blocks * taps * lanes;
   const bool finite = pack_weights(g, kernels, kernel, weight, packed);
+  const bool adds = g.from_per_group > 1;
+  std::vector<DepthwiseMove> moves;
+  if (g.to_per_group > 1) moves = multiplier_moves(filters, multiplier, lanes);
 
   for (const GatherPhase& phase : g.phases) {
     const GatherAxis* a = phase.axis;
-    const Plan plan(phase, /*lines=*/false, g.from_stride.axis, packed_step);
+    const Plan plan(phase, /*lines=*/false, g.from_stride.axis, packed_step, lanes);
     const int64_t line_bytes = a[1].from_step * g.from_stride.axis[1] * sizeof(T);
-    const int64_t together = a[2].taps() < 7 ? blocks : 1;
+    const int64_t together = a[2].taps() < 7 || adds ? blocks : 1;
     const bool streams = bytes_moved<T>(g) > kPixelsStreamed;
     // Lines in equal strips: a few for each thread, that fit L2.
     const int64_t parts = ceil_div(blocks, together);
@@ -372,28 +476,44 @@ void gather_pixels(const Gather& g, const Kernels<T>& kernels, const int64_t* ke
     const int64_t strip = ceil_div(lines, std::clamp<int64_t>(wanted, ceil_div(lines, fit), lines));
     const int64_t strips = ceil_div(lines, strip);
     const int64_t tasks = g.batch * a[0].count * strips * parts;
-    const double macs = 2.0 * phase.taps() * phase.pixels() * channels * g.batch / tasks;
+    const double macs = 2.0 * phase.taps() * phase.pixels() * filters * g.batch / tasks;
     parallel_tasks(tasks, macs, [&](int64_t begin, int64_t end) {
       for (int64_t i = begin; i < end; ++i) {
         const int64_t part = i % parts, c = part * together * lanes, h = i / parts % strips * strip;
         const int64_t d = i / (parts * strips) % a[0].count, n = i / (parts * strips * a[0].count);
+        T* const result = to + n * g.to_stride.batch + (a[0].to_start + d * a[0].to_step) * g.to_stride.axis[0] +
+                          (a[1].to_start + h * a[1].to_step) * g.to_stride.axis[1] +
+                          a[2].to_start * g.to_stride.axis[2];
         DepthwiseTile<T> tile{};
         tile.planes = std::min(together, blocks - part * together);
         tile.from_plane = tile.to_plane = lanes;
         tile.weight_plane = taps * lanes;
         tile.bias_plane = bias ? lanes : 0;
         tile.lists = std::min(strip, a[1].count - h);
-        tile.from = from + n * g.from_stride.batch + c;
+        tile.from = from + n * g.from_stride.batch + (moves.empty() ? c : 0);
+        tile.moves = moves.empty() ? nullptr : moves.data() + part * together;
         tile.weight = packed + c * taps;
         tile.bias = bias ? bias + c : nullptr;
-        tile.to = to + n * g.to_stride.batch + c + (a[0].to_start + d * a[0].to_step) * g.to_stride.axis[0] +
-                  (a[1].to_start + h * a[1].to_step) * g.to_stride.axis[1] + a[2].to_start * g.to_stride.axis[2];
+        tile.to = result + c;
         tile.list_step = a[1].to_step * g.to_stride.axis[1];
         tile.to_step = a[2].to_step * g.to_stride.axis[2];
-        tile.length = channels - c;
+        tile.length = filters - c;
         tile.skip_zeros = finite;
         tile.ahead = streams ? a[1].from_step * g.from_stride.axis[1] : 0;
-        plan.run(kernels.depthwise, d, h, 0, a[2].count, tile);
+        if (!adds) {
+          plan.run(kernels.depthwise, d, h, 0, a[2].count, tile);
+          continue;
+        }
+        const int64_t most = summed_pixels<T>(filters, g.to_extent[2]), lists = tile.lists;
+        tile.to = kept + at::get_thread_num() * most * filters;
+        tile.to_step = filters;
+        tile.lists = 1;
+        for (int64_t l = 0; l < lists; ++l)
+          for (int64_t first = 0; first < a[2].count; first += most) {
+            const int64_t count = std::min(most, a[2].count - first), step = a[2].to_step * g.to_stride.axis[2];
+            plan.run(kernels.depthwise, d, h + l, first, count, tile);
+            add_filters(tile.to, count, g.groups, multiplier, result + l * tile.list_step + first * step, step);
+          }
       }
     });
   }
@@ -419,7 +539,7 @@ void gather_transposed(const Gather& g, const Kernels<T>& kernels, const int64_t
   const int64_t from_step[] = {in * lanes, g.from_extent[2] * lanes, lanes};
   T *const packed = workspace, *const images = packed + blocks * taps * lanes;
   const bool finite = pack_weights(g, kernels, kernel, weight, packed);
-  const Plan plan(g.phases[0], /*lines=*/false, from_step, packed_step);
+  const Plan plan(g.phases[0], /*lines=*/false, from_step, packed_step, lanes);
   parallel_tasks(g.batch * blocks, 2.0 * taps * out * lanes, [&](int64_t begin, int64_t end) {
     T* const image = images + at::get_thread_num() * (in + out) * lanes;
     T* const result = image + in * lanes;
@@ -557,10 +677,11 @@ void weight_pixels(const ConvShape& s, const Kernels<T>& kernels, const T* gy, c
   });
 }
 
+int64_t lanes_of(int64_t size) { return size == 4 ? microkernels().f32.lanes : microkernels().f64.lanes; }
+
 const char* decline(const ConvShape& s, Direction direction) {
-  const bool forward = direction == Direction::kForward;
   if (s.in_per_group != 1) return "more than one channel a group";
-  if (s.out_per_group != 1 && (!forward || s.channels_last())) return "more than one channel a group";
+  if (s.out_per_group != 1 && direction == Direction::kBackwardWeight) return "more than one channel a group";
   if (s.out_per_group == 0) return "nothing to sum over";
   if (s.dtype != Dtype::kFloat32 && s.dtype != Dtype::kFloat64) return "only float32 and float64";
   if (s.in_pixels() == 0 || s.out_pixels() == 0) return "nothing to sum over";
@@ -572,22 +693,31 @@ const char* decline(const ConvShape& s, Direction direction) {
     for (int d = 0; d < 3; ++d)
       if (s.stride[d] > 64) return "a stride above 64";
   }
-  if (s.channels_last()) return nullptr;
+  const int64_t size = dtype_size(s.dtype);
+  if (s.channels_last()) {
+    const bool adds = direction == Direction::kBackwardInput && s.out_per_group > 1;
+    return adds && s.groups * s.out_per_group > kStripLimit / size / kLeastPixels ? "filters above 1 MiB" : nullptr;
+  }
   for (const GatherPhase& phase : make_gather(s, direction).phases)
-    if ((direction == Direction::kBackwardWeight || needs_strip(phase)) &&
-        StripPlan(phase, dtype_size(s.dtype), kStripBytes).size > kStripLimit / dtype_size(s.dtype))
+    if ((direction == Direction::kBackwardWeight || needs_strip(phase, lanes_of(size))) &&
+        StripPlan(phase, size, kStripBytes).size > kStripLimit / size)
       return "a strip of padded lines above 1 MiB";
   return nullptr;
 }
 
 int64_t gather_workspace(const ConvShape& s, Direction direction, int threads) {
-  const int64_t size = dtype_size(s.dtype);
-  if (s.channels_last()) return s.taps() * (s.groups * size + kMostLanes);
+  const int64_t size = dtype_size(s.dtype), filters = s.groups * s.out_per_group;
+  const int64_t weights = s.taps() * (filters * size + kMostLanes);
+  if (s.channels_last()) {
+    if (direction == Direction::kForward || s.out_per_group == 1) return weights;
+    return weights +
+           threads * (size == 4 ? summed_pixels<float> : summed_pixels<double>)(filters, s.in[2]) * filters * size;
+  }
+  if (transposes(s, direction, lanes_of(size)))
+    return weights + threads * (s.in_pixels() + s.out_pixels()) * kMostLanes;
   int64_t elements = 0;
-  if (transposes(s, direction, size == 4 ? microkernels().f32.lanes : microkernels().f64.lanes))
-    return s.taps() * (s.groups * size + kMostLanes) + threads * (s.in_pixels() + s.out_pixels()) * kMostLanes;
   for (const GatherPhase& phase : make_gather(s, direction).phases)
-    elements = std::max(elements, LineScratch(phase, size).elements());
+    elements = std::max(elements, LineScratch(phase, size, lanes_of(size)).elements());
   return threads * elements * size;
 }
 

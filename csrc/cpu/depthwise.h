@@ -5,6 +5,9 @@
 
 namespace myconv::cpu {
 
+inline constexpr int kMostIndices = 16;  // lanes of any ISA
+inline constexpr int kFew = 4;           // columns that are loaded from the other end of a line
+
 // A tap that is walked one at a time, and where it reads.
 struct DepthwiseTap {
   int64_t offset;  // added to every address; negative: the tap reads nothing but zeros
@@ -13,6 +16,19 @@ struct DepthwiseTap {
   int64_t unit;    // added to the index of a unit
   int64_t weight;  // offset of its first weight
   bool paired;     // NCHW with stride 2: whether the next tap of the line, served by the same loads, is there
+  int64_t move;    // NCHW: which of the moves of a vector is its
+};
+
+// A vector whose lanes are not neighbours in memory: it is loaded from elsewhere, and its lanes are put in order.
+//   NCHW   at the ends of a line that a padding mode goes on; one for each tap along it, or each pair of taps
+//   NHWC   channels that several results are made of (a channel multiplier); one for each vector of channels
+struct DepthwiseMove {
+  bool moves;                      // if not, the vector is as it lies
+  int64_t at;                      // the first column (channel) that is loaded
+  int64_t first, last;             // the lanes that are loaded; with stride 2, of two vectors
+  int64_t wrap;                    // circular: 0, or the step to a few columns at the line's other end,
+  int64_t wrap_first, wrap_last;   // and the lanes that come from there
+  int32_t index[2][kMostIndices];  // where each lane (there: such a lane) comes from; with stride 2, of two vectors
 };
 
 // Tiles of R results along one axis, whose units are lines (NCHW) or pixels (NHWC). K taps along that axis share what is
@@ -39,6 +55,8 @@ struct DepthwiseTile {
   const int64_t* units;  // as rows
   const T* from;
   int64_t extent;
+  const DepthwiseMove* moves;             // or nullptr. NCHW: [vector at an end][line_moves], NHWC: [plane]
+  int64_t line_moves, first_end, to_end;  // NCHW: the vectors before first_end and from to_end on are at an end
   const T* weight;
   int64_t weight_step, pair_step;  // from one of the K to the next, and to the paired tap's
   const T* bias;                   // or nullptr

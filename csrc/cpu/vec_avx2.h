@@ -75,6 +75,17 @@ struct F32 {
     even = _mm256_shuffle_ps(low, high, 0x88);
     odd = _mm256_shuffle_ps(low, high, 0xdd);
   }
+  using Index = __m256i;
+  static Index index(const int32_t* lanes) { return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(lanes)); }
+  static V permute(V v, Index at) { return _mm256_permutevar8x32_ps(v, at); }  // lane l is v[at[l]]
+  static V permute(V a, V b, Index at) {                                       // of the 2 * kLanes of a and b
+    const __m256i from_b = _mm256_slli_epi32(at, 28);
+    return _mm256_blendv_ps(permute(a, at), permute(b, at), _mm256_castsi256_ps(from_b));
+  }
+  static V load_few(const float* p) { return _mm256_castps128_ps256(_mm_loadu_ps(p)); }  // 4 values or a vector
+  static V insert(V v, Mask m, V few, Index at) {                                        // v, but few[at] in m
+    return _mm256_blendv_ps(v, permute(few, at), _mm256_castsi256_ps(m));
+  }
   static void transpose(V (&v)[8]) {  // pairs, then quads of rows inside 128 bits, then the halves
     V t[8], q[8];
 #pragma GCC unroll 4
@@ -121,6 +132,21 @@ struct F64 {
     const V low = _mm256_permute2f128_pd(a, b, 0x20), high = _mm256_permute2f128_pd(a, b, 0x31);
     even = _mm256_unpacklo_pd(low, high);
     odd = _mm256_unpackhi_pd(low, high);
+  }
+  using Index = __m256i;  // of the 32-bit halves
+  static Index index(const int32_t* lanes) {
+    const __m256i low =
+        _mm256_slli_epi64(_mm256_cvtepi32_epi64(_mm_loadu_si128(reinterpret_cast<const __m128i*>(lanes))), 1);
+    return _mm256_or_si256(low, _mm256_slli_epi64(_mm256_add_epi64(low, _mm256_set1_epi64x(1)), 32));
+  }
+  static V permute(V v, Index at) { return _mm256_castps_pd(_mm256_permutevar8x32_ps(_mm256_castpd_ps(v), at)); }
+  static V permute(V a, V b, Index at) {
+    const __m256i from_b = _mm256_slli_epi64(at, 60);
+    return _mm256_blendv_pd(permute(a, at), permute(b, at), _mm256_castsi256_pd(from_b));
+  }
+  static V load_few(const double* p) { return load(p); }
+  static V insert(V v, Mask m, V few, Index at) {
+    return _mm256_blendv_pd(v, permute(few, at), _mm256_castsi256_pd(m));
   }
   static void transpose(V (&v)[4]) {
     const V a = _mm256_unpacklo_pd(v[0], v[1]), b = _mm256_unpackhi_pd(v[0], v[1]);

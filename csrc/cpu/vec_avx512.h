@@ -56,6 +56,14 @@ struct F32 {
     even = _mm512_permutex2var_ps(a, at, b);
     odd = _mm512_permutex2var_ps(a, _mm512_add_epi32(at, _mm512_set1_epi32(1)), b);
   }
+  using Index = __m512i;
+  static Index index(const int32_t* lanes) { return _mm512_loadu_si512(lanes); }
+  static V permute(V v, Index at) { return _mm512_permutexvar_ps(at, v); }               // lane l is v[at[l]]
+  static V permute(V a, V b, Index at) { return _mm512_permutex2var_ps(a, at, b); }      // of the 2 * kLanes of a and b
+  static V load_few(const float* p) { return _mm512_castps128_ps512(_mm_loadu_ps(p)); }  // 4 values or a vector
+  static V insert(V v, Mask m, V few, Index at) {
+    return _mm512_mask_permutexvar_ps(v, m, at, few);
+  }                                    // v, but few[at] in m
   static void transpose(V (&v)[16]) {  // pairs, then quads of rows inside 128 bits, then the 128-bit quarters
     V t[16];
 #pragma GCC unroll 8
@@ -105,6 +113,14 @@ struct F64 {
     even = _mm512_permutex2var_pd(a, at, b);
     odd = _mm512_permutex2var_pd(a, _mm512_add_epi64(at, _mm512_set1_epi64(1)), b);
   }
+  using Index = __m512i;
+  static Index index(const int32_t* lanes) {
+    return _mm512_cvtepi32_epi64(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(lanes)));
+  }
+  static V permute(V v, Index at) { return _mm512_permutexvar_pd(at, v); }
+  static V permute(V a, V b, Index at) { return _mm512_permutex2var_pd(a, at, b); }
+  static V load_few(const double* p) { return _mm512_castpd256_pd512(_mm256_loadu_pd(p)); }
+  static V insert(V v, Mask m, V few, Index at) { return _mm512_mask_permutexvar_pd(v, m, at, few); }
   static void transpose(V (&v)[8]) {
     V t[8];
 #pragma GCC unroll 4

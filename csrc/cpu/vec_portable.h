@@ -44,6 +44,19 @@ struct Vec {
       odd[i] = i < kLanes / 2 ? a[at + 1] : b[at + 1];
     }
   }
+  using Index = const int32_t*;
+  static Index index(const int32_t* lanes) { return lanes; }
+  static V permute(V v, Index at) { return permute(v, v, at); }  // lane l is v[at[l]]
+  static V permute(V a, V b, Index at) {                         // of the 2 * kLanes of a and b
+    V v;
+    for (int i = 0; i < kLanes; ++i) v[i] = at[i] < kLanes ? a[at[i]] : b[at[i] - kLanes];
+    return v;
+  }
+  static V load_few(const T* p) { return load(p); }  // 4 values or a vector
+  static V insert(V v, Mask m, V few, Index at) {    // v, but few[at] in m
+    for (int64_t i = m.first; i < m.last; ++i) v[i] = few[at[i]];
+    return v;
+  }
   static void transpose(V (&v)[kLanes]) {
     T t[kLanes][kLanes];
     for (int i = 0; i < kLanes; ++i)
