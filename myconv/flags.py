@@ -93,7 +93,7 @@ def _excluded(names: set[str]) -> Iterator[None]:
 
 @contextlib.contextmanager
 def isa(name: str) -> Iterator[None]:
-    """Run on no better instruction set than ``"portable"``, ``"avx2"`` or ``"avx512"``.
+    """Run on no better instruction set than ``"portable"``, ``"avx2"``, ``"avx512"`` or ``"avx512_bf16"``.
 
     The environment variable ``MYCONV_ISA`` does the same for a whole process.
 

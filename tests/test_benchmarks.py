@@ -141,7 +141,8 @@ def test_plots(layers, tmp_path, monkeypatch):
 
 def test_every_loop_of_multiply_adds():
     found = {(loop.isa, loop.dtype) for loop in ceilings.loops()}
-    assert {(isa, dtype) for isa in myconv._C.isas() for dtype in ("float32", "float64")} <= found
+    isas = set(myconv._C.isas()) - {"avx512_bf16"}  # its float32 and float64 are avx512's
+    assert {(isa, dtype) for isa in isas for dtype in ("float32", "float64")} <= found
     assert ceilings.peak("bfloat16", 1, 0.0)[0] > 1e8
 
 

@@ -1,4 +1,5 @@
-// Depthwise convolutions (one in channel a group), all three directions, float32 and float64.
+// Depthwise convolutions (one in channel a group), all three directions, float32 and float64; forward
+// and backward_input of the 16-bit types, with float32 weights and sums.
 //
 //   NCHW   vectors run along a line and are loaded from the plane as it lies, masked where a line ends; with stride 2
 //          pairs of vectors are sorted into even and odd columns. At the ends of a line a padding mode permutes them.
@@ -114,9 +115,10 @@ class Plan {
   template <typename T>
   void run(const DepthwiseKernels<T>& kernels, int64_t d, int64_t line, int64_t first, int64_t count,
            DepthwiseTile<T> t) const {
+    using W = Word<T>;
     const auto& table = (lines_ ? kernels.lines : kernels.pixels)[stride_ - 1];
     const int64_t across = shares_ ? along_.taps() : 1;
-    const T *const bias = t.bias, *const weight = t.weight;
+    const W *const bias = t.bias, *const weight = t.weight;
     T* const to = t.to;
     t.row_step = lines_ ? 0 : phase_.axis[1].from_step;
     t.rows = rows_.data() + line * t.row_step;
@@ -303,8 +305,8 @@ struct LineScratch {
 };
 
 template <typename T>
-void gather_lines(const Gather& g, const GatherPhase& phase, const Kernels<T>& kernels, const T* from, const T* weight,
-                  const T* bias, T* to, T* workspace) {
+void gather_lines(const Gather& g, const GatherPhase& phase, const Kernels<T>& kernels, const T* from,
+                  const Word<T>* weight, const Word<T>* bias, T* to, Word<T>* workspace) {
   const GatherAxis* a = phase.axis;
   const LineScratch scratch(phase, sizeof(T), kernels.lanes);
   const StripPlan strip(phase, sizeof(T), kStripBytes);
@@ -335,7 +337,7 @@ void gather_lines(const Gather& g, const GatherPhase& phase, const Kernels<T>& k
   };
 
   parallel_tasks(g.batch * channels, 2.0 * taps * summed * phase.pixels(), [&](int64_t begin, int64_t end) {
-    T* const mine = workspace + at::get_thread_num() * scratch.elements();
+    T* const mine = reinterpret_cast<T*>(workspace) + at::get_thread_num() * scratch.elements();
     T* const kept = mine + scratch.strip;
     const bool all = end - begin >= channels || begin % channels > (end - 1) % channels;
     const bool skip_zeros =
@@ -347,7 +349,8 @@ void gather_lines(const Gather& g, const GatherPhase& phase, const Kernels<T>& k
       T* const result = to + n * g.to_stride.batch + c * g.to_stride.channel;
       for (int64_t d = 0; d < a[0].count; ++d)
         for (int64_t h = 0; h < a[1].count; h += block) {
-          if (copies) runs->fill(d, h, plane, kernels, mine);
+          if constexpr (!kIsHalf<T>)
+            if (copies) runs->fill(d, h, plane, kernels, mine);
           for (int64_t l = h; l < std::min(a[1].count, h + block); l += step) {
             const int64_t lines = std::min(step, std::min(a[1].count, h + block) - l);
             T* const target = result + (a[0].to_start + d * a[0].to_step) * g.to_stride.axis[0] +
@@ -387,7 +390,8 @@ void gather_lines(const Gather& g, const GatherPhase& phase, const Kernels<T>& k
 
 // Packs weights as [block][tap][lane]; a block is one vector of channels. Returns whether all of them are finite.
 template <typename T>
-bool pack_weights(const Gather& g, const Kernels<T>& kernels, const int64_t* kernel, const T* weight, T* packed) {
+bool pack_weights(const Gather& g, const Kernels<T>& kernels, const int64_t* kernel, const T* weight, Word<T>* packed) {
+  using W = Word<T>;
   const int64_t lanes = kernels.lanes, taps = kernel[0] * kernel[1] * kernel[2];
   const int64_t per_group = g.from_per_group * g.to_per_group;
   const int64_t filters = g.groups * per_group, filter_step = g.weight_group_stride / per_group;
@@ -398,8 +402,8 @@ bool pack_weights(const Gather& g, const Kernels<T>& kernels, const int64_t* ker
     for (int64_t b = begin; b < end; ++b) {
       const T* of_block = weight + b * lanes * filter_step;
       const int64_t count = std::min(lanes, filters - b * lanes);
-      T* const w = packed + b * taps * lanes;
-      if (count < lanes) std::fill_n(w, taps * lanes, T(0));
+      W* const w = packed + b * taps * lanes;
+      if (count < lanes) std::fill_n(w, taps * lanes, W(0));
       if (dense)
         kernels.transpose(of_block, filter_step, count, taps, w, lanes);
       else
@@ -407,7 +411,8 @@ bool pack_weights(const Gather& g, const Kernels<T>& kernels, const int64_t* ker
           const T* of_tap = of_block + t / (kernel[1] * kernel[2]) * g.weight_axis_stride[0] +
                             t / kernel[2] % kernel[1] * g.weight_axis_stride[1] +
                             t % kernel[2] * g.weight_axis_stride[2];
-          for (int64_t c = 0; c < count; ++c) w[t * lanes + c] = of_tap[c * filter_step];
+          for (int64_t c = 0; c < count; ++c)
+            kernels.copy_rows(of_tap + c * filter_step, 0, 1, 1, w + t * lanes + c, 0);
         }
     }
     if (!all_finite(packed + begin * taps * lanes, (end - begin) * taps * lanes)) finite = false;
@@ -442,7 +447,8 @@ void add_filters(const T* from, int64_t pixels, int64_t channels, int64_t multip
   for (int64_t i = 0; i < pixels; ++i, to += to_step)
     for (int64_t c = 0; c < channels; ++c, from += multiplier) {
       T sum = from[0];
-      for (int64_t m = 1; m < multiplier; ++m) sum += from[m];
+      if constexpr (!kIsHalf<T>)
+        for (int64_t m = 1; m < multiplier; ++m) sum += from[m];
       to[c] = sum;
     }
 }
@@ -451,12 +457,14 @@ void add_filters(const T* from, int64_t pixels, int64_t channels, int64_t multip
 // backward_input adds up the results of a channel's filters.
 template <typename T>
 void gather_pixels(const Gather& g, const Kernels<T>& kernels, const int64_t* kernel, const T* from, const T* weight,
-                   const T* bias, T* to, T* workspace) {
+                   const Word<T>* bias, T* to, Word<T>* workspace) {
+  using W = Word<T>;
   const int64_t lanes = kernels.lanes, taps = kernel[0] * kernel[1] * kernel[2];
   const int64_t multiplier = g.from_per_group * g.to_per_group, filters = g.groups * multiplier;
   const int64_t blocks = ceil_div(filters, lanes);
   const int64_t packed_step[] = {kernel[1] * kernel[2] * lanes, kernel[2] * lanes, lanes};
-  T *const packed = workspace, *const kept = packed + blocks * taps * lanes;
+  W* const packed = workspace;
+  T* const kept = reinterpret_cast<T*>(packed + blocks * taps * lanes);
   const bool finite = pack_weights(g, kernels, kernel, weight, packed);
   const bool adds = g.from_per_group > 1;
   std::vector<DepthwiseMove> moves;
@@ -531,23 +539,24 @@ bool transposes(const ConvShape& s, Direction direction, int64_t lanes) {
 
 template <typename T>
 void gather_transposed(const Gather& g, const Kernels<T>& kernels, const int64_t* kernel, const T* from,
-                       const T* weight, const T* bias, T* to, T* workspace) {
+                       const T* weight, const Word<T>* bias, T* to, Word<T>* workspace) {
+  using W = Word<T>;
   const GatherAxis* a = g.phases[0].axis;
   const int64_t lanes = kernels.lanes, channels = g.groups, blocks = ceil_div(channels, lanes);
   const int64_t taps = kernel[0] * kernel[1] * kernel[2], in = g.from_pixels(), out = g.to_pixels();
   const int64_t packed_step[] = {kernel[1] * kernel[2] * lanes, kernel[2] * lanes, lanes};
   const int64_t from_step[] = {in * lanes, g.from_extent[2] * lanes, lanes};
-  T *const packed = workspace, *const images = packed + blocks * taps * lanes;
+  W *const packed = workspace, *const images = packed + blocks * taps * lanes;
   const bool finite = pack_weights(g, kernels, kernel, weight, packed);
   const Plan plan(g.phases[0], /*lines=*/false, from_step, packed_step, lanes);
   parallel_tasks(g.batch * blocks, 2.0 * taps * out * lanes, [&](int64_t begin, int64_t end) {
-    T* const image = images + at::get_thread_num() * (in + out) * lanes;
-    T* const result = image + in * lanes;
+    W* const image = images + at::get_thread_num() * (in + out) * lanes;
+    W* const result = image + in * lanes;
     for (int64_t i = begin; i < end; ++i) {
       const int64_t c = i % blocks * lanes, n = i / blocks, count = std::min(lanes, channels - c);
       const T* const planes = from + n * g.from_stride.batch + c * in;
       kernels.transpose(planes, in, count, in, image, lanes);
-      DepthwiseTile<T> tile{};
+      DepthwiseTile<W> tile{};
       tile.planes = 1;
       tile.lists = a[1].count;
       tile.from = image;
@@ -558,22 +567,49 @@ void gather_transposed(const Gather& g, const Kernels<T>& kernels, const int64_t
       tile.to_step = lanes;
       tile.length = count;
       tile.skip_zeros = finite;
-      plan.run(kernels.depthwise, 0, 0, 0, a[2].count, tile);
-      kernels.transpose(result, lanes, out, count, to + n * g.to_stride.batch + c * out, out);
+      plan.run(kernels_of<W>(microkernels()).depthwise, 0, 0, 0, a[2].count, tile);
+      kernels.store_transposed(result, lanes, out, count, to + n * g.to_stride.batch + c * out, out);
     }
   });
 }
 
+// Weights as they are multiplied: of 16-bit types a copy, dense, of which g is told.
+template <typename T>
+const Word<T>* widened_weights(Gather& g, const Kernels<T>& kernels, const int64_t* kernel, const T* weight,
+                               Word<T>* copy) {
+  if constexpr (!kIsHalf<T>) return weight;
+  const int64_t per_group = g.from_per_group * g.to_per_group, filter_step = g.weight_group_stride / per_group;
+  const int64_t step[] = {kernel[1] * kernel[2], kernel[2], 1};
+  for (int64_t f = 0; f < g.groups * per_group; ++f)
+    for (int64_t d = 0; d < kernel[0]; ++d)
+      for (int64_t h = 0; h < kernel[1]; ++h) {
+        const T* const line = weight + f * filter_step + d * g.weight_axis_stride[0] + h * g.weight_axis_stride[1];
+        Word<T>* const to = copy + (f * kernel[0] + d) * step[0] + h * kernel[2];
+        if (g.weight_axis_stride[2] == 1)
+          kernels.copy_rows(line, 0, 1, kernel[2], to, 0);
+        else
+          kernels.copy_rows(line, g.weight_axis_stride[2], kernel[2], 1, to, 1);
+      }
+  std::copy_n(step, 3, g.weight_axis_stride);
+  g.weight_group_stride = kernel[0] * step[0] * per_group;
+  return copy;
+}
+
 template <typename T>
 void gather(const ConvShape& s, Direction direction, const void* from, const ConvPointers& p, void* workspace) {
-  const Gather g = make_gather(s, direction);
+  using W = Word<T>;
+  Gather g = make_gather(s, direction);
   const Kernels<T>& kernels = kernels_of<T>(microkernels());
   const T *const x = static_cast<const T*>(from), *const w = static_cast<const T*>(p.weight);
-  const T* const b = static_cast<const T*>(p.bias);
-  T *const y = static_cast<T*>(p.result), *const scratch = static_cast<T*>(workspace);
+  const Bias<T> bias(microkernels(), p.bias, g.groups * g.to_per_group);
+  const W* const b = bias.get();
+  T* const y = static_cast<T*>(p.result);
+  W* const scratch = static_cast<W*>(workspace);
   if (s.channels_last()) return gather_pixels(g, kernels, s.kernel, x, w, b, y, scratch);
   if (transposes(s, direction, kernels.lanes)) return gather_transposed(g, kernels, s.kernel, x, w, b, y, scratch);
-  for (const GatherPhase& phase : g.phases) gather_lines(g, phase, kernels, x, w, b, y, scratch);
+  const W* const weight = widened_weights(g, kernels, s.kernel, w, scratch);
+  W* const rest = scratch + (kIsHalf<T> ? round_up(g.groups * s.out_per_group * s.taps(), 16) : 0);
+  for (const GatherPhase& phase : g.phases) gather_lines(g, phase, kernels, x, weight, b, y, rest);
 }
 
 // --- backward_weight -------------------------------------------------------------------------------------------------
@@ -677,13 +713,26 @@ void weight_pixels(const ConvShape& s, const Kernels<T>& kernels, const T* gy, c
   });
 }
 
-int64_t lanes_of(int64_t size) { return size == 4 ? microkernels().f32.lanes : microkernels().f64.lanes; }
+// What 16-bit types lack: loads by masks, sums in pieces, and strips.
+const char* decline_half(const ConvShape& s, Direction direction) {
+  const Microkernels& m = microkernels();
+  if (!m.bf16.depthwise.lines[0][0][0]) return "no masks for 16-bit values";
+  if (s.kernel[0] > 1 || std::max(s.kernel[1], s.kernel[2]) > 7) return "16-bit sums in pieces";
+  if (direction == Direction::kBackwardInput && s.out_per_group > 1) return "16-bit sums in pieces";
+  if (!s.channels_last())
+    for (const GatherPhase& phase : make_gather(s, direction).phases)
+      if (needs_strip(phase, m.f32.lanes)) return "16-bit strips";
+  return nullptr;
+}
+
+int64_t lanes_of(int64_t size) { return size <= 4 ? microkernels().f32.lanes : microkernels().f64.lanes; }
 
 const char* decline(const ConvShape& s, Direction direction) {
   if (s.in_per_group != 1) return "more than one channel a group";
   if (s.out_per_group != 1 && direction == Direction::kBackwardWeight) return "more than one channel a group";
   if (s.out_per_group == 0) return "nothing to sum over";
-  if (s.dtype != Dtype::kFloat32 && s.dtype != Dtype::kFloat64) return "only float32 and float64";
+  const bool half = dtype_size(s.dtype) == 2;
+  if (!is_floating_point(s.dtype) || (half && direction == Direction::kBackwardWeight)) return "not of this type";
   if (s.in_pixels() == 0 || s.out_pixels() == 0) return "nothing to sum over";
   if (s.taps() > kMaxDepthwiseKernel) return "more than 4096 taps";
   for (int d = 0; d < 3; ++d)
@@ -693,6 +742,8 @@ const char* decline(const ConvShape& s, Direction direction) {
     for (int d = 0; d < 3; ++d)
       if (s.stride[d] > 64) return "a stride above 64";
   }
+  if (half)
+    if (const char* reason = decline_half(s, direction)) return reason;
   const int64_t size = dtype_size(s.dtype);
   if (s.channels_last()) {
     const bool adds = direction == Direction::kBackwardInput && s.out_per_group > 1;
@@ -706,8 +757,8 @@ const char* decline(const ConvShape& s, Direction direction) {
 }
 
 int64_t gather_workspace(const ConvShape& s, Direction direction, int threads) {
-  const int64_t size = dtype_size(s.dtype), filters = s.groups * s.out_per_group;
-  const int64_t weights = s.taps() * (filters * size + kMostLanes);
+  const int64_t size = dtype_size(s.dtype), word = std::max<int64_t>(size, 4), filters = s.groups * s.out_per_group;
+  const int64_t weights = s.taps() * (filters * word + kMostLanes) + kMostLanes;
   if (s.channels_last()) {
     if (direction == Direction::kForward || s.out_per_group == 1) return weights;
     return weights +
@@ -718,7 +769,7 @@ int64_t gather_workspace(const ConvShape& s, Direction direction, int threads) {
   int64_t elements = 0;
   for (const GatherPhase& phase : make_gather(s, direction).phases)
     elements = std::max(elements, LineScratch(phase, size, lanes_of(size)).elements());
-  return threads * elements * size;
+  return threads * elements * size + (size == 2 ? weights : 0);
 }
 
 }  // namespace
@@ -743,12 +794,12 @@ int64_t depthwise_backward_weight_workspace(const ConvShape& s, int threads) {
 }
 
 void depthwise_forward(const ConvShape& s, const ConvPointers& p, void* workspace, int) {
-  (s.dtype == Dtype::kFloat32 ? gather<float> : gather<double>)(s, Direction::kForward, p.input, p, workspace);
+  with_type(s.dtype, [&](auto type) { gather<decltype(type)>(s, Direction::kForward, p.input, p, workspace); });
 }
 
 void depthwise_backward_input(const ConvShape& s, const ConvPointers& p, void* workspace, int) {
-  (s.dtype == Dtype::kFloat32 ? gather<float> : gather<double>)(s, Direction::kBackwardInput, p.grad_output, p,
-                                                                workspace);
+  const Direction direction = Direction::kBackwardInput;
+  with_type(s.dtype, [&](auto type) { gather<decltype(type)>(s, direction, p.grad_output, p, workspace); });
 }
 
 void depthwise_backward_weight(const ConvShape& s, const ConvPointers& p, void* workspace, int) {

@@ -3,6 +3,8 @@
 
 #include <cstdint>
 
+#include "cpu/stored.h"
+
 namespace myconv::cpu {
 
 inline constexpr int kMostIndices = 16;  // lanes of any ISA
@@ -46,6 +48,7 @@ struct DepthwiseMove {
 // All of it is done for each of a number of planes.
 template <typename T>
 struct DepthwiseTile {
+  using W = Word<T>;
   int64_t planes, from_plane, weight_plane, bias_plane, to_plane;  // how many, and the steps from one to the next
   int64_t taps;
   const DepthwiseTap* tap;
@@ -57,14 +60,14 @@ struct DepthwiseTile {
   int64_t extent;
   const DepthwiseMove* moves;             // or nullptr. NCHW: [vector at an end][line_moves], NHWC: [plane]
   int64_t line_moves, first_end, to_end;  // NCHW: the vectors before first_end and from to_end on are at an end
-  const T* weight;
+  const W* weight;
   int64_t weight_step, pair_step;  // from one of the K to the next, and to the paired tap's
-  const T* bias;                   // or nullptr
+  const W* bias;                   // or nullptr
   T* to;
   int64_t list_step, to_step;
   int64_t length;   // columns, or channels of all planes
   bool skip_zeros;  // the weights are finite: what lies in the padding adds nothing
-  bool accumulate;
+  bool accumulate;  // not of 16-bit types
   int64_t
       ahead;  // 0, or fetch early: the step from a line of what is read to the next (NHWC: that the next list reads)
 };
@@ -92,9 +95,9 @@ inline constexpr int kMaxWalkedTaps = 256;  // of one tile
 
 template <typename T>
 struct DepthwiseKernels {
-  using Gather = void (*)(const DepthwiseTile<T>&);
-  using Weight = void (*)(const DepthwiseWeightTile<T>&);
-  Gather lines[2][4][5], pixels[2][4][5];                                    // [stride - 1][index of K][index of R]
+  using Gather = void (*)(const DepthwiseTile<T>&);        // of 16-bit types, null where they cannot be loaded by masks
+  using Weight = void (*)(const DepthwiseWeightTile<T>&);  // not of 16-bit types
+  Gather lines[2][4][5], pixels[2][4][5];                  // [stride - 1][index of K][index of R]
   Weight weight_lines[kMaxDepthwiseTaps], weight_pixels[kMaxDepthwiseTaps];  // [taps - 1]
 };
 

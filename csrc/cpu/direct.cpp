@@ -36,11 +36,11 @@ constexpr int64_t kStripsBytes = 384 << 10;  // strips of the in channels that a
 constexpr int64_t kKeptBytes = 256 << 10;    // result rows of a task that are in the making
 constexpr int64_t kLeastColumns = 384;       // of a block, if there are as many: a row tile of weights is read for all
 constexpr int64_t kMostColumns = 512;
-constexpr int64_t kFewChannels = 16;     // of a group, where NHWC is transposed
-constexpr int64_t kChannelsAtOnce = 16;  // of several groups that NHWC transposes together
-constexpr int64_t kSlack = 16;           // behind the strips: vectors are read whole
+constexpr int64_t kFewChannels = 16;        // of a group, where NHWC is transposed
+constexpr int64_t kChannelsAtOnce = 16;     // of several groups that NHWC transposes together
+constexpr int64_t kSlack = 16;              // behind the strips: vectors are read whole
 constexpr int64_t kMostWeights = 48 << 20;  // bytes of packed weights
-constexpr int64_t kMaxPhases = 65536;    // of backward_input: each costs a little set-up
+constexpr int64_t kMaxPhases = 65536;       // of backward_input: each costs a little set-up
 
 // One axis of a strip: planes of equal length. Position i of plane p holds source position base[p] + i * step, counted
 // from what the block's first result reads. Taps share planes, one for each residue of their offsets, or where they
@@ -452,8 +452,8 @@ void run_phase(const Gather& g, const GatherPhase& phase, const Plan& plan, cons
             for (const Block& sum : sums) {
               if (sum.channel < c0 || (sum.channel >= c1 && sum.channels > 0)) continue;
               const auto [term, count] = terms.of(sum, taps);
-              const W* const w = words + in_group * weights.group_stride + row * weights.to_stride +
-                                 sum.channel * weights.from_stride;
+              const W* const w =
+                  words + in_group * weights.group_stride + row * weights.to_stride + sum.channel * weights.from_stride;
               const W* const b = strips + (group * (c1 - c0) + sum.channel - c0) * plan.size;
               for (int64_t panel = 0; panel < panels; ++panel) {
                 const int64_t v0 = vector_count * panel / panels, v1 = vector_count * (panel + 1) / panels;
@@ -533,8 +533,8 @@ int64_t workspace_bytes(const ConvShape& s, Direction direction, int threads) {
   int64_t words = 0;
   const auto add = [&] {
     for (const GatherPhase& phase : g.phases)
-      words = std::max(words,
-                       packed_weights(g, phase, kernels) + plan_for(g, phase, kernels, threads).elements(threads));
+      words =
+          std::max(words, packed_weights(g, phase, kernels) + plan_for(g, phase, kernels, threads).elements(threads));
   };
   add();
   if (works_on_padding(s)) {

@@ -15,39 +15,12 @@
 #include <cstdint>
 
 #include "cpu/depthwise.h"
+#include "cpu/stored.h"
 
 namespace myconv::cpu {
 
 inline constexpr int kMaxRows = 8;     // register tile rows of any ISA
 inline constexpr int kMaxVectors = 3;  // register tile columns of any ISA, in vectors
-
-// The 16-bit types as they are stored. They are multiplied as words of 4 bytes, into which they are packed: each a
-// float32, or where the processor multiplies them itself, a pair of bfloat16 values that follow each other in depth (the
-// second is zero behind an odd depth). A word travels as a float whatever its bits mean. Sums are float32.
-struct bfloat16 {
-  uint16_t bits;
-};
-struct float16 {
-  uint16_t bits;
-};
-
-// What a stored type is multiplied as.
-template <typename T>
-struct WordOf {
-  using type = T;
-};
-template <>
-struct WordOf<bfloat16> {
-  using type = float;
-};
-template <>
-struct WordOf<float16> {
-  using type = float;
-};
-template <typename T>
-using Word = typename WordOf<T>::type;
-template <typename T>
-inline constexpr bool kIsHalf = sizeof(T) == 2;
 
 // C[row][0, cols) = sum over tap < taps, k < depth of
 //                     a[tap * rows + row][a_offset + k * a_step] * b[b_offset(tap) + k * ldb + col]

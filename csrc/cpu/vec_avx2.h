@@ -28,6 +28,7 @@ struct F32 {
   static V add(V a, V b) { return _mm256_add_ps(a, b); }
   static V fma(V a, V b, V c) { return _mm256_fmadd_ps(a, b, c); }
   // 16-bit values in memory, all lanes or the first few: these in pieces of 4, 2 and 1.
+  static constexpr bool kMasksBits = false;
   static __m128i load_bits(const uint16_t* p) { return _mm_loadu_si128(reinterpret_cast<const __m128i*>(p)); }
   static __m128i load_bits(const uint16_t* p, int64_t values) {
     if (values >= kLanes) return load_bits(p);

@@ -30,11 +30,14 @@ struct F32 {
   static void store(float* p, V v, Mask m) { _mm512_mask_storeu_ps(p, m, v); }
   static V add(V a, V b) { return _mm512_add_ps(a, b); }
   static V fma(V a, V b, V c) { return _mm512_fmadd_ps(a, b, c); }
-  // 16-bit values in memory, all lanes or the first few.
+  // 16-bit values in memory: all lanes, the first few, or any.
+  static constexpr bool kMasksBits = true;
   static __m256i load_bits(const uint16_t* p) { return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)); }
   static __m256i load_bits(const uint16_t* p, int64_t values) { return _mm256_maskz_loadu_epi16(mask(values), p); }
+  static __m256i load_bits(const uint16_t* p, Mask m) { return _mm256_maskz_loadu_epi16(m, p); }
   static void store_bits(uint16_t* p, __m256i bits) { _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), bits); }
   static void store_bits(uint16_t* p, __m256i bits, int64_t values) { _mm256_mask_storeu_epi16(p, mask(values), bits); }
+  static void store_bits(uint16_t* p, __m256i bits, Mask m) { _mm256_mask_storeu_epi16(p, m, bits); }
   static V load_bfloat16(const uint16_t* p, auto... values) {
     return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(load_bits(p, values...)), 16));
   }
@@ -63,7 +66,7 @@ struct F32 {
   static V load_few(const float* p) { return _mm512_castps128_ps512(_mm_loadu_ps(p)); }  // 4 values or a vector
   static V insert(V v, Mask m, V few, Index at) {
     return _mm512_mask_permutexvar_ps(v, m, at, few);
-  }                                    // v, but few[at] in m
+  }  // v, but few[at] in m
   static void transpose(V (&v)[16]) {  // pairs, then quads of rows inside 128 bits, then the 128-bit quarters
     V t[16];
 #pragma GCC unroll 8

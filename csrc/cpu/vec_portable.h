@@ -66,6 +66,7 @@ struct Vec {
 };
 
 struct F32 : Vec<float> {
+  static constexpr bool kMasksBits = false;  // of 16-bit values in memory
   static V load_bfloat16(const uint16_t* p, int64_t values = kLanes) {
     V v{};
     for (int i = 0; i < values; ++i) {
