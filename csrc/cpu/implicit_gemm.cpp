@@ -4,12 +4,14 @@
 // never built: rows (register tile) are result pixels, columns (vectors) result channels, the depth taps x channels.
 // Weights are packed once a call into panels [block][tap][channel][width]; activations are read where they lie:
 //
-//   by lines      short sums: the lines that a block of result lines reads are copied once with their padding, or lie in
-//                 place where there is none; then all pixels of a line read at one distance, in runs of terms
-//   by pointers   the others: one for each (tap, pixel); a pixel in the padding points to a row of zeros
+//   by rectangles   result pixels that read inside the image through the same taps: all of their rows lie at one
+//                   distance and every tap at one offset, so nothing is set up for a tile; taps in the padding are
+//                   left out exactly
+//   by pointers     images so small that rectangles make no tiles: one pointer for each (tap, pixel); a pixel in the
+//                   padding points to a row of zeros
 //
-// Where all weights are finite, a line or a tile leaves out the taps that read nothing but padding, and tiles by pointers
-// run along the axis that leaves out most. What is left is summed as before, and adding 0 changes nothing.
+// Taps in the padding may be left out where all weights are finite; what is left is summed as before, and adding 0
+// changes nothing. Otherwise, and in other padding modes, what reads the padding is done by pointers.
 //
 // Sums: blocks of at most kSumLength terms, each from a fresh accumulator, added in order; bias with the first. The
 // order does not depend on the tile, so results do not depend on batch or threads.
@@ -32,9 +34,9 @@ namespace {
 constexpr int64_t kMaxPhases = 65536;        // of backward_input: each costs a little set-up
 constexpr int64_t kPointerBytes = 64 << 10;  // pointer list of the tiles that one task works on
 constexpr int64_t kMaxTilesPerTask = 16;
-constexpr int64_t kFewChannels = 16;
-constexpr int64_t kLinesBytes = 128 << 10;  // of the lines that a block of result lines reads: they stay in L2
-constexpr int64_t kOwnPanels = 128 << 10;   // up to here each thread packs all panels for itself
+constexpr int64_t kBandBytes = 256 << 10;  // of what a band of result lines reads for one block of a sum
+constexpr int64_t kOwnPanels = 128 << 10;  // up to here threads that share panels each pack them for themselves
+constexpr int64_t kMostSegments = 64;      // of an axis, by rectangles
 
 const char* decline(const ConvShape& s) {
   if (s.dtype != Dtype::kFloat32 && s.dtype != Dtype::kFloat64) return "only float32 and float64";
@@ -52,42 +54,43 @@ bool is_padded(const GatherAxis& axis) {
   return false;
 }
 
-// Lines that a block of result lines reads, of one group: [tap along d][line][position][channel].
-struct Lines {
-  bool in_place;                                      // nothing is copied
-  int64_t low[3] = {0, 0, 0}, reach[3] = {1, 1, 1};   // of the offsets: smallest, largest - smallest + 1
-  int64_t width = 0, block = 0, count = 0, size = 0;  // positions of a line, result lines, lines of these, elements
-
-  Lines(const Gather& g, const GatherPhase& phase, int64_t element_size) {
-    const GatherAxis* a = phase.axis;
-    in_place =
-        !is_padded(a[0]) && !is_padded(a[1]) && !is_padded(a[2]) && (g.groups == 1 || g.from_per_group >= kFewChannels);
-    if (phase.taps() == 0) return;
-    for (int d = 0; d < 3; ++d) {
-      const auto [least, most] = std::minmax_element(a[d].offset.begin(), a[d].offset.end());
-      if (static_cast<double>(*most) - static_cast<double>(*least) > kLinesBytes) return;
-      low[d] = *least, reach[d] = *most - *least + 1;
-    }
-    width = (a[2].count - 1) * a[2].from_step + reach[2];
-    const int64_t line = a[0].taps() * width * g.from_per_group, fit = kLinesBytes / element_size / line;
-    if (fit < reach[1]) return;
-    block = std::min(a[1].count, (fit - reach[1]) / a[1].from_step + 1);
-    count = (block - 1) * a[1].from_step + reach[1];
-    size = in_place ? 0 : count * line;
-  }
+// Positions [begin, end) of a result that read inside through taps [tap0, tap1), and no others.
+struct Segment {
+  int64_t begin, end, tap0, tap1;
+  int64_t length() const { return end - begin; }
+  int64_t taps() const { return tap1 - tap0; }
 };
+using Segments = c10::SmallVector<Segment, 8>;
 
-// Whether a phase is worked on by lines, and not by pointers: sums of one block, and lines that make a tile.
-bool takes_lines(const Gather& g, const GatherPhase& phase, int64_t rows, int64_t element_size) {
-  const GatherAxis* a = phase.axis;
-  const bool long_enough = a[2].count >= rows / 2 || a[0].count * a[1].count == 1;
-  return long_enough && phase.taps() * g.from_per_group <= kSumLength && Lines(g, phase, element_size).block > 0;
+Segments segments(const GatherAxis& axis) {
+  c10::SmallVector<int64_t, 16> cuts{0, axis.count};
+  for (int64_t t = 0; t < axis.taps(); ++t)
+    cuts.push_back(axis.first_inside(t)), cuts.push_back(std::max(axis.first_inside(t), axis.last_inside(t)));
+  std::sort(cuts.begin(), cuts.end());
+  cuts.erase(std::unique(cuts.begin(), cuts.end()), cuts.end());
+  Segments found;
+  for (size_t i = 0; i + 1 < cuts.size(); ++i) {
+    Segment s{cuts[i], cuts[i + 1], 0, 0};
+    for (int64_t t = 0; t < axis.taps(); ++t) {
+      if (axis.first_inside(t) > s.begin || axis.last_inside(t) < s.end) continue;
+      if (s.taps() == 0) s.tap0 = t;
+      s.tap1 = t + 1;
+    }
+    found.push_back(s);
+  }
+  return found;
+}
+
+// What a run of pixels costs, in pixels of full tiles: a tile of few rows costs no less than one of four.
+double run_cost(int64_t length, int64_t rows) {
+  const int64_t tiles = ceil_div(length, rows);
+  return std::max(static_cast<double>(length), 4.0 * static_cast<double>(tiles)) + 0.7 * static_cast<double>(tiles);
 }
 
 // What one call needs, in elements. Packed weights are those of the pass that is being worked on.
 struct Workspace {
-  int64_t packed, zeros, lines;  // zeros: one pixel; lines: of a thread
-  bool own_panels;               // each thread packs all panels for itself: to fetch them from another costs more
+  int64_t packed, zeros;  // zeros: one pixel
+  bool own_panels;        // threads that share panels each pack them for themselves: to fetch them costs more
 
   Workspace(const ConvShape& s, const Gather& g, Direction direction) {
     const bool forward = direction == Direction::kForward;
@@ -99,16 +102,9 @@ struct Workspace {
     const int64_t unit = s.taps() * from * panels.width;
     packed = std::min(s.groups * panels.count, std::max<int64_t>(1, kPackedBytes / dtype_size(s.dtype) / unit)) * unit;
     zeros = s.groups * from;
-    lines = 0;
-    const int64_t rows = s.dtype == Dtype::kFloat32 ? m.f32.rows : m.f64.rows;
-    for (const GatherPhase& phase : g.phases)
-      if (takes_lines(g, phase, rows, dtype_size(s.dtype)))
-        lines = std::max(lines, Lines(g, phase, dtype_size(s.dtype)).size);
     own_panels = s.groups * panels.count * unit * dtype_size(s.dtype) <= kOwnPanels;
   }
-  int64_t elements(int threads) const {
-    return std::max((own_panels ? threads : 1) * packed + threads * lines, packed + zeros);
-  }
+  int64_t elements(int threads) const { return zeros + (own_panels ? threads : 1) * packed; }
 };
 
 // A result pixel of a phase.
@@ -123,6 +119,7 @@ struct Tiles {
   enum Along { kAll, kBatch, kLine, kColumn } along = kAll;
   int64_t count, of_run, run;  // tiles, tiles of a run, pixels of a run
   int64_t rows, pixels, extent[4];
+  double least;  // what a pixel costs, as a share of the products of a full tile
 
   Tiles(const Gather& g, const GatherPhase& phase, int64_t rows, bool skip_zeros) : rows(rows) {
     const GatherAxis* a = phase.axis;
@@ -139,8 +136,7 @@ struct Tiles {
     run = pixels;
     // What a pixel costs for the products that are left: a tile of few rows costs no less than one of four.
     const auto cost = [&](int64_t length, double products) {
-      const double tile = static_cast<double>(length) / static_cast<double>(ceil_div(length, rows));
-      return products * (std::max(tile, 4.0) + 0.7) / tile;
+      return products * run_cost(length, rows) / static_cast<double>(length);
     };
     // Of all pairs of a tile along axis d and a tap, those of which some pixel is inside.
     const auto live_tiles = [&](int d) {
@@ -152,7 +148,7 @@ struct Tiles {
                    std::min(a[d].last_inside(t), a[d].count * (i + 1) / tiles);
       return static_cast<double>(alive) / static_cast<double>(std::max<int64_t>(1, a[d].taps() * tiles));
     };
-    double least = cost(std::max<int64_t>(1, pixels), 1);
+    least = cost(std::max<int64_t>(1, pixels), 1);
     const auto consider = [&](Along axis, int64_t length, double products) {
       if (cost(length, products) >= least) return;
       least = cost(length, products), along = axis, run = length;
@@ -265,143 +261,212 @@ void pack_unit(const Gather& g, const GatherPhase& phase, const Kernels<T>& kern
                 target + t * block.channels * panels.width, panels.width);
 }
 
-// The lines that `count` result lines read, from line h of depth d on, with their padding.
 template <typename T>
-void copy_lines(const Gather& g, const GatherPhase& phase, const Kernels<T>& kernels, const Lines& plan, const T* image,
-                int64_t d, int64_t h, int64_t count, T* target) {
-  const GatherAxis* a = phase.axis;
-  const int64_t channels = g.from_per_group, pixel = g.from_stride.axis[2], extent = a[2].from_extent;
-  const int64_t first = std::clamp<int64_t>(-plan.low[2], 0, plan.width);
-  const int64_t last = std::clamp<int64_t>(extent - plan.low[2], first, plan.width);
-  const auto outside = [](int64_t at, const GatherAxis& axis) { return at < 0 || at >= axis.from_extent; };
-  for (int64_t td = 0; td < a[0].taps(); ++td) {
-    const int64_t from_d = a[0].source(d, td);
-    T* to = target + td * plan.count * plan.width * channels;
-    for (int64_t l = 0; l < (count - 1) * a[1].from_step + plan.reach[1]; ++l, to += plan.width * channels) {
-      // What no tap reads may lie beyond any padding mode's reach.
-      const int64_t from_h = padded_index(h * a[1].from_step + plan.low[1] + l, a[1].from_extent, a[1].mode);
-      if (outside(from_d, a[0]) || outside(from_h, a[1])) {
-        std::fill_n(to, plan.width * channels, T(0));
-        continue;
-      }
-      const T* const line = image + from_d * g.from_stride.axis[0] + from_h * g.from_stride.axis[1];
-      const auto copy = [&](int64_t at, int64_t i, int64_t pixels) {
-        const bool dense = pixel == channels;
-        kernels.copy_rows(line + at * pixel, pixel, dense ? 1 : pixels, dense ? pixels * channels : channels,
-                          to + i * channels, channels);
-      };
-      if (first < last) copy(plan.low[2] + first, first, last - first);
-      for (int64_t i = 0; i < plan.width; ++i) {
-        if (i == first) i = last;
-        if (i >= plan.width) break;
-        const int64_t at = padded_index(plan.low[2] + i, extent, a[2].mode);
-        if (outside(at, a[2]))
-          std::fill_n(to + i * channels, channels, T(0));
-        else
-          copy(at, i, 1);
-      }
-    }
-  }
-}
-
-// Terms in runs that are contiguous in a line: all taps of a kernel line, or one tap.
-struct Runs {
-  int64_t depth;
-  c10::SmallVector<Term, 32> all;
-  c10::SmallVector<int64_t, 32> d, h;  // taps of each run
-
-  // Offsets from what a result's first tap reads; step: of an axis of what is read.
-  Runs(const Gather& g, const GatherPhase& phase, const Lines& plan, const int64_t step[3], int64_t width) {
-    const GatherAxis* a = phase.axis;
-    bool joined = step[2] == g.from_per_group;
-    for (int64_t t = 1; t < a[2].taps(); ++t) joined = joined && a[2].offset[t] == a[2].offset[t - 1] + 1;
-    depth = g.from_per_group * (joined ? a[2].taps() : 1);
-    int64_t b = 0;
-    for (int64_t td = 0; td < a[0].taps(); ++td)
-      for (int64_t th = 0; th < a[1].taps(); ++th)
-        for (int64_t tw = 0; tw < (joined ? 1 : a[2].taps()); ++tw, b += depth * width) {
-          const int64_t at_d = plan.in_place ? a[0].offset[td] - plan.low[0] : td;
-          all.push_back(
-              {at_d * step[0] + (a[1].offset[th] - plan.low[1]) * step[1] + (a[2].offset[tw] - plan.low[2]) * step[2],
-               b});
-          d.push_back(td), h.push_back(th);
-        }
-  }
+struct Operands {
+  const T* from;
+  const T* bias;
+  T* to;
+  const T* zeros;  // of a pixel
 };
 
-// By lines: result lines [begin, end) of all samples, units [unit0, unit1), whose panels begin at `packed`.
+// By rectangles: what results between two cuts of each axis have in common is found once.
 template <typename T>
-struct ByLines {
-  const Gather& g;
-  const GatherPhase& phase;
-  const Kernels<T>& kernels;
-  const Panels panels;
-  const Lines plan;
-  int64_t step[3];
-  const Runs runs;
-
-  ByLines(const Gather& g, const GatherPhase& phase, const Kernels<T>& kernels)
-      : g(g),
-        phase(phase),
-        kernels(kernels),
-        panels(g.to_per_group, kernels.lanes, kernels.vectors),
-        plan(g, phase, sizeof(T)),
-        step{plan.in_place ? g.from_stride.axis[0] : plan.count * plan.width * g.from_per_group,
-             plan.in_place ? g.from_stride.axis[1] : plan.width * g.from_per_group,
-             plan.in_place ? g.from_stride.axis[2] : g.from_per_group},
-        runs(g, phase, plan, step, panels.width) {}
-
-  void multiply(const T* from, const T* bias, T* to, const T* packed, T* scratch, int64_t begin, int64_t end,
-                int64_t unit0, int64_t unit1, bool skip_zeros) const {
+class Rectangles {
+ public:
+  Rectangles(const Gather& g, const GatherPhase& phase, const Kernels<T>& kernels)
+      : g_(g),
+        phase_(phase),
+        kernels_(kernels),
+        panels_(g.to_per_group, kernels.lanes, kernels.vectors),
+        blocks_(reduction_blocks(g.from_per_group, phase.taps(), /*taps_inside=*/false)) {
     const GatherAxis* a = phase.axis;
-    const int64_t unit_size = runs.depth * static_cast<int64_t>(runs.all.size()) * panels.width;
-    const bool may_skip = skip_zeros && a[0].mode == PaddingMode::kZeros;
-    c10::SmallVector<Term, 32> kept;
+    for (int d = 0; d < 3; ++d) {
+      segments_[d] = segments(a[d]);
+      from_step_[d] = a[d].from_step * g.from_stride.axis[d];
+      to_step_[d] = a[d].to_step * g.to_stride.axis[d];
+    }
+    joined_ = g.from_stride.axis[2] == g.from_per_group && phase.taps() > 0;
+    for (int64_t t = 1; t < a[2].taps(); ++t) joined_ = joined_ && a[2].offset[t] == a[2].offset[t - 1] + 1;
+    const int64_t line = a[1].from_step * a[2].count * a[2].from_step * std::min(g.from_per_group, kSumLength);
+    band_ = std::max<int64_t>(kernels.rows, kBandBytes / static_cast<int64_t>(sizeof(T)) / std::max<int64_t>(line, 1));
+  }
+
+  // What a pixel costs, as a share of the products of a full tile.
+  double cost(bool skip_zeros) const {
+    const int64_t taps = phase_.taps();
+    double sum = 0;
+    for (const Segments& of_axis : segments_)
+      if (static_cast<int64_t>(of_axis.size()) > kMostSegments) return 1e9;
+    // A call takes as long as this many terms of a pixel.
+    const double call = kCallCycles * 2.0 * kernels_.lanes / static_cast<double>(panels_.width) * blocks_.size();
+    for (const Segment& d : segments_[0])
+      for (const Segment& h : segments_[1])
+        for (const Segment& w : segments_[2]) {
+          const int64_t lines = std::min(band_, h.length()), bands = ceil_div(h.length(), lines);
+          const int64_t inside = d.taps() * h.taps() * w.taps();
+          // What is not left out is done by pointers, anew for each panel.
+          const double terms = inside == taps || skip_zeros ? static_cast<double>(inside * g_.from_per_group)
+                                                            : static_cast<double>(taps * (g_.from_per_group + 16));
+          const bool down = is_down(w.length(), lines);
+          const double runs = static_cast<double>(down ? w.length() * bands : h.length());
+          const double run = run_cost(down ? ceil_div(h.length(), bands) : w.length(), kernels_.rows);
+          sum += static_cast<double>(d.length()) * runs * (run * terms + call);
+        }
+    return sum / std::max(1.0, static_cast<double>(taps * g_.from_per_group) * static_cast<double>(phase_.pixels()));
+  }
+
+  // Result lines [begin, end) of all samples, units [unit0, unit1), whose panels begin at `packed`.
+  void multiply(const Operands<T>& o, const T* packed, int64_t begin, int64_t end, int64_t unit0, int64_t unit1,
+                bool finite) const {
+    const GatherAxis* a = phase_.axis;
+    std::vector<Piece> pieces;
+    std::vector<Term> terms;
+    std::vector<const T*> sources;
     for (int64_t at = begin; at < end;) {
       const int64_t h = at % a[1].count, d = at / a[1].count % a[0].count, n = at / a[1].count / a[0].count;
-      const int64_t lines = std::min({plan.block, a[1].count - h, end - at});
-      int64_t copied = -1;  // group
-      for (int64_t unit = unit0; unit < unit1; ++unit, packed += unit_size) {
-        const int64_t group = unit / panels.count, panel = unit % panels.count;
-        const int64_t column = group * g.to_per_group + panels.begin(panel);
-        const T* const image = from + n * g.from_stride.batch + group * g.from_per_group;
-        if (!plan.in_place && copied != group) {
-          copy_lines(g, phase, kernels, plan, image, d, h, lines, scratch);
-          copied = group;
-        }
-        const T* const origin = plan.in_place ? image + (plan.low[0] + d * a[0].from_step) * step[0] +
-                                                    (plan.low[1] + h * a[1].from_step) * step[1] + plan.low[2] * step[2]
-                                              : scratch;
-        for (int64_t l = 0; l < lines; ++l) {
-          const Term* run = runs.all.data();
-          auto count = static_cast<int64_t>(runs.all.size());
-          if (may_skip) {
-            kept.clear();
-            for (int64_t r = 0; r < count; ++r)
-              if (a[0].source(d, runs.d[r]) >= 0 && a[1].source(h + l, runs.h[r]) >= 0) kept.push_back(run[r]);
-            run = kept.data(), count = static_cast<int64_t>(kept.size());
-          }
-          multiply_rows(kernels,
-                        {.tiles = 0,
-                         .runs = count,
-                         .depth = runs.depth,
-                         .run = run,
-                         .a = origin + l * a[1].from_step * step[1],
-                         .a_row = a[2].from_step * step[2],
-                         .b = packed,
-                         .ldb = panels.width,
-                         .c = to + n * g.to_stride.batch + (a[0].to_start + d * a[0].to_step) * g.to_stride.axis[0] +
-                              (a[1].to_start + (h + l) * a[1].to_step) * g.to_stride.axis[1] +
-                              a[2].to_start * g.to_stride.axis[2] + column,
-                         .c_row = a[2].to_step * g.to_stride.axis[2],
-                         .cols = panels.size(panel),
-                         .column_bias = bias ? bias + column : nullptr,
-                         .accumulate = false},
-                        a[2].count);
+      const Segment &of_d = find(0, d), &of_h = find(1, h);
+      const int64_t lines = std::min({band_, of_h.end - h, end - at});
+      for (const Block& block : blocks_) {
+        pieces.clear(), terms.clear();
+        for (const Segment& of_w : segments_[2]) add_piece(of_d, of_h, of_w, lines, block, finite, pieces, terms);
+        for (int64_t unit = unit0; unit < unit1; ++unit) {
+          const T* const b = packed + (unit - unit0) * unit_size() + block.start * panels_.width;
+          for (const Piece& piece : pieces)
+            if (piece.by_pointers)
+              multiply_by_pointers(o, b, {n, d, h, piece.begin}, lines, piece.end, block, unit, sources);
+            else
+              multiply_runs(o, b, {n, d, h, piece.begin}, lines, piece, terms.data(), block, unit);
         }
       }
-      packed -= (unit1 - unit0) * unit_size;
       at += lines;
+    }
+  }
+
+  int64_t unit_size() const { return phase_.taps() * g_.from_per_group * panels_.width; }
+
+ private:
+  static constexpr double kCallCycles = 60;
+
+  // Of a band of result lines, those positions whose terms are the same.
+  struct Piece {
+    int64_t begin, end, first_run, runs, depth;
+    bool down, by_pointers;
+  };
+
+  // Whether tiles lie across lines.
+  bool is_down(int64_t width, int64_t lines) const {
+    return static_cast<double>(width) * run_cost(lines, kernels_.rows) <
+           static_cast<double>(lines) * run_cost(width, kernels_.rows);
+  }
+  const Segment& find(int axis, int64_t position) const {
+    const Segment* found = segments_[axis].begin();
+    while (found->end <= position) ++found;
+    return *found;
+  }
+
+  void add_piece(const Segment& d, const Segment& h, const Segment& w, int64_t lines, const Block& block, bool finite,
+                 std::vector<Piece>& pieces, std::vector<Term>& terms) const {
+    const GatherAxis* a = phase_.axis;
+    const bool whole = d.taps() == a[0].taps() && h.taps() == a[1].taps() && w.taps() == a[2].taps();
+    Piece piece{w.begin, w.end, static_cast<int64_t>(terms.size()), 0, block.channels, is_down(w.length(), lines),
+                false};
+    piece.by_pointers = !whole && (!finite || a[2].mode != PaddingMode::kZeros);
+    // Of a whole kernel line the taps are one run.
+    const bool joined = joined_ && block.tap % a[2].taps() == 0 && block.taps % a[2].taps() == 0;
+    if (joined) piece.depth = w.taps() * block.channels;
+    for (int64_t td = d.tap0; td < d.tap1 && !piece.by_pointers; ++td)
+      for (int64_t th = h.tap0; th < h.tap1; ++th)
+        for (int64_t tw = w.tap0; tw < (joined ? std::min(w.tap0 + 1, w.tap1) : w.tap1); ++tw) {
+          const int64_t tap = (td * a[1].taps() + th) * a[2].taps() + tw - block.tap;
+          if (tap < 0 || tap >= block.taps) continue;
+          const int64_t source = a[0].offset[td] * g_.from_stride.axis[0] + a[1].offset[th] * g_.from_stride.axis[1] +
+                                 a[2].offset[tw] * g_.from_stride.axis[2] + block.channel;
+          terms.push_back({source, tap * block.channels * panels_.width});
+          ++piece.runs;
+        }
+    pieces.push_back(piece);
+  }
+
+  void multiply_runs(const Operands<T>& o, const T* b, const Pixel& at, int64_t lines, const Piece& piece,
+                     const Term* terms, const Block& block, int64_t unit) const {
+    const int64_t group = unit / panels_.count, panel = unit % panels_.count, width = piece.end - piece.begin;
+    const int64_t column = group * g_.to_per_group + panels_.begin(panel);
+    const int along = piece.down ? 1 : 2, across = piece.down ? 2 : 1;
+    GemmRows<T> rows{.tiles = 0,
+                     .runs = piece.runs,
+                     .depth = piece.depth,
+                     .run = terms + piece.first_run,
+                     .a = o.from + at.n * g_.from_stride.batch + at.d * from_step_[0] + at.h * from_step_[1] +
+                          at.w * from_step_[2] + group * g_.from_per_group,
+                     .a_row = from_step_[along],
+                     .b = b,
+                     .ldb = panels_.width,
+                     .c = result_pixel(g_, phase_, at, o.to) + column,
+                     .c_row = to_step_[along],
+                     .cols = panels_.size(panel),
+                     .column_bias = o.bias ? o.bias + column : nullptr,
+                     .accumulate = block.start > 0};
+    for (int64_t i = 0; i < (piece.down ? width : lines); ++i) {
+      multiply_rows(kernels_, rows, piece.down ? lines : width);
+      rows.a += from_step_[across];
+      rows.c += to_step_[across];
+    }
+  }
+
+  // The same for pixels that read what is not inside the image.
+  void multiply_by_pointers(const Operands<T>& o, const T* b, Pixel at, int64_t lines, int64_t end, const Block& block,
+                            int64_t unit, std::vector<const T*>& sources) const {
+    const int64_t group = unit / panels_.count, panel = unit % panels_.count, taps = phase_.taps();
+    const int64_t column = group * g_.to_per_group + panels_.begin(panel), begin = at.w;
+    sources.resize(taps * kernels_.rows);
+    for (const int64_t h = at.h + lines; at.h < h; ++at.h)
+      for (at.w = begin; at.w < end;) {
+        const int64_t rows = std::min<int64_t>(kernels_.rows, end - at.w);
+        T* c[kMaxRows];
+        for (int64_t r = 0; r < rows; ++r, ++at.w) {
+          pixel_sources(g_, phase_, at, o.from, o.zeros, sources.data() + r, rows);
+          c[r] = result_pixel(g_, phase_, at, o.to) + column;
+        }
+        kernels_.gemm[rows - 1]({.taps = block.taps,
+                                 .depth = block.channels,
+                                 .a = sources.data() + block.tap * rows,
+                                 .a_offset = group * g_.from_per_group + block.channel,
+                                 .a_step = 1,
+                                 .b = b,
+                                 .b_offsets = nullptr,
+                                 .ldb = panels_.width,
+                                 .c = c,
+                                 .cols = panels_.size(panel),
+                                 .row_bias = nullptr,
+                                 .column_bias = o.bias ? o.bias + column : nullptr,
+                                 .accumulate = block.start > 0});
+      }
+  }
+
+  const Gather& g_;
+  const GatherPhase& phase_;
+  const Kernels<T>& kernels_;
+  const Panels panels_;
+  const Blocks blocks_;
+  Segments segments_[3];
+  int64_t from_step_[3], to_step_[3], band_;
+  bool joined_;  // the taps of a kernel line read what lies side by side
+};
+
+// How threads share result lines and units: as many pieces of either as together make one for each thread.
+struct Split {
+  int64_t lines = 1, units = 1;
+
+  Split(int64_t all_lines, int64_t all_units, int threads) {
+    const auto cost = [](int64_t all, int64_t pieces) {
+      return static_cast<double>(ceil_div(all, pieces)) * static_cast<double>(pieces) / static_cast<double>(all);
+    };
+    double best = -1;
+    for (int64_t u = 1; u <= std::min<int64_t>(threads, all_units); ++u) {
+      const int64_t l = std::clamp<int64_t>(all_lines, 1, threads / u);
+      const double idle = static_cast<double>(threads) / static_cast<double>(l * u);
+      const double now = cost(all_lines, l) * cost(all_units, u) * idle;
+      if (best < 0 || now < best) best = now, lines = l, units = u;
     }
   }
 };
@@ -486,6 +551,13 @@ void multiply_by_pointers(const Gather& g, const GatherPhase& phase, const Kerne
   });
 }
 
+// What a pixel costs by pointers, as a share of the products of a full tile: setting up a pointer takes about 8 cycles.
+template <typename T>
+double pointer_cost(const Gather& g, const GatherPhase& phase, const Kernels<T>& kernels, bool skip_zeros) {
+  const auto vectors = static_cast<double>(ceil_div(g.to_per_group, kernels.lanes) * g.groups);
+  return Tiles(g, phase, kernels.rows, skip_zeros).least + 16 / (vectors * static_cast<double>(g.from_per_group));
+}
+
 template <typename T>
 void run_phase(const Gather& g, const GatherPhase& phase, const Kernels<T>& kernels, const T* from, const T* weight,
                const T* bias, T* to, const Workspace& sizes, T* workspace, int threads, bool skip_zeros) {
@@ -498,60 +570,56 @@ void run_phase(const Gather& g, const GatherPhase& phase, const Kernels<T>& kern
   const int64_t units = g.groups * panels.count, unit_size = depth * panels.width;
   const auto block_count = static_cast<int64_t>(blocks.size());
 
-  // Packs pieces [begin, end) of the panels from unit `first` on, a piece being a block of a panel. Whether they are
-  // known to be finite.
+  // Packs pieces [begin, end) of the panels from unit `first` on, a piece being a block of a panel. Whether products
+  // with the padding may be left out.
   const auto pack = [&](int64_t first, int64_t begin, int64_t end, T* packed) {
-    bool finite = look;
+    bool finite = look || skip_zeros;
     for (int64_t i = begin; i < end; ++i) {
       const Block& block = blocks[i % block_count];
       const int64_t unit = i / block_count;
       T* const target = packed + unit * unit_size + block.start * panels.width;
       pack_unit(g, phase, kernels, panels, weight, first + unit, block, target);
-      finite = finite && kernels.all_finite(target, block.terms() * panels.width);
+      finite = finite && (!look || kernels.all_finite(target, block.terms() * panels.width));
     }
     return finite;
   };
 
-  const bool by_lines = !skip_zeros && takes_lines(g, phase, kernels.rows, sizeof(T));
-  const int64_t lines = g.batch * a[0].count * a[1].count, tiles = lines * ceil_div(a[2].count, kernels.rows);
-  const int64_t chunks = std::clamp<int64_t>(tiles / 4, 1, std::min<int64_t>(lines, 16 * threads));
-  const double line_macs = static_cast<double>(a[2].count) * unit_size;
-  if (by_lines && sizes.own_panels && chunks >= threads) {
-    const ByLines<T> work(g, phase, kernels);
-    parallel_tasks(lines, line_macs * units, [&](int64_t begin, int64_t end) {
-      T* const packed = workspace + at::get_thread_num() * (sizes.packed + sizes.lines);
-      const bool finite = pack(0, 0, units * block_count, packed);
-      work.multiply(from, bias, to, packed, packed + sizes.packed, begin, end, 0, units, finite);
-    });
-    return;
-  }
-
-  T* const packed = workspace;
-  T* const scratch = packed + sizes.packed;
-  if (!by_lines) std::fill_n(scratch, sizes.zeros, T(0));
+  T* const zeros = workspace;
+  T* const packed = zeros + sizes.zeros;
+  std::fill_n(zeros, sizes.zeros, T(0));
+  const Operands<T> o{from, bias, to, zeros};
+  const Rectangles<T> rectangles(g, phase, kernels);
+  const bool may_skip = look || skip_zeros;
+  const bool by_rectangles = rectangles.cost(may_skip) <= pointer_cost(g, phase, kernels, may_skip);
+  const int64_t lines = g.batch * a[0].count * a[1].count;
+  const double macs = static_cast<double>(g.batch) * static_cast<double>(phase.pixels()) * static_cast<double>(depth);
   const int64_t units_per_pass = std::clamp<int64_t>(sizes.packed / std::max<int64_t>(unit_size, 1), 1, units);
   for (int64_t first = 0; first < units; first += units_per_pass) {
-    const int64_t last = std::min(units, first + units_per_pass);
-    std::atomic<bool> finite = true;
-    parallel_tasks((last - first) * block_count, 2.0 * unit_size / block_count, [&](int64_t begin, int64_t end) {
-      if (!pack(first, begin, end, packed)) finite = false;
-    });
-    if (!by_lines) {
-      multiply_by_pointers(g, phase, kernels, from, bias, to, packed, scratch, first, last, threads,
-                           skip_zeros || finite);
+    const int64_t count = std::min(units_per_pass, units - first);
+    const Split split(lines, count, threads);
+    const bool own = by_rectangles && (split.lines == 1 || sizes.own_panels);
+    std::atomic<bool> all_finite = true;
+    if (!own)
+      parallel_tasks(count * block_count, 2.0 * unit_size / block_count, [&](int64_t begin, int64_t end) {
+        if (!pack(first, begin, end, packed)) all_finite = false;
+      });
+    if (!by_rectangles) {
+      multiply_by_pointers(g, phase, kernels, from, bias, to, packed, zeros, first, first + count, threads, all_finite);
       continue;
     }
-    const ByLines<T> work(g, phase, kernels);
-    const int64_t splits = std::clamp<int64_t>(ceil_div(2 * threads, chunks), 1, last - first);
-    parallel_tasks(chunks * splits, line_macs * lines * (last - first) / (chunks * splits),
+    parallel_tasks(split.lines * split.units, macs * count * panels.width / (split.lines * split.units),
                    [&](int64_t begin, int64_t end) {
-                     T* const copied = scratch + at::get_thread_num() * sizes.lines;
                      for (int64_t i = begin; i < end; ++i) {
-                       const int64_t chunk = i / splits, split = i % splits;
-                       const int64_t unit0 = first + (last - first) * split / splits;
-                       const int64_t unit1 = first + (last - first) * (split + 1) / splits;
-                       work.multiply(from, bias, to, packed + (unit0 - first) * unit_size, copied,
-                                     lines * chunk / chunks, lines * (chunk + 1) / chunks, unit0, unit1, finite);
+                       const int64_t line = i % split.lines, unit = i / split.lines;
+                       const int64_t unit0 = count * unit / split.units, unit1 = count * (unit + 1) / split.units;
+                       T* panels_of_mine = packed + unit0 * unit_size;
+                       bool finite = all_finite;
+                       if (own) {
+                         if (split.lines > 1) panels_of_mine += at::get_thread_num() * sizes.packed;
+                         finite = pack(first + unit0, 0, (unit1 - unit0) * block_count, panels_of_mine);
+                       }
+                       rectangles.multiply(o, panels_of_mine, lines * line / split.lines,
+                                           lines * (line + 1) / split.lines, first + unit0, first + unit1, finite);
                      }
                    });
   }
