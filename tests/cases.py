@@ -194,6 +194,8 @@ GROUPS = [
 
 KERNELS = [
     Case("1x1", "conv2d", (2, 16, 7, 9), 24, 1),
+    Case("1x1_1101_channels", "conv2d", (2, 1101, 3, 7), 20, 1),
+    Case("1x1_1100_channels", "conv2d", (2, 1100, 5, 9), 50, 1),
     Case("1x1_no_bias", "conv2d", (2, 33, 5, 5), 17, 1, bias=False),
     Case("1x1_stride_2", "conv2d", (2, 8, 8, 9), 16, 1, stride=2),
     Case("1x1_padded", "conv2d", (2, 5, 4, 4), 6, 1, padding=1),
@@ -263,6 +265,7 @@ NETWORKS = [  # real layers with fewer channels and pixels
     Case("mobilenet_pointwise", "conv2d", (1, 32, 7, 7), 64, 1, bias=False),
     Case("convnext_depthwise", "conv2d", (1, 24, 14, 14), 24, 7, padding=3, groups=24),
     Case("stem_wide", "conv2d", (2, 3, 9, 41), 16, 3, 2, 1, bias=False),
+    Case("strided_odd_chunks", "conv2d", (1, 601, 8, 9), 9, 3, 2, 1),
     Case("strided_chunks", "conv2d", (1, 600, 12, 12), 9, 3, 2, 1),
     Case("long_lines", "conv1d", (2, 3, 1300), 5, 3, 2, 1),
     Case("stride_4_overlapping", "conv2d", (1, 3, 23, 37), 10, 7, 4, 2),

@@ -31,7 +31,7 @@ NAMES = (
     "replicate_3d circular_1d resnet_stem resnet_3x3 convnext_depthwise transposed_stride_2 "
     "transposed_1d_stride_3 transposed_3d"
 ).split()
-DTYPES = (torch.float32, torch.float64, torch.bfloat16)
+DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
 def check(name: str, progress) -> None:

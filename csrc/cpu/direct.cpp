@@ -100,7 +100,8 @@ struct Plan {
     const bool nhwc = g.to_stride.channel == 1 && g.to_stride.axis[2] != 1;
     const Blocks sums = reduction_blocks(g.from_per_group, phase.taps(), /*taps_inside=*/true);
     if (nhwc)
-      groups_at_once = std::clamp<int64_t>(kChannelsAtOnce / std::max(g.from_per_group, g.to_per_group), 1, g.groups);
+      groups_at_once = std::clamp<int64_t>(
+          (half ? 2 : 1) * kChannelsAtOnce / std::max(g.from_per_group, g.to_per_group), 1, g.groups);
     const int64_t step = groups_at_once * sums[0].channels;
     const int64_t budget = kStripsBytes / element_size / std::max<int64_t>(step, 1);
     const auto fits = [&](int64_t lines, int64_t line) {
@@ -258,7 +259,9 @@ void pack_weights(const Gather& g, const GatherPhase& phase, const Kernels<T>& k
       const int64_t group = i / g.to_per_group, k = i % g.to_per_group;
       const T* const source = weight + group * g.weight_group_stride + k * g.weight_to_stride;
       Word<T>* const to = target + group * packed.group_stride + k * packed.to_stride;
-      if (taps_last) {
+      if (taps == 1 && g.weight_from_stride == 1) {
+        kernels.copy_rows(source + offset[0], 0, 1, channels, to, 0);
+      } else if (taps_last) {
         kernels.copy_channels(source + offset[0], g.weight_from_stride, channels, taps, to, taps);
       } else if (channels_last) {
         kernels.transpose(source + offset[0], taps > 1 ? offset[1] - offset[0] : 1, taps, channels, to, taps);

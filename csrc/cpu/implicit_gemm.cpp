@@ -4,15 +4,17 @@
 // never built: rows (register tile) are result pixels, columns (vectors) result channels, the depth taps x channels.
 // Weights are packed once a call into panels [block][tap][channel][width]; activations are read where they lie:
 //
-//   by lines      short sums: the lines that a block of result lines reads are copied once with their padding, or lie in
-//                 place where there is none; then all pixels of a line read at one distance, in runs of terms
-//   by pointers   the others: one for each (tap, pixel); a pixel in the padding points to a row of zeros
+//   by rectangles   result pixels that read inside the image through the same taps: all of their rows lie at one
+//                   distance and every tap at one offset, so nothing is set up for a tile; taps in the padding are
+//                   left out exactly
+//   by pointers     images so small that rectangles make no tiles: one pointer for each (tap, pixel); a pixel in the
+//                   padding points to a row of zeros
 //
-// Where all weights are finite, a line or a tile leaves out the taps that read nothing but padding, and tiles by pointers
-// run along the axis that leaves out most. What is left is summed as before, and adding 0 changes nothing.
+// Taps in the padding may be left out where all weights are finite; what is left is summed as before, and adding 0
+// changes nothing. Otherwise, and in other padding modes, what reads the padding is done by pointers.
 //
 // 16-bit types are multiplied as words (microkernels.h), in which channels and terms count. Pixels are read where they
-// lie if they are whole pairs; else lines are packed as they are copied, and pixels by pointers for each tile.
+// lie if they are whole pairs; else they are packed, for rectangles the lines that a band of result lines reads.
 //
 // Sums: blocks of at most kSumLength terms, each from a fresh accumulator, added in order; bias with the first. The
 // order does not depend on the tile, so results do not depend on batch or threads.
@@ -35,9 +37,10 @@ namespace {
 constexpr int64_t kMaxPhases = 65536;        // of backward_input: each costs a little set-up
 constexpr int64_t kPointerBytes = 64 << 10;  // pointer list of the tiles that one task works on
 constexpr int64_t kMaxTilesPerTask = 16;
-constexpr int64_t kFewChannels = 16;
-constexpr int64_t kLinesBytes = 128 << 10;  // of the lines that a block of result lines reads: they stay in L2
-constexpr int64_t kOwnPanels = 128 << 10;   // up to here each thread packs all panels for itself
+constexpr int64_t kBandBytes = 256 << 10;     // of what a band of result lines reads for one block of a sum
+constexpr int64_t kOwnPanels = 128 << 10;     // up to here threads that share panels each pack them for themselves
+constexpr int64_t kMostSegments = 64;         // of an axis, by rectangles
+constexpr int64_t kConvertedBytes = 8 << 20;  // of a thread: packed lines, if what is read has to be
 
 const char* decline(const ConvShape& s) {
   if (!is_floating_point(s.dtype)) return "only floating-point types";
@@ -55,72 +58,38 @@ bool is_padded(const GatherAxis& axis) {
   return false;
 }
 
-// The gather of words: channels, and if these lie as they are multiplied, where they lie.
-Gather in_words(const Gather& g, int64_t pair) {
-  Gather words = g;
-  words.from_per_group = ceil_div(g.from_per_group, pair);
-  words.from_stride.batch /= pair;
-  for (int64_t& stride : words.from_stride.axis) stride /= pair;
-  return words;
-}
+// Positions [begin, end) of a result that read inside through taps [tap0, tap1), and no others.
+struct Segment {
+  int64_t begin, end, tap0, tap1;
+  int64_t length() const { return end - begin; }
+  int64_t taps() const { return tap1 - tap0; }
+};
+using Segments = c10::SmallVector<Segment, 8>;
 
-// Lines that a block of result lines reads, of one group: [tap along d][line][position][channel]. All in words.
-struct Lines {
-  bool in_place;                                      // nothing is copied
-  int64_t low[3] = {0, 0, 0}, reach[3] = {1, 1, 1};   // of the offsets: smallest, largest - smallest + 1
-  int64_t width = 0, block = 0, count = 0, size = 0;  // positions of a line, result lines, lines of these, elements
-
-  Lines(const Gather& g, const GatherPhase& phase, int64_t element_size, bool readable) {
-    const GatherAxis* a = phase.axis;
-    in_place = readable && !is_padded(a[0]) && !is_padded(a[1]) && !is_padded(a[2]) &&
-               (g.groups == 1 || g.from_per_group >= kFewChannels);
-    if (phase.taps() == 0) return;
-    for (int d = 0; d < 3; ++d) {
-      const auto [least, most] = std::minmax_element(a[d].offset.begin(), a[d].offset.end());
-      if (static_cast<double>(*most) - static_cast<double>(*least) > kLinesBytes) return;
-      low[d] = *least, reach[d] = *most - *least + 1;
+Segments segments(const GatherAxis& axis) {
+  c10::SmallVector<int64_t, 16> cuts{0, axis.count};
+  for (int64_t t = 0; t < axis.taps(); ++t)
+    cuts.push_back(axis.first_inside(t)), cuts.push_back(std::max(axis.first_inside(t), axis.last_inside(t)));
+  std::sort(cuts.begin(), cuts.end());
+  cuts.erase(std::unique(cuts.begin(), cuts.end()), cuts.end());
+  Segments found;
+  for (size_t i = 0; i + 1 < cuts.size(); ++i) {
+    Segment s{cuts[i], cuts[i + 1], 0, 0};
+    for (int64_t t = 0; t < axis.taps(); ++t) {
+      if (axis.first_inside(t) > s.begin || axis.last_inside(t) < s.end) continue;
+      if (s.taps() == 0) s.tap0 = t;
+      s.tap1 = t + 1;
     }
-    width = (a[2].count - 1) * a[2].from_step + reach[2];
-    const int64_t line = a[0].taps() * width * g.from_per_group, fit = kLinesBytes / element_size / line;
-    if (fit < reach[1]) return;
-    block = std::min(a[1].count, (fit - reach[1]) / a[1].from_step + 1);
-    count = (block - 1) * a[1].from_step + reach[1];
-    size = in_place ? 0 : count * line;
+    found.push_back(s);
   }
-};
-
-// Whether a phase is worked on by lines, and not by pointers: sums of one block, and lines that make a tile.
-bool takes_lines(const Gather& g, const GatherPhase& phase, int64_t rows, int64_t element_size, bool readable) {
-  const GatherAxis* a = phase.axis;
-  const bool long_enough = a[2].count >= rows / 2 || a[0].count * a[1].count == 1;
-  return long_enough && phase.taps() * g.from_per_group <= kSumLength &&
-         Lines(g, phase, element_size, readable).block > 0;
+  return found;
 }
 
-// What one call needs, in words. Packed weights are those of the pass that is being worked on.
-struct Workspace {
-  int64_t packed, zeros, lines;  // zeros: one pixel; lines: of a thread
-  bool own_panels;               // each thread packs all panels for itself: to fetch them from another costs more
-
-  template <typename T>
-  Workspace(const Gather& g, const Kernels<T>& kernels, int64_t all_taps) {
-    constexpr int64_t size = sizeof(Word<T>);
-    const Gather words = in_words(g, kernels.pair);
-    const Panels panels(g.to_per_group, kernels.lanes, kernels.vectors);
-    const int64_t unit = all_taps * words.from_per_group * panels.width;
-    packed = std::min(g.groups * panels.count, std::max<int64_t>(1, kPackedBytes / size / unit)) * unit;
-    zeros = g.groups * g.from_per_group;
-    lines = 0;
-    const bool readable = reads_in_place(kernels, g.from_per_group);
-    for (const GatherPhase& phase : g.phases)
-      if (takes_lines(words, phase, kernels.rows, size, readable))
-        lines = std::max(lines, Lines(words, phase, size, readable).size);
-    own_panels = g.groups * panels.count * unit * size <= kOwnPanels;
-  }
-  int64_t elements(int threads) const {
-    return std::max((own_panels ? threads : 1) * packed + threads * lines, packed + zeros);
-  }
-};
+// What a run of pixels costs, in pixels of full tiles: a tile of few rows costs no less than one of four.
+double run_cost(int64_t length, int64_t rows) {
+  const int64_t tiles = ceil_div(length, rows);
+  return std::max(static_cast<double>(length), 4.0 * static_cast<double>(tiles)) + 0.7 * static_cast<double>(tiles);
+}
 
 // A result pixel of a phase.
 struct Pixel {
@@ -134,6 +103,7 @@ struct Tiles {
   enum Along { kAll, kBatch, kLine, kColumn } along = kAll;
   int64_t count, of_run, run;  // tiles, tiles of a run, pixels of a run
   int64_t rows, pixels, extent[4];
+  double least;  // what a pixel costs, as a share of the products of a full tile
 
   Tiles(const Gather& g, const GatherPhase& phase, int64_t rows, bool skip_zeros) : rows(rows) {
     const GatherAxis* a = phase.axis;
@@ -150,8 +120,7 @@ struct Tiles {
     run = pixels;
     // What a pixel costs for the products that are left: a tile of few rows costs no less than one of four.
     const auto cost = [&](int64_t length, double products) {
-      const double tile = static_cast<double>(length) / static_cast<double>(ceil_div(length, rows));
-      return products * (std::max(tile, 4.0) + 0.7) / tile;
+      return products * run_cost(length, rows) / static_cast<double>(length);
     };
     // Of all pairs of a tile along axis d and a tap, those of which some pixel is inside.
     const auto live_tiles = [&](int d) {
@@ -163,7 +132,7 @@ struct Tiles {
                    std::min(a[d].last_inside(t), a[d].count * (i + 1) / tiles);
       return static_cast<double>(alive) / static_cast<double>(std::max<int64_t>(1, a[d].taps() * tiles));
     };
-    double least = cost(std::max<int64_t>(1, pixels), 1);
+    least = cost(std::max<int64_t>(1, pixels), 1);
     const auto consider = [&](Along axis, int64_t length, double products) {
       if (cost(length, products) >= least) return;
       least = cost(length, products), along = axis, run = length;
@@ -278,148 +247,353 @@ void pack_unit(const Gather& g, const GatherPhase& phase, const Kernels<T>& kern
                 panels.width);
 }
 
-// The lines that `count` result lines read, from line h of depth d on, with their padding.
+// The pixels of a tile by pointers, as they are multiplied: where they lie, or packed.
 template <typename T>
-void copy_lines(const Gather& g, const GatherPhase& phase, const Kernels<T>& kernels, const Lines& plan, const T* image,
-                int64_t d, int64_t h, int64_t count, Word<T>* target) {
+class TileWords {
+ public:
+  TileWords(const Kernels<T>& kernels, int64_t channels, int64_t block_terms)
+      : kernels_(kernels),
+        channels_(channels),
+        in_place_(reads_in_place(kernels, channels)),
+        words_(in_place_ ? 0 : kernels.rows * block_terms) {}
+
+  // Of `count` pixels: the channels of a block, from the group's first one on. `offset` is theirs in what is returned.
+  const Word<T>* const* prepare(const T* const* pixels, int64_t count, int64_t group_channel, const Block& block,
+                                int64_t& offset) {
+    const int64_t first = block.channel * kernels_.pair;
+    if (in_place_) {
+      offset = (group_channel + first) / kernels_.pair;
+      return reinterpret_cast<const Word<T>* const*>(pixels);
+    }
+    offset = 0;
+    pointers_.resize(count);
+    for (int64_t i = 0; i < count; ++i) {
+      Word<T>* const to = words_.data() + i * block.channels;
+      kernels_.copy_rows(pixels[i] + group_channel + first, 0, 1,
+                         std::min(block.channels * kernels_.pair, channels_ - first), to, 0);
+      pointers_[i] = to;
+    }
+    return pointers_.data();
+  }
+
+ private:
+  const Kernels<T>& kernels_;
+  const int64_t channels_;
+  const bool in_place_;
+  std::vector<Word<T>> words_;
+  std::vector<const Word<T>*> pointers_;
+};
+
+template <typename T>
+struct Operands {
+  const T* from;
+  const Word<T>* bias;
+  T* to;
+  const T* zeros;  // of a pixel
+};
+
+// By rectangles: what results between two cuts of each axis have in common is found once.
+template <typename T>
+class Rectangles {
+ public:
   using W = Word<T>;
-  const GatherAxis* a = phase.axis;
-  const int64_t values = g.from_per_group, channels = ceil_div(values, kernels.pair);
-  const int64_t pixel = g.from_stride.axis[2], extent = a[2].from_extent;
-  const int64_t first = std::clamp<int64_t>(-plan.low[2], 0, plan.width);
-  const int64_t last = std::clamp<int64_t>(extent - plan.low[2], first, plan.width);
-  const auto outside = [](int64_t at, const GatherAxis& axis) { return at < 0 || at >= axis.from_extent; };
-  for (int64_t td = 0; td < a[0].taps(); ++td) {
-    const int64_t from_d = a[0].source(d, td);
-    W* to = target + td * plan.count * plan.width * channels;
-    for (int64_t l = 0; l < (count - 1) * a[1].from_step + plan.reach[1]; ++l, to += plan.width * channels) {
-      // What no tap reads may lie beyond any padding mode's reach.
-      const int64_t from_h = padded_index(h * a[1].from_step + plan.low[1] + l, a[1].from_extent, a[1].mode);
-      if (outside(from_d, a[0]) || outside(from_h, a[1])) {
-        std::fill_n(to, plan.width * channels, W(0));
-        continue;
-      }
-      const T* const line = image + from_d * g.from_stride.axis[0] + from_h * g.from_stride.axis[1];
-      const auto copy = [&](int64_t at, int64_t i, int64_t pixels) {
-        const bool dense = pixel == values && values % kernels.pair == 0;
-        kernels.copy_rows(line + at * pixel, pixel, dense ? 1 : pixels, dense ? pixels * values : values,
-                          to + i * channels, channels);
-      };
-      if (first < last) copy(plan.low[2] + first, first, last - first);
-      for (int64_t i = 0; i < plan.width; ++i) {
-        if (i == first) i = last;
-        if (i >= plan.width) break;
-        const int64_t at = padded_index(plan.low[2] + i, extent, a[2].mode);
-        if (outside(at, a[2]))
-          std::fill_n(to + i * channels, channels, W(0));
-        else
-          copy(at, i, 1);
+
+  Rectangles(const Gather& g, const GatherPhase& phase, const Kernels<T>& kernels)
+      : g_(g),
+        phase_(phase),
+        kernels_(kernels),
+        channels_(ceil_div(g.from_per_group, kernels.pair)),
+        panels_(g.to_per_group, kernels.lanes, kernels.vectors),
+        blocks_(reduction_blocks(channels_, phase.taps(), /*taps_inside=*/false)),
+        in_place_(reads_in_place(kernels, g.from_per_group)) {
+    const GatherAxis* a = phase.axis;
+    const int64_t line = a[1].from_step * a[2].count * a[2].from_step * std::min(channels_, kSumLength);
+    band_ = std::max<int64_t>(kernels.rows, kBandBytes / static_cast<int64_t>(sizeof(W)) / std::max<int64_t>(line, 1));
+    for (int d = 0; d < 3; ++d) {
+      segments_[d] = segments(a[d]);
+      stride_[d] = g.from_stride.axis[d] / kernels.pair;
+      to_step_[d] = a[d].to_step * g.to_stride.axis[d];
+      if (a[d].taps() == 0) continue;
+      const auto [least, most] = std::minmax_element(a[d].offset.begin(), a[d].offset.end());
+      low_[d] = *least, reach_[d] = static_cast<double>(*most) - static_cast<double>(*least);
+    }
+    if (!in_place_) {
+      const double reads = static_cast<double>(std::min(band_, a[1].count) - 1) * a[1].from_step + reach_[1] + 1;
+      const auto lines = static_cast<int64_t>(std::min(reads, static_cast<double>(a[1].from_extent)));
+      stride_[2] = channels_, stride_[1] = a[2].from_extent * channels_, stride_[0] = lines * stride_[1];
+    }
+    for (int d = 0; d < 3; ++d) from_step_[d] = a[d].from_step * stride_[d];
+    joined_ = stride_[2] == channels_ && phase.taps() > 0;
+    for (int64_t t = 1; t < a[2].taps(); ++t) joined_ = joined_ && a[2].offset[t] == a[2].offset[t - 1] + 1;
+  }
+
+  // What a pixel costs, as a share of the products of a full tile.
+  double cost(bool skip_zeros) const {
+    const int64_t taps = phase_.taps();
+    double sum = 0;
+    for (const Segments& of_axis : segments_)
+      if (static_cast<int64_t>(of_axis.size()) > kMostSegments) return 1e9;
+    if (!fits()) return 1e9;
+    // A call takes as long as this many terms of a pixel.
+    const double call = kCallCycles * 2.0 * kernels_.lanes / static_cast<double>(panels_.width) * blocks_.size();
+    for (const Segment& d : segments_[0])
+      for (const Segment& h : segments_[1])
+        for (const Segment& w : segments_[2]) {
+          const int64_t lines = std::min(band_, h.length()), bands = ceil_div(h.length(), lines);
+          const int64_t inside = d.taps() * h.taps() * w.taps();
+          // What is not left out is done by pointers, anew for each panel.
+          const double terms = inside == taps || skip_zeros ? static_cast<double>(inside * channels_)
+                                                            : static_cast<double>(taps * (channels_ + 16));
+          const bool down = is_down(w.length(), lines);
+          const double runs = static_cast<double>(down ? w.length() * bands : h.length());
+          const double run = run_cost(down ? ceil_div(h.length(), bands) : w.length(), kernels_.rows);
+          sum += static_cast<double>(d.length()) * runs * (run * terms + call);
+        }
+    return sum / std::max(1.0, static_cast<double>(taps * channels_) * static_cast<double>(phase_.pixels()));
+  }
+
+  // Words of a thread: of the lines that a band reads, and of sums that are rounded at their end.
+  int64_t converted() const { return in_place_ ? 0 : phase_.axis[0].taps() * stride_[0]; }
+  bool fits() const { return converted() <= kConvertedBytes / static_cast<int64_t>(sizeof(W)); }
+  int64_t sums() const {
+    const int64_t pixels = std::min(band_, phase_.axis[1].count) * phase_.axis[2].count;
+    return kIsHalf<T> && blocks_.size() > 1 ? pixels * panels_.width : 0;
+  }
+
+  // Result lines [begin, end) of all samples, units [unit0, unit1), whose panels begin at `packed`.
+  void multiply(const Operands<T>& o, const W* packed, W* scratch, int64_t begin, int64_t end, int64_t unit0,
+                int64_t unit1, bool finite) const {
+    const GatherAxis* a = phase_.axis;
+    std::vector<Piece> pieces;
+    std::vector<Term> terms;
+    Band band{.lines = scratch, .sums = scratch + converted()};
+    TileWords<T> words(kernels_, g_.from_per_group, kSumLength);
+    const auto block_count = static_cast<int64_t>(blocks_.size()), units = unit1 - unit0;
+    for (int64_t at = begin; at < end; at += band.count) {
+      band.h = at % a[1].count, band.d = at / a[1].count % a[0].count, band.n = at / a[1].count / a[0].count;
+      const Segment &of_d = find(0, band.d), &of_h = find(1, band.h);
+      band.count = std::min({band_, of_h.end - band.h, end - at});
+      int64_t found = -1, copied = -1;
+      for (int64_t j = 0; j < block_count * units; ++j) {
+        // All panels for a block; sums that are rounded at their end, all blocks for a panel.
+        const int64_t i = kIsHalf<T> ? j % block_count : j / units;
+        const int64_t unit = unit0 + (kIsHalf<T> ? j / block_count : j % units);
+        const Block& block = blocks_[i];
+        if (found != i) {
+          pieces.clear(), terms.clear();
+          for (const Segment& of_w : segments_[2])
+            add_piece(of_d, of_h, of_w, band.count, block, finite, pieces, terms);
+          found = i;
+        }
+        if (!in_place_ && copied != unit / panels_.count) {
+          copied = unit / panels_.count;
+          copy_lines(o, of_d, copied, band);
+        }
+        const W* const b = packed + (unit - unit0) * unit_size() + block.start * panels_.width;
+        for (const Piece& piece : pieces)
+          if (piece.by_pointers)
+            multiply_by_pointers(o, b, band, piece, block, unit, words);
+          else
+            multiply_runs(o, b, band, piece, terms.data(), block, unit);
       }
     }
   }
-}
 
-// Terms in runs that are contiguous in a line: all taps of a kernel line, or one tap.
-struct Runs {
-  int64_t depth;
-  c10::SmallVector<Term, 32> all;
-  c10::SmallVector<int64_t, 32> d, h;  // taps of each run
+  int64_t unit_size() const { return phase_.taps() * channels_ * panels_.width; }
 
-  // Offsets from what a result's first tap reads; step: of an axis of what is read.
-  Runs(const Gather& g, const GatherPhase& phase, const Lines& plan, const int64_t step[3], int64_t width) {
-    const GatherAxis* a = phase.axis;
-    bool joined = step[2] == g.from_per_group;
-    for (int64_t t = 1; t < a[2].taps(); ++t) joined = joined && a[2].offset[t] == a[2].offset[t - 1] + 1;
-    depth = g.from_per_group * (joined ? a[2].taps() : 1);
-    int64_t b = 0;
-    for (int64_t td = 0; td < a[0].taps(); ++td)
-      for (int64_t th = 0; th < a[1].taps(); ++th)
-        for (int64_t tw = 0; tw < (joined ? 1 : a[2].taps()); ++tw, b += depth * width) {
-          const int64_t at_d = plan.in_place ? a[0].offset[td] - plan.low[0] : td;
-          all.push_back(
-              {at_d * step[0] + (a[1].offset[th] - plan.low[1]) * step[1] + (a[2].offset[tw] - plan.low[2]) * step[2],
-               b});
-          d.push_back(td), h.push_back(th);
-        }
+ private:
+  static constexpr double kCallCycles = 60;
+
+  // Result lines [h, h + count) of depth d of a sample. Packed, what they read is [tap along d][line][pixel][channel]
+  // from line `first` on; sums are [line][pixel][column].
+  struct Band {
+    W *lines, *sums;
+    int64_t n = 0, d = 0, h = 0, count = 0, first = 0;
+  };
+
+  // Of a band of result lines, those positions whose terms are the same.
+  struct Piece {
+    int64_t begin, end, first_run, runs, depth;
+    bool down, by_pointers;
+  };
+
+  // Whether tiles lie across lines.
+  bool is_down(int64_t width, int64_t lines) const {
+    return static_cast<double>(width) * run_cost(lines, kernels_.rows) <
+           static_cast<double>(lines) * run_cost(width, kernels_.rows);
   }
+  const Segment& find(int axis, int64_t position) const {
+    const Segment* found = segments_[axis].begin();
+    while (found->end <= position) ++found;
+    return *found;
+  }
+  bool unfinished(const Block& block) const { return block.start + block.terms() < channels_ * phase_.taps(); }
+
+  void add_piece(const Segment& d, const Segment& h, const Segment& w, int64_t lines, const Block& block, bool finite,
+                 std::vector<Piece>& pieces, std::vector<Term>& terms) const {
+    const GatherAxis* a = phase_.axis;
+    const bool whole = d.taps() == a[0].taps() && h.taps() == a[1].taps() && w.taps() == a[2].taps();
+    Piece piece{w.begin, w.end, static_cast<int64_t>(terms.size()), 0, block.channels, is_down(w.length(), lines),
+                false};
+    piece.by_pointers = !whole && (!finite || a[2].mode != PaddingMode::kZeros);
+    // Of a whole kernel line the taps are one run.
+    const bool joined = joined_ && block.tap % a[2].taps() == 0 && block.taps % a[2].taps() == 0;
+    if (joined) piece.depth = w.taps() * block.channels;
+    for (int64_t td = d.tap0; td < d.tap1 && !piece.by_pointers; ++td)
+      for (int64_t th = h.tap0; th < h.tap1; ++th)
+        for (int64_t tw = w.tap0; tw < (joined ? std::min(w.tap0 + 1, w.tap1) : w.tap1); ++tw) {
+          const int64_t tap = (td * a[1].taps() + th) * a[2].taps() + tw - block.tap;
+          if (tap < 0 || tap >= block.taps) continue;
+          const int64_t of_d = in_place_ ? a[0].offset[td] : td;
+          const int64_t source =
+              of_d * stride_[0] + a[1].offset[th] * stride_[1] + a[2].offset[tw] * stride_[2] + block.channel;
+          terms.push_back({source, tap * block.channels * panels_.width});
+          ++piece.runs;
+        }
+    pieces.push_back(piece);
+  }
+
+  // Packs the lines that a band reads.
+  void copy_lines(const Operands<T>& o, const Segment& d, int64_t group, Band& band) const {
+    const GatherAxis* a = phase_.axis;
+    const int64_t values = g_.from_per_group, pixel = g_.from_stride.axis[2], extent = a[2].from_extent;
+    const auto high =
+        static_cast<int64_t>(std::min(static_cast<double>(low_[1]) + reach_[1], static_cast<double>(a[1].from_extent)));
+    band.first = std::clamp<int64_t>(band.h * a[1].from_step + low_[1], 0, a[1].from_extent);
+    const int64_t last =
+        std::clamp<int64_t>((band.h + band.count - 1) * a[1].from_step + high + 1, band.first, a[1].from_extent);
+    for (int64_t td = d.tap0; td < d.tap1; ++td)
+      for (int64_t l = band.first; l < last; ++l) {
+        const T* const line = o.from + band.n * g_.from_stride.batch +
+                              (band.d * a[0].from_step + a[0].offset[td]) * g_.from_stride.axis[0] +
+                              l * g_.from_stride.axis[1] + group * values;
+        W* const to = band.lines + td * stride_[0] + (l - band.first) * stride_[1];
+        if (pixel == values && values % kernels_.pair == 0)
+          kernels_.copy_rows(line, 0, 1, extent * values, to, 0);
+        else
+          kernels_.copy_rows(line, pixel, extent, values, to, channels_);
+      }
+  }
+
+  void multiply_runs(const Operands<T>& o, const W* b, const Band& band, const Piece& piece, const Term* terms,
+                     const Block& block, int64_t unit) const {
+    const GatherAxis* a = phase_.axis;
+    const int64_t group = unit / panels_.count, panel = unit % panels_.count, width = piece.end - piece.begin;
+    const int64_t column = group * g_.to_per_group + panels_.begin(panel);
+    const int along = piece.down ? 1 : 2, across = piece.down ? 2 : 1;
+    const int64_t sums_step[3] = {0, a[2].count * panels_.width, panels_.width};
+    const W* const image = in_place_ ? as_words(o.from + band.n * g_.from_stride.batch + group * g_.from_per_group) +
+                                           band.d * from_step_[0]
+                                     : band.lines - band.first * stride_[1];
+    GemmRows<T> rows{.tiles = 0,
+                     .runs = piece.runs,
+                     .depth = piece.depth,
+                     .run = terms + piece.first_run,
+                     .a = image + band.h * from_step_[1] + piece.begin * from_step_[2],
+                     .a_row = from_step_[along],
+                     .b = b,
+                     .ldb = panels_.width,
+                     .c = result_pixel(g_, phase_, {band.n, band.d, band.h, piece.begin}, o.to) + column,
+                     .c_row = to_step_[along],
+                     .cols = panels_.size(panel),
+                     .column_bias = o.bias ? o.bias + column : nullptr,
+                     .accumulate = block.start > 0,
+                     .partial = band.sums + piece.begin * panels_.width,
+                     .partial_step = sums_step[along],
+                     .unfinished = unfinished(block)};
+    for (int64_t i = 0; i < (piece.down ? width : band.count); ++i) {
+      multiply_rows(kernels_, rows, piece.down ? band.count : width);
+      rows.a += from_step_[across];
+      rows.c += to_step_[across];
+      rows.partial += sums_step[across];
+    }
+  }
+
+  // The same for pixels that read what is not inside the image.
+  void multiply_by_pointers(const Operands<T>& o, const W* b, const Band& band, const Piece& piece, const Block& block,
+                            int64_t unit, TileWords<T>& words) const {
+    const int64_t group = unit / panels_.count, panel = unit % panels_.count, taps = phase_.taps();
+    const int64_t column = group * g_.to_per_group + panels_.begin(panel);
+    std::vector<const T*> sources(taps * kernels_.rows);
+    for (int64_t l = 0; l < band.count; ++l)
+      for (Pixel at{band.n, band.d, band.h + l, piece.begin}; at.w < piece.end;) {
+        const int64_t rows = std::min<int64_t>(kernels_.rows, piece.end - at.w);
+        W* const sums = band.sums + (l * phase_.axis[2].count + at.w) * panels_.width;
+        T* c[kMaxRows];
+        for (int64_t r = 0; r < rows; ++r, ++at.w) {
+          pixel_sources(g_, phase_, at, o.from, o.zeros, sources.data() + r, rows);
+          c[r] = result_pixel(g_, phase_, at, o.to) + column;
+        }
+        int64_t offset;
+        const W* const* const pixels = words.prepare(sources.data() + block.tap * rows, block.taps * rows,
+                                                     group * g_.from_per_group, block, offset);
+        kernels_.gemm[rows - 1]({.taps = block.taps,
+                                 .depth = block.channels,
+                                 .a = pixels,
+                                 .a_offset = offset,
+                                 .a_step = 1,
+                                 .b = b,
+                                 .b_offsets = nullptr,
+                                 .ldb = panels_.width,
+                                 .c = c,
+                                 .cols = panels_.size(panel),
+                                 .row_bias = nullptr,
+                                 .column_bias = o.bias ? o.bias + column : nullptr,
+                                 .accumulate = block.start > 0,
+                                 .partial = sums,
+                                 .partial_step = panels_.width,
+                                 .unfinished = unfinished(block)});
+      }
+  }
+
+  const Gather& g_;
+  const GatherPhase& phase_;
+  const Kernels<T>& kernels_;
+  const int64_t channels_;  // words
+  const Panels panels_;
+  const Blocks blocks_;
+  const bool in_place_;  // whether what is read is multiplied where it lies
+  Segments segments_[3];
+  int64_t low_[3] = {0, 0, 0};  // of the offsets, and how far they reach
+  double reach_[3] = {0, 0, 0};
+  int64_t stride_[3], from_step_[3], to_step_[3], band_;  // words; from one result to the next
+  bool joined_;                                           // the taps of a kernel line read what lies side by side
 };
 
-// By lines: result lines [begin, end) of all samples, units [unit0, unit1), whose panels begin at `packed`.
-template <typename T>
-struct ByLines {
-  using W = Word<T>;
-  const Gather& g;
-  const Gather words;
-  const GatherPhase& phase;
-  const Kernels<T>& kernels;
-  const Panels panels;
-  const Lines plan;
-  int64_t step[3];
-  const Runs runs;
+// What one call needs, in words. Packed weights are those of the pass that is being worked on.
+struct Workspace {
+  int64_t packed, zeros, of_thread = 0;  // zeros: one pixel; of_thread: what rectangles need
+  bool own_panels;  // threads that share panels each pack them for themselves: to fetch them costs more
 
-  ByLines(const Gather& g, const GatherPhase& phase, const Kernels<T>& kernels)
-      : g(g),
-        words(in_words(g, kernels.pair)),
-        phase(phase),
-        kernels(kernels),
-        panels(g.to_per_group, kernels.lanes, kernels.vectors),
-        plan(words, phase, sizeof(W), reads_in_place(kernels, g.from_per_group)),
-        step{plan.in_place ? words.from_stride.axis[0] : plan.count * plan.width * words.from_per_group,
-             plan.in_place ? words.from_stride.axis[1] : plan.width * words.from_per_group,
-             plan.in_place ? words.from_stride.axis[2] : words.from_per_group},
-        runs(words, phase, plan, step, panels.width) {}
+  template <typename T>
+  Workspace(const Gather& g, const Kernels<T>& kernels, int64_t all_taps) {
+    constexpr int64_t size = sizeof(Word<T>);
+    const Panels panels(g.to_per_group, kernels.lanes, kernels.vectors);
+    const int64_t unit = all_taps * ceil_div(g.from_per_group, kernels.pair) * panels.width;
+    packed = std::min(g.groups * panels.count, std::max<int64_t>(1, kPackedBytes / size / unit)) * unit;
+    zeros = g.groups * g.from_per_group;
+    own_panels = g.groups * panels.count * unit * size <= kOwnPanels;
+    for (const GatherPhase& phase : g.phases)
+      if (const Rectangles<T> r(g, phase, kernels); kIsHalf<T> && r.fits())
+        of_thread = std::max(of_thread, round_up(r.converted() + r.sums(), 16));
+  }
+  int64_t elements(int threads) const { return zeros + (own_panels ? threads : 1) * packed + threads * of_thread; }
+};
 
-  void multiply(const T* from, const W* bias, T* to, const W* packed, W* scratch, int64_t begin, int64_t end,
-                int64_t unit0, int64_t unit1, bool skip_zeros) const {
-    const GatherAxis* a = phase.axis;
-    const int64_t unit_size = runs.depth * static_cast<int64_t>(runs.all.size()) * panels.width;
-    const bool may_skip = skip_zeros && a[0].mode == PaddingMode::kZeros;
-    c10::SmallVector<Term, 32> kept;
-    for (int64_t at = begin; at < end;) {
-      const int64_t h = at % a[1].count, d = at / a[1].count % a[0].count, n = at / a[1].count / a[0].count;
-      const int64_t lines = std::min({plan.block, a[1].count - h, end - at});
-      int64_t copied = -1;  // group
-      for (int64_t unit = unit0; unit < unit1; ++unit, packed += unit_size) {
-        const int64_t group = unit / panels.count, panel = unit % panels.count;
-        const int64_t column = group * g.to_per_group + panels.begin(panel);
-        const T* const image = from + n * g.from_stride.batch + group * g.from_per_group;
-        if (!plan.in_place && copied != group) {
-          copy_lines(g, phase, kernels, plan, image, d, h, lines, scratch);
-          copied = group;
-        }
-        const W* const origin = plan.in_place ? as_words(image) + (plan.low[0] + d * a[0].from_step) * step[0] +
-                                                    (plan.low[1] + h * a[1].from_step) * step[1] + plan.low[2] * step[2]
-                                              : scratch;
-        for (int64_t l = 0; l < lines; ++l) {
-          const Term* run = runs.all.data();
-          auto count = static_cast<int64_t>(runs.all.size());
-          if (may_skip) {
-            kept.clear();
-            for (int64_t r = 0; r < count; ++r)
-              if (a[0].source(d, runs.d[r]) >= 0 && a[1].source(h + l, runs.h[r]) >= 0) kept.push_back(run[r]);
-            run = kept.data(), count = static_cast<int64_t>(kept.size());
-          }
-          multiply_rows(kernels,
-                        {.tiles = 0,
-                         .runs = count,
-                         .depth = runs.depth,
-                         .run = run,
-                         .a = origin + l * a[1].from_step * step[1],
-                         .a_row = a[2].from_step * step[2],
-                         .b = packed,
-                         .ldb = panels.width,
-                         .c = to + n * g.to_stride.batch + (a[0].to_start + d * a[0].to_step) * g.to_stride.axis[0] +
-                              (a[1].to_start + (h + l) * a[1].to_step) * g.to_stride.axis[1] +
-                              a[2].to_start * g.to_stride.axis[2] + column,
-                         .c_row = a[2].to_step * g.to_stride.axis[2],
-                         .cols = panels.size(panel),
-                         .column_bias = bias ? bias + column : nullptr,
-                         .accumulate = false},
-                        a[2].count);
-        }
-      }
-      packed -= (unit1 - unit0) * unit_size;
-      at += lines;
+// How threads share result lines and units: as many pieces of either as together make one for each thread.
+struct Split {
+  int64_t lines = 1, units = 1;
+
+  Split(int64_t all_lines, int64_t all_units, int threads) {
+    const auto cost = [](int64_t all, int64_t pieces) {
+      return static_cast<double>(ceil_div(all, pieces)) * static_cast<double>(pieces) / static_cast<double>(all);
+    };
+    double best = -1;
+    for (int64_t u = 1; u <= std::min<int64_t>(threads, all_units); ++u) {
+      const int64_t l = std::clamp<int64_t>(all_lines, 1, threads / u);
+      const double idle = static_cast<double>(threads) / static_cast<double>(l * u);
+      const double now = cost(all_lines, l) * cost(all_units, u) * idle;
+      if (best < 0 || now < best) best = now, lines = l, units = u;
     }
   }
 };
@@ -524,75 +698,79 @@ void multiply_by_pointers(const Gather& g, const GatherPhase& phase, const Kerne
   });
 }
 
+// What a pixel costs by pointers, as a share of the products of a full tile: setting up a pointer takes about 8 cycles.
+template <typename T>
+double pointer_cost(const Gather& g, const GatherPhase& phase, const Kernels<T>& kernels, bool skip_zeros) {
+  const auto vectors = static_cast<double>(ceil_div(g.to_per_group, kernels.lanes) * g.groups);
+  const auto channels = static_cast<double>(ceil_div(g.from_per_group, kernels.pair));
+  return Tiles(g, phase, kernels.rows, skip_zeros).least + 16 / (vectors * channels);
+}
+
 template <typename T>
 void run_phase(const Gather& g, const GatherPhase& phase, const Kernels<T>& kernels, const T* from, const T* weight,
                const Word<T>* bias, T* to, const Workspace& sizes, Word<T>* workspace, int threads, bool skip_zeros) {
   using W = Word<T>;
   const GatherAxis* a = phase.axis;
-  const Gather words = in_words(g, kernels.pair);
-  const int64_t depth = phase.taps() * words.from_per_group;
-  const Blocks blocks = reduction_blocks(words.from_per_group, phase.taps(), /*taps_inside=*/false);
+  const int64_t channels = ceil_div(g.from_per_group, kernels.pair), depth = phase.taps() * channels;
+  const Blocks blocks = reduction_blocks(channels, phase.taps(), /*taps_inside=*/false);
   const Panels panels(g.to_per_group, kernels.lanes, kernels.vectors);
   const bool padded = is_padded(a[0]) || is_padded(a[1]) || is_padded(a[2]);
   const bool look = !skip_zeros && padded && a[0].mode == PaddingMode::kZeros;
   const int64_t units = g.groups * panels.count, unit_size = depth * panels.width;
   const auto block_count = static_cast<int64_t>(blocks.size());
 
-  // Packs pieces [begin, end) of the panels from unit `first` on, a piece being a block of a panel. Whether they are
-  // known to be finite.
+  // Packs pieces [begin, end) of the panels from unit `first` on, a piece being a block of a panel. Whether products
+  // with the padding may be left out.
   const auto pack = [&](int64_t first, int64_t begin, int64_t end, W* packed) {
-    bool finite = look;
+    bool finite = look || skip_zeros;
     for (int64_t i = begin; i < end; ++i) {
       const Block& block = blocks[i % block_count];
       const int64_t unit = i / block_count;
       W* const target = packed + unit * unit_size + block.start * panels.width;
       pack_unit(g, phase, kernels, panels, weight, first + unit, block, target);
-      finite = finite && kernels.all_finite(target, block.terms() * panels.width);
+      finite = finite && (!look || kernels.all_finite(target, block.terms() * panels.width));
     }
     return finite;
   };
 
-  const bool by_lines =
-      !skip_zeros && takes_lines(words, phase, kernels.rows, sizeof(W), reads_in_place(kernels, g.from_per_group));
-  const int64_t lines = g.batch * a[0].count * a[1].count, tiles = lines * ceil_div(a[2].count, kernels.rows);
-  const int64_t chunks = std::clamp<int64_t>(tiles / 4, 1, std::min<int64_t>(lines, 16 * threads));
-  const double line_macs = static_cast<double>(a[2].count) * unit_size;
-  if (by_lines && sizes.own_panels && chunks >= threads) {
-    const ByLines<T> work(g, phase, kernels);
-    parallel_tasks(lines, line_macs * units, [&](int64_t begin, int64_t end) {
-      W* const packed = workspace + at::get_thread_num() * (sizes.packed + sizes.lines);
-      const bool finite = pack(0, 0, units * block_count, packed);
-      work.multiply(from, bias, to, packed, packed + sizes.packed, begin, end, 0, units, finite);
-    });
-    return;
-  }
-
-  W* const packed = workspace;
-  W* const scratch = packed + sizes.packed;
-  if (!by_lines) std::fill_n(scratch, sizes.zeros, W(0));
+  W* const packed = workspace + sizes.zeros;
+  W* const of_threads = packed + (sizes.own_panels ? threads : 1) * sizes.packed;
+  std::fill_n(workspace, sizes.zeros, W(0));
+  const T* const zeros = reinterpret_cast<const T*>(workspace);
+  const Operands<T> o{from, bias, to, zeros};
+  const Rectangles<T> rectangles(g, phase, kernels);
+  const bool may_skip = look || skip_zeros;
+  const bool by_rectangles = rectangles.cost(may_skip) <= pointer_cost(g, phase, kernels, may_skip);
+  const int64_t lines = g.batch * a[0].count * a[1].count;
+  const double macs = static_cast<double>(g.batch) * static_cast<double>(phase.pixels()) * static_cast<double>(depth);
   const int64_t units_per_pass = std::clamp<int64_t>(sizes.packed / std::max<int64_t>(unit_size, 1), 1, units);
   for (int64_t first = 0; first < units; first += units_per_pass) {
-    const int64_t last = std::min(units, first + units_per_pass);
-    std::atomic<bool> finite = true;
-    parallel_tasks((last - first) * block_count, 2.0 * unit_size / block_count, [&](int64_t begin, int64_t end) {
-      if (!pack(first, begin, end, packed)) finite = false;
-    });
-    if (!by_lines) {
-      multiply_by_pointers(g, phase, kernels, from, bias, to, packed, reinterpret_cast<const T*>(scratch), first, last,
-                           threads, skip_zeros || finite);
+    const int64_t count = std::min(units_per_pass, units - first);
+    const Split split(lines, count, threads);
+    const bool own = by_rectangles && (split.lines == 1 || sizes.own_panels);
+    std::atomic<bool> all_finite = true;
+    if (!own)
+      parallel_tasks(count * block_count, 2.0 * unit_size / block_count, [&](int64_t begin, int64_t end) {
+        if (!pack(first, begin, end, packed)) all_finite = false;
+      });
+    if (!by_rectangles) {
+      multiply_by_pointers(g, phase, kernels, from, bias, to, packed, zeros, first, first + count, threads, all_finite);
       continue;
     }
-    const ByLines<T> work(g, phase, kernels);
-    const int64_t splits = std::clamp<int64_t>(ceil_div(2 * threads, chunks), 1, last - first);
-    parallel_tasks(chunks * splits, line_macs * lines * (last - first) / (chunks * splits),
+    parallel_tasks(split.lines * split.units, macs * count * panels.width / (split.lines * split.units),
                    [&](int64_t begin, int64_t end) {
-                     W* const copied = scratch + at::get_thread_num() * sizes.lines;
                      for (int64_t i = begin; i < end; ++i) {
-                       const int64_t chunk = i / splits, split = i % splits;
-                       const int64_t unit0 = first + (last - first) * split / splits;
-                       const int64_t unit1 = first + (last - first) * (split + 1) / splits;
-                       work.multiply(from, bias, to, packed + (unit0 - first) * unit_size, copied,
-                                     lines * chunk / chunks, lines * (chunk + 1) / chunks, unit0, unit1, finite);
+                       const int64_t line = i % split.lines, unit = i / split.lines;
+                       const int64_t unit0 = count * unit / split.units, unit1 = count * (unit + 1) / split.units;
+                       W* panels_of_mine = packed + unit0 * unit_size;
+                       bool finite = all_finite;
+                       if (own) {
+                         if (split.lines > 1) panels_of_mine += at::get_thread_num() * sizes.packed;
+                         finite = pack(first + unit0, 0, (unit1 - unit0) * block_count, panels_of_mine);
+                       }
+                       rectangles.multiply(o, panels_of_mine, of_threads + at::get_thread_num() * sizes.of_thread,
+                                           lines * line / split.lines, lines * (line + 1) / split.lines, first + unit0,
+                                           first + unit1, finite);
                      }
                    });
   }
@@ -603,10 +781,10 @@ void run(const ConvShape& s, Direction direction, const void* from, const ConvPo
          int threads) {
   Gather g = make_gather(s, direction);
   const Kernels<T>& kernels = dense_kernels<T>();
-  const Workspace sizes(g, kernels, s.taps());
   const auto* const weight = static_cast<const T*>(p.weight);
   const bool skip_zeros = works_on_padding(s) && all_finite(s, weight);
   if (skip_zeros) drop_idle_taps(g);
+  const Workspace sizes(g, kernels, s.taps());
   const Bias<T> bias(microkernels(), p.bias, g.groups * g.to_per_group);
   for (const GatherPhase& phase : g.phases)
     run_phase(g, phase, kernels, static_cast<const T*>(from), weight, bias.get(), static_cast<T*>(p.result), sizes,
@@ -621,8 +799,13 @@ void run_any(const ConvShape& s, Direction direction, const void* from, const Co
 int64_t workspace(const ConvShape& s, Direction direction, int threads) {
   return with_type(s.dtype, [&](auto type) {
     using T = decltype(type);
-    const Workspace sizes(make_gather(s, direction), dense_kernels<T>(), s.taps());
-    return sizes.elements(threads) * static_cast<int64_t>(sizeof(Word<T>));
+    Gather g = make_gather(s, direction);
+    int64_t words = Workspace(g, dense_kernels<T>(), s.taps()).elements(threads);
+    if (works_on_padding(s)) {
+      drop_idle_taps(g);
+      words = std::max(words, Workspace(g, dense_kernels<T>(), s.taps()).elements(threads));
+    }
+    return words * static_cast<int64_t>(sizeof(Word<T>));
   });
 }
 

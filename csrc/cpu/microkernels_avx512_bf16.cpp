@@ -40,8 +40,46 @@ struct Pairs : F32 {
     const __m512i high = _mm512_cvtepu16_epi32(load_bits(&second->bits, values...));
     return _mm512_castsi512_ps(_mm512_or_si512(low, _mm512_slli_epi32(high, 16)));
   }
-  // What the processor's own conversion does but for denormals, which are kept.
-  static void store_sum(S* p, V v, auto... values) { store_bfloat16(&p->bits, v, values...); }
+  // `words` words, `of_step` at a time, from `values` neighbouring values: index tells which two are whose; 32 is a zero.
+  static void pick(const S* from, int64_t values, const uint16_t (&index)[32], T* to, int64_t words, int64_t of_step) {
+    const __m512i at = _mm512_loadu_si512(index);
+    const __mmask32 there = _mm512_cmplt_epu16_mask(at, _mm512_set1_epi16(32));
+    const __mmask32 loaded = static_cast<__mmask32>((1ull << values) - 1);
+    for (; words > 0; words -= of_step, from += values, to += of_step) {
+      const bool whole = words >= of_step;
+      const __mmask32 mask = whole ? loaded : static_cast<__mmask32>((1ull << values * words / of_step) - 1);
+      const __m512i v = _mm512_maskz_permutexvar_epi16(there, at, _mm512_maskz_loadu_epi16(mask, from));
+      store(to, _mm512_castsi512_ps(v), F32::mask(whole ? of_step : words));
+    }
+  }
+  // Dense rows of few values, each of which fills up its own last word.
+  static bool copy_few(const S* from, int64_t count, int64_t length, T* to) {
+    if (length % 2 == 0 || length > 15) return false;
+    const int64_t words = (length + 1) / 2, rows = kLanes / words;
+    uint16_t index[32];
+    for (int64_t i = 0; i < 32; ++i) {
+      const int64_t row = i / (2 * words), value = i % (2 * words);
+      index[i] = static_cast<uint16_t>(row < rows && value < length ? row * length + value : 32);
+    }
+    pick(from, rows * length, index, to, count * words, rows * words);
+    return true;
+  }
+  // Dense rows of few values, two of which make a row of words.
+  static bool pair_few(const S* from, int64_t count, int64_t length, T* to) {
+    if (length > kLanes || count % 2 != 0) return false;
+    const int64_t pairs = kLanes / length;
+    uint16_t index[32];
+    for (int64_t i = 0; i < 32; ++i) {
+      const int64_t word = i / 2, pair = word / length;
+      index[i] = static_cast<uint16_t>(pair < pairs ? (2 * pair + i % 2) * length + word % length : 32);
+    }
+    pick(from, 2 * pairs * length, index, to, count / 2 * length, pairs * length);
+    return true;
+  }
+  // Rounds to nearest even; denormals become zeros, as in the products.
+  static void store_sum(S* p, V v, auto... values) {
+    store_bits(&p->bits, reinterpret_cast<__m256i>(_mm512_cvtneps_pbh(v)), values...);
+  }
 };
 
 }  // namespace

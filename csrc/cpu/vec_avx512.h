@@ -34,7 +34,6 @@ struct F32 {
   static constexpr bool kMasksBits = true;
   static __m256i load_bits(const uint16_t* p) { return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)); }
   static __m256i load_bits(const uint16_t* p, int64_t values) { return _mm256_maskz_loadu_epi16(mask(values), p); }
-  static __m256i load_bits(const uint16_t* p, Mask m) { return _mm256_maskz_loadu_epi16(m, p); }
   static void store_bits(uint16_t* p, __m256i bits) { _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), bits); }
   static void store_bits(uint16_t* p, __m256i bits, int64_t values) { _mm256_mask_storeu_epi16(p, mask(values), bits); }
   static void store_bits(uint16_t* p, __m256i bits, Mask m) { _mm256_mask_storeu_epi16(p, m, bits); }
@@ -50,6 +49,17 @@ struct F32 {
     store_bits(p, _mm512_cvtepi32_epi16(_mm512_srli_epi32(kept, 16)), values...);
   }
   static V load_float16(const uint16_t* p, auto... values) { return _mm512_cvtph_ps(load_bits(p, values...)); }
+  // Any lanes: one instruction each, which does not touch what its mask leaves out. From intrinsics it would be two.
+  static V load_bfloat16(const uint16_t* p, Mask m) {
+    __m512i v;
+    asm("vpmovzxwd %1, %0%{%2%}%{z%}" : "=v"(v) : "m"(*reinterpret_cast<const __m256i_u*>(p)), "Yk"(m));
+    return _mm512_castsi512_ps(_mm512_slli_epi32(v, 16));
+  }
+  static V load_float16(const uint16_t* p, Mask m) {
+    V v;
+    asm("vcvtph2ps %1, %0%{%2%}%{z%}" : "=v"(v) : "m"(*reinterpret_cast<const __m256i_u*>(p)), "Yk"(m));
+    return v;
+  }
   static void store_float16(uint16_t* p, V v, auto... values) {
     store_bits(p, _mm512_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT), values...);
   }
