@@ -1,9 +1,13 @@
-// Calls microkernels of csrc/cpu and libtorch's brgemm `times` times on one tile. microkernels.py times these calls.
+// Calls microkernels of csrc/cpu and libtorch's brgemm `times` times on one tile. microkernels.py times these calls. All
+// that come from the same tables have one signature: rows, cols, depth, two operands and a result.
 #include "cpu/microkernels.h"
 
 #include <ATen/native/CPUBlas.h>
 
+#include <algorithm>
 #include <cstring>
+#include <iterator>
+#include <vector>
 
 using namespace myconv::cpu;
 
@@ -62,6 +66,139 @@ void outer(const Kernels<T>& k, int rows, int cols, int depth, const T* a, const
   for (int64_t i = 0; i < times; ++i) k.outer[rows - 1](tile);
 }
 
+// As gemm, through lists of terms and of vectors. B is read in whole vectors.
+template <typename T>
+void strip(const Kernels<T>& k, int rows, int cols, int depth, const T* a, const T* b, T* c, int64_t times) {
+  std::vector<Term> terms;
+  for (int p = 0; p < depth; ++p) terms.push_back({p, p * cols});
+  StripVector vectors[kMaxVectors];
+  int count = 0;
+  for (int at = 0; at < cols; at += k.lanes) vectors[count++] = {at, at, std::min(k.lanes, cols - at)};
+  StripTile<T> tile{};
+  tile.terms = depth;
+  tile.term = terms.data();
+  tile.a = a;
+  tile.a_row = depth;
+  tile.b = b;
+  tile.c = c;
+  tile.c_row = cols;
+  tile.vectors = count;
+  tile.vector = vectors;
+  for (int64_t i = 0; i < times; ++i) k.strip[rows - 1](tile);
+}
+
+// As gemm, with B transposed: [cols][depth].
+template <typename T>
+void dot(const Kernels<T>& k, int rows, int cols, int depth, const T* a, const T* b, T* c, int64_t times) {
+  std::vector<T*> columns;
+  for (int j = 0; j < cols; ++j) columns.push_back(c + j);
+  DotTile<T> tile{};
+  tile.depth = depth;
+  tile.a = a;
+  tile.lda = depth;
+  tile.rows = rows;
+  tile.b = b;
+  tile.ldb = depth;
+  tile.cols = cols;
+  tile.c = columns.data();
+  tile.c_step = cols;
+  for (int64_t i = 0; i < times; ++i) k.dot(tile);
+}
+
+// A square kernel of depth taps without padding, with stride S.
+//   lines    y [rows][cols] from x [..][(cols - 1) * S + side] and w [side][side]
+//   pixels   y [rows][cols] from x [side][..][cols] and w [side][side][cols]: rows pixels of a line, cols channels
+template <typename T, bool kLines, int S>
+void depthwise(const Kernels<T>& k, int rows, int cols, int depth, const T* x, const T* w, T* y, int64_t times) {
+  int side = 1, width = 0, row = 0;
+  while (side * side < depth) ++side;
+  while (width < int(std::size(kDepthwiseWidths)) && kDepthwiseWidths[width] != side) ++width;
+  while (row < int(std::size(kDepthwiseRows)) && kDepthwiseRows[row] != rows) ++row;
+  const int64_t units = (rows - 1) * S + side, unit = kLines ? (cols - 1) * S + side : cols;
+  std::vector<int64_t> unit_offsets, row_offsets;
+  for (int64_t i = 0; i < units; ++i) unit_offsets.push_back(i * unit);
+  for (int64_t i = 0; i < (kLines ? 1 : side); ++i) row_offsets.push_back(i * units * unit);
+  // Packed weights hold whole vectors: [block][tap][lane].
+  const int64_t blocks = kLines ? 1 : (cols + k.lanes - 1) / k.lanes;
+  std::vector<T> packed(blocks * depth * k.lanes);
+  for (int64_t t = 0; !kLines && t < depth; ++t)
+    for (int64_t c = 0; c < cols; ++c) packed[(c / k.lanes * depth + t) * k.lanes + c % k.lanes] = w[t * cols + c];
+  std::vector<DepthwiseTap> taps;
+  for (int64_t t = 0; t < side; t += kLines ? S : 1) {
+    DepthwiseTap tap{};
+    if (kLines)
+      tap.column = t, tap.weight = t, tap.paired = S == 2 && t + 1 < side;
+    else
+      tap.row = t, tap.weight = t * side * k.lanes;
+    taps.push_back(tap);
+  }
+  DepthwiseTile<T> tile{};
+  tile.planes = blocks;
+  tile.from_plane = tile.to_plane = k.lanes;
+  tile.weight_plane = depth * k.lanes;
+  tile.taps = taps.size();
+  tile.tap = taps.data();
+  tile.lists = 1;
+  tile.rows = row_offsets.data();
+  tile.count = rows;
+  tile.unit_step = S;
+  tile.units = unit_offsets.data();
+  tile.from = x;
+  tile.extent = unit;
+  tile.weight = kLines ? w : packed.data();
+  tile.weight_step = kLines ? side : k.lanes;
+  tile.pair_step = 1;
+  tile.to = y;
+  tile.to_step = cols;
+  tile.length = cols;
+  tile.skip_zeros = true;
+  const auto run = (kLines ? k.depthwise.lines : k.depthwise.pixels)[S - 1][width][row];
+  for (int64_t i = 0; i < times; ++i) run(tile);
+}
+
+template <typename T>
+constexpr auto lines = depthwise<T, true, 1>;
+template <typename T>
+constexpr auto lines_stride_2 = depthwise<T, true, 2>;
+template <typename T>
+constexpr auto pixels = depthwise<T, false, 1>;
+template <typename T>
+constexpr auto pixels_stride_2 = depthwise<T, false, 2>;
+
+// The transforms of one Winograd tile of rows x rows results, of cols channels: [pixel][channel], [position][channel].
+template <typename T>
+const WinogradKernels<T>& winograd(const Kernels<T>& k, int rows) {
+  return k.winograd[rows == 2 ? 0 : 1];
+}
+
+template <typename T>
+void winograd_input(const Kernels<T>& k, int rows, int cols, int, const T* x, const T*, T* v, int64_t times) {
+  const auto& w = winograd(k, rows);
+  std::vector<const T*> pixels;
+  for (int i = 0; i < w.tile * w.tile; ++i) pixels.push_back(x + i * cols);
+  for (int64_t i = 0; i < times; ++i) w.input(pixels.data(), cols, v, cols);
+}
+
+template <typename T>
+void winograd_weight(const Kernels<T>& k, int rows, int cols, int, const T* taps, const T*, T* u, int64_t times) {
+  int64_t offsets[9];
+  for (int i = 0; i < 9; ++i) offsets[i] = i * cols;
+  for (int64_t i = 0; i < times; ++i) winograd(k, rows).weight(taps, offsets, cols / k.lanes, u, cols);
+}
+
+template <typename T>
+void winograd_output(const Kernels<T>& k, int rows, int cols, int, const T* m, const T*, T* y, int64_t times) {
+  std::vector<T*> pixels;
+  for (int i = 0; i < rows * rows; ++i) pixels.push_back(y + i * cols);
+  for (int64_t i = 0; i < times; ++i) winograd(k, rows).output(m, cols, cols, nullptr, pixels.data());
+}
+
+// What loads and stores can do: a copy of cols values.
+template <typename T>
+void copy(const Kernels<T>& k, int, int cols, int, const T* from, const T*, T* to, int64_t times) {
+  for (int64_t i = 0; i < times; ++i) k.copy_rows(from, cols, 1, cols, to, cols);
+}
+
 // As gemm. B is in pairs of rows for bfloat16: [depth / 2][cols][2]. False if this torch or machine does not have it.
 template <typename T>
 bool brgemm(int rows, int cols, int depth, const void* a, const void* b, void* c, int64_t times) try {
@@ -89,16 +226,26 @@ void tile_of(const char* isa, bool is_double, int* tile) {
   is_double ? read(find(isa)->f64) : read(find(isa)->f32);
 }
 
-#define EXPORT(name)                                                                                             \
-  void run_##name(const char* isa, bool is_double, int rows, int cols, int depth, const void* a, const void* b,  \
-                  void* c, int64_t times) {                                                                      \
-    const auto run = [&]<typename T>(const Kernels<T>& k) {                                                      \
-      name(k, rows, cols, depth, static_cast<const T*>(a), static_cast<const T*>(b), static_cast<T*>(c), times); \
-    };                                                                                                           \
-    is_double ? run(find(isa)->f64) : run(find(isa)->f32);                                                       \
+#define EXPORT(name)                                                                                                \
+  void run_##name(const char* isa, bool is_double, int rows, int cols, int depth, const void* a, const void* b,     \
+                  void* c, int64_t times) {                                                                         \
+    const auto run = [&]<typename T>(const Kernels<T>& k) {                                                         \
+      name<T>(k, rows, cols, depth, static_cast<const T*>(a), static_cast<const T*>(b), static_cast<T*>(c), times); \
+    };                                                                                                              \
+    is_double ? run(find(isa)->f64) : run(find(isa)->f32);                                                          \
   }
 EXPORT(gemm)
 EXPORT(outer)
+EXPORT(strip)
+EXPORT(dot)
+EXPORT(lines)
+EXPORT(lines_stride_2)
+EXPORT(pixels)
+EXPORT(pixels_stride_2)
+EXPORT(winograd_input)
+EXPORT(winograd_weight)
+EXPORT(winograd_output)
+EXPORT(copy)
 
 bool run_brgemm(bool is_bfloat16, int rows, int cols, int depth, const void* a, const void* b, void* c, int64_t times) {
   return (is_bfloat16 ? brgemm<at::BFloat16> : brgemm<float>)(rows, cols, depth, a, b, c, times);

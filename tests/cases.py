@@ -238,7 +238,7 @@ MODES = [
     Case("circular_3d", "conv3d", (1, 3, 4, 3, 5), 4, 3, padding=(1, 3, 2), padding_mode="circular"),
     Case("circular_depthwise", "conv2d", (2, 9, 6, 7), 9, 5, padding=2, groups=9, padding_mode="circular"),
     Case("circular_depthwise_lines", "conv2d", (1, 3, 5, 45), 3, 7, padding=3, groups=3, padding_mode="circular"),
-    Case("circular_depthwise_far", "conv2d", (1, 3, 5, 70), 3, (3, 7), 2, padding=(1, 9), groups=3, padding_mode="circular"),
+    Case("circular_depthwise_far", "conv2d", (1, 3, 5, 70), 3, 7, 2, padding=(3, 9), groups=3, padding_mode="circular"),
     Case("circular_depthwise_stride_2", "conv2d", (1, 3, 9, 71), 3, 5, 2, padding=2, groups=3, padding_mode="circular"),
     Case("reflect_depthwise_lines", "conv2d", (1, 3, 9, 37), 3, 5, padding=2, groups=3, padding_mode="reflect"),
     Case("reflect_depthwise_stride_2", "conv2d", (1, 4, 9, 38), 4, 7, 2, padding=3, groups=4, padding_mode="reflect"),

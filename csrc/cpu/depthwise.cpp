@@ -39,7 +39,7 @@ namespace {
 constexpr int64_t kStripLimit = 1 << 20;  // a strip that does not fit here is declined
 constexpr int64_t kMaxDepthwiseKernel = 4096;
 constexpr int64_t kMaxReach = 65536;         // positions from an axis' first tap to its last
-constexpr int64_t kKeptLines = 8;            // result lines that are kept before they are spread
+constexpr int64_t kKeptBytes = 16 << 10;     // result lines that are kept before they are spread: a whole tile at least
 constexpr int64_t kMostLanes = 64;           // of any ISA, in bytes
 constexpr int64_t kLeastPixels = 8;          // NHWC: pixels that are kept before the filters of a channel are added up
 constexpr int64_t kTasks = 16;               // NHWC: pieces of work of a call, at least
@@ -143,6 +143,7 @@ class Plan {
         for (int64_t i = 0; i < count; i += t.count) {
           const int rows = rows_for(count - i);
           t.count = (count - i) / kDepthwiseRows[rows] * kDepthwiseRows[rows];
+          t.line = (first + i) * along_.from_step + k + (along_.taps() ? along_.offset[0] : 0);
           t.units = units_.data() + (first + i) * along_.from_step + k;
           t.to = to + i * t.to_step;
           table[w][rows](t);
@@ -297,10 +298,11 @@ class BlockRuns {
 
 // Scratch of a thread, in elements.
 struct LineScratch {
-  int64_t strip, kept;
+  int64_t strip, lines, kept;
   LineScratch(const GatherPhase& phase, int64_t size, int64_t lanes)
       : strip(needs_strip(phase, lanes) ? StripPlan(phase, size, kStripBytes).size + kMostLanes / size : 0),
-        kept(phase.axis[2].to_step == 1 ? 0 : kKeptLines * phase.axis[2].count) {}
+        lines(std::max<int64_t>(8, kKeptBytes / size / std::max<int64_t>(1, phase.axis[2].count))),
+        kept(phase.axis[2].to_step == 1 ? 0 : std::min(lines, phase.axis[1].count) * phase.axis[2].count) {}
   int64_t elements() const { return round_up(strip + kept, 16); }
 };
 
@@ -317,7 +319,7 @@ void gather_lines(const Gather& g, const GatherPhase& phase, const Kernels<T>& k
   std::optional<BlockRuns> runs;
   if (copies) runs.emplace(phase, strip);
   const int64_t block = copies ? strip.block_lines : a[1].count;
-  const int64_t step = scatters ? std::min(block, kKeptLines) : block;  // lines of one run of the plan
+  const int64_t step = scatters ? std::min(block, scratch.lines) : block;  // lines of one run of the plan
   // Planes of a group: of what is read, which are summed up, and of the result.
   const int64_t summed = g.from_per_group, multiplier = g.to_per_group;
   const int64_t channels = g.groups * multiplier, taps = phase.taps();
@@ -444,13 +446,18 @@ int64_t summed_pixels(int64_t filters, int64_t pixels) {
 // to[pixel * to_step + c] = sum over m of  from[(pixel * channels + c) * multiplier + m]
 template <typename T>
 void add_filters(const T* from, int64_t pixels, int64_t channels, int64_t multiplier, T* to, int64_t to_step) {
-  for (int64_t i = 0; i < pixels; ++i, to += to_step)
-    for (int64_t c = 0; c < channels; ++c, from += multiplier) {
-      T sum = from[0];
-      if constexpr (!kIsHalf<T>)
-        for (int64_t m = 1; m < multiplier; ++m) sum += from[m];
-      to[c] = sum;
-    }
+  const auto add = [&](auto m) {
+    for (int64_t i = 0; i < pixels; ++i, to += to_step, from += channels * m)
+      for (int64_t c = 0; c < channels; ++c) {
+        T sum = from[c * m];
+        if constexpr (!kIsHalf<T>)
+          for (int64_t j = 1; j < m; ++j) sum += from[c * m + j];
+        to[c] = sum;
+      }
+  };
+  if (multiplier == 2) return add(std::integral_constant<int64_t, 2>{});  // the compiler makes vectors of it
+  if (multiplier == 4) return add(std::integral_constant<int64_t, 4>{});
+  add(multiplier);
 }
 
 // With a channel multiplier a vector holds filters: forward repeats what each channel of x holds (moves), and
@@ -741,6 +748,7 @@ const char* decline(const ConvShape& s, Direction direction) {
     if (s.padding_mode != PaddingMode::kZeros) return "the adjoint of a padding mode";
     for (int d = 0; d < 3; ++d)
       if (s.stride[d] > 64) return "a stride above 64";
+    if (s.out_per_group != 1 && s.stride[2] != 1 && !s.channels_last()) return "a stride with a channel multiplier";
   }
   if (half)
     if (const char* reason = decline_half(s, direction)) return reason;

@@ -69,7 +69,8 @@ struct DepthwiseTile {
   bool skip_zeros;  // the weights are finite: what lies in the padding adds nothing
   bool accumulate;  // not of 16-bit types
   int64_t
-      ahead;  // 0, or fetch early: the step from a line of what is read to the next (NHWC: that the next list reads)
+      ahead;     // 0, or fetch early: the step from a line of what is read to the next (NHWC: that the next list reads)
+  int64_t line;  // NCHW, of the first unit
 };
 
 // sums[tap * lanes + l] += sum over rows p < count and vectors v of length of  gy(p)[v + l] * source(p, tap)[v + l].
