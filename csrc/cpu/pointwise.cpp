@@ -71,32 +71,29 @@ constexpr double tile_cost(int64_t vectors) { return vectors == 1 ? 1.3 : static
 
 // How rows x columns are split among threads.
 struct RowPlan {
-  int64_t rows, tiles;    // all pixels of the batch
-  int64_t width, panels;  // of a group
-  bool split_columns;     // each thread packs the panels of its own columns
-  bool own_panels;        // or all panels for itself: to fetch them from another thread costs more
+  int64_t rows, tiles;  // all pixels of the batch
+  Panels panels;        // of a group
+  bool split_columns;   // each thread packs the panels of its own columns
+  bool own_panels;      // or all panels for itself: to fetch them from another thread costs more
 
   RowPlan(const Product& p, int64_t tile_rows, int64_t lanes, int64_t vectors, int64_t element_size, int threads)
-      : rows(p.batch * p.pixels), tiles(ceil_div(rows, tile_rows)) {
-    const Panels widest(p.to, lanes, vectors);
-    width = widest.width, panels = widest.count;
-    const double by_rows = static_cast<double>(ceil_div(tiles, threads)) * p.groups * panels * tile_cost(width / lanes);
+      : rows(p.batch * p.pixels), tiles(ceil_div(rows, tile_rows)), panels(p.to, lanes, vectors), split_columns(false) {
+    const double by_rows =
+        static_cast<double>(ceil_div(tiles, threads)) * p.groups * panels.count * tile_cost(panels.width / lanes);
     double best = rows > kFewRows ? 0 : by_rows;
-    split_columns = false;
     for (int64_t v = vectors; v >= 1; --v) {
-      const int64_t count = ceil_div(p.to, v * lanes);
-      const double cost = static_cast<double>(tiles) * ceil_div(p.groups * count, threads) * tile_cost(v);
-      if (cost > best) continue;
-      best = cost, width = v * lanes, panels = count, split_columns = true;
+      const Panels narrower(p.to, lanes, v);
+      const double cost = static_cast<double>(tiles) * ceil_div(p.groups * narrower.count, threads) * tile_cost(v);
+      if (cost <= best) best = cost, panels = narrower, split_columns = true;
     }
-    own_panels = p.groups * panels * unit(p) * element_size <= kPanelsInL2;
+    own_panels = p.groups * panels.count * unit(p) * element_size <= kPanelsInL2;
   }
-  int64_t unit(const Product& p) const { return p.from * width; }  // elements of one packed panel
+  int64_t unit(const Product& p) const { return p.from * panels.width; }  // elements of one packed panel
   int64_t units_per_pass(const Product& p, int64_t element_size) const {
-    return std::clamp<int64_t>(kPackedBytes / (unit(p) * element_size), 1, p.groups * panels);
+    return std::clamp<int64_t>(kPackedBytes / (unit(p) * element_size), 1, p.groups * panels.count);
   }
   int64_t workspace(const Product& p, int64_t element_size, int threads) const {
-    if (split_columns) return threads * std::min(p.from, kSumLength) * width;
+    if (split_columns) return threads * std::min(p.from, kSumLength) * panels.width;
     return units_per_pass(p, element_size) * unit(p) * (own_panels ? threads : 1);
   }
 };
@@ -105,18 +102,18 @@ template <typename T>
 void rows_are_pixels(const Product& p, const Operands<T>& o, const Kernels<T>& kernels, T* workspace, int threads) {
   const RowPlan plan(p, kernels.rows, kernels.lanes, kernels.vectors, sizeof(T), threads);
   const Blocks blocks = reduction_blocks(p.from, 1, /*taps_inside=*/false);
-  const int64_t width = plan.width, from_channels = p.groups * p.from, to_channels = p.groups * p.to;
+  const Panels& panels = plan.panels;
+  const int64_t width = panels.width, from_channels = p.groups * p.from, to_channels = p.groups * p.to;
 
-  const auto columns_of = [&](int64_t unit) { return std::min(width, p.to - unit % plan.panels * width); };
   const auto pack = [&](int64_t unit, const Block& block, T* target) {
-    const int64_t group = unit / plan.panels, column = unit % plan.panels * width;
+    const int64_t group = unit / panels.count, column = panels.begin(unit % panels.count);
     pack_matrix(kernels, o.weight + group * p.group_stride + column * p.to_stride + block.channel * p.from_stride,
-                p.from_stride, p.to_stride, block.channels, columns_of(unit), target, width);
+                p.from_stride, p.to_stride, block.channels, panels.size(unit % panels.count), target, width);
   };
   const Term one_run{0, 0};
   const auto multiply = [&](int64_t unit, const Block& block, const T* b, int64_t tile0, int64_t tile1,
                             bool from_afar) {
-    const int64_t group = unit / plan.panels, column = group * p.to + unit % plan.panels * width;
+    const int64_t group = unit / panels.count, column = group * p.to + panels.begin(unit % panels.count);
     const int64_t row0 = plan.rows * tile0 / plan.tiles, row1 = plan.rows * tile1 / plan.tiles;
     multiply_rows(kernels,
                   {.tiles = 0,
@@ -129,14 +126,14 @@ void rows_are_pixels(const Product& p, const Operands<T>& o, const Kernels<T>& k
                    .ldb = width,
                    .c = o.to + row0 * to_channels + column,
                    .c_row = to_channels,
-                   .cols = columns_of(unit),
+                   .cols = panels.size(unit % panels.count),
                    .column_bias = o.bias ? o.bias + column : nullptr,
                    .accumulate = block.start > 0,
                    .ahead = from_afar},
                   row1 - row0);
   };
 
-  const int64_t units = p.groups * plan.panels;
+  const int64_t units = p.groups * panels.count;
   const double macs = static_cast<double>(plan.rows) * p.from * width;  // of a unit
   if (plan.split_columns) {
     parallel_tasks(units, macs + 8.0 * plan.unit(p), [&](int64_t begin, int64_t end) {
