@@ -119,6 +119,14 @@ inline Gather make_gather(const ConvShape& s, Direction direction) {
   return g;
 }
 
+// Of all pairs of a position and a tap, the share that reads inside.
+inline double share_inside(const GatherAxis& axis) {
+  double inside = 0;
+  for (int64_t t = 0; t < axis.taps(); ++t)
+    inside += static_cast<double>(std::max<int64_t>(0, axis.last_inside(t) - axis.first_inside(t)));
+  return inside / static_cast<double>(std::max<int64_t>(1, axis.taps() * axis.count));
+}
+
 // Leaves idle taps out of a gather. What they would add is 0 times a weight: nothing, if the weights are finite.
 inline void drop_idle_taps(Gather& g) {
   for (GatherPhase& phase : g.phases)
@@ -144,11 +152,7 @@ inline bool works_on_padding(const ConvShape& s) {
     const double reach = static_cast<double>(s.kernel[d] - 1) * s.dilation[d], pad = s.pad[d];
     if (static_cast<double>(s.out[d] - 1) * s.stride[d] < pad || reach - pad >= s.in[d]) return true;
     if (s.kernel[d] == 1 || s.dilation[d] == 1) continue;
-    const GatherAxis axis = forward_axis(s, d);
-    double pairs = 0;
-    for (int64_t t = 0; t < axis.taps(); ++t)
-      pairs += static_cast<double>(std::max<int64_t>(0, axis.last_inside(t) - axis.first_inside(t)));
-    inside *= pairs / static_cast<double>(axis.taps() * axis.count);
+    inside *= share_inside(forward_axis(s, d));
   }
   return inside < 0.7;
 }

@@ -23,15 +23,18 @@ inline constexpr int64_t kMaxTaps = 16384;
 inline constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 inline constexpr int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
 
-// Columns in panels of equal width, a whole number of vectors: 49 columns are 32 + 17, not 48 + 1.
+// Columns in panels of nearly equal width, whole numbers of vectors: 49 columns of 16 lanes are 32 + 17, not 48 + 1, and
+// 160 are 48 + 32 + 48 + 32, not 3 x 48 + 16.
 struct Panels {
-  int64_t columns, width, count;
-  Panels(int64_t columns, int64_t lanes, int64_t vectors)
+  int64_t columns, lanes, vectors, count, width;  // width: of the widest
+  Panels(int64_t columns, int64_t lanes, int64_t most_vectors)
       : columns(columns),
-        width(round_up(ceil_div(columns, ceil_div(columns, lanes * vectors)), lanes)),
-        count(ceil_div(columns, width)) {}
-  int64_t begin(int64_t panel) const { return panel * width; }
-  int64_t size(int64_t panel) const { return std::min(width, columns - panel * width); }
+        lanes(lanes),
+        vectors(ceil_div(columns, lanes)),
+        count(ceil_div(vectors, most_vectors)),
+        width(ceil_div(vectors, std::max<int64_t>(count, 1)) * lanes) {}
+  int64_t begin(int64_t panel) const { return vectors * panel / count * lanes; }
+  int64_t size(int64_t panel) const { return std::min(begin(panel + 1), columns) - begin(panel); }
 };
 
 // A piece of a reduction over channels x taps with at most kSumLength terms.

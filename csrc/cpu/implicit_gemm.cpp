@@ -111,10 +111,7 @@ struct Tiles {
     double live[3];  // of all pairs of a position and a tap, those inside
     for (int d = 0; d < 3; ++d) {
       extent[d + 1] = a[d].count;
-      double inside = 0;
-      for (int64_t t = 0; t < a[d].taps(); ++t)
-        inside += static_cast<double>(std::max<int64_t>(0, a[d].last_inside(t) - a[d].first_inside(t)));
-      live[d] = inside / static_cast<double>(std::max<int64_t>(1, a[d].taps() * a[d].count));
+      live[d] = share_inside(a[d]);
     }
     pixels = g.batch * phase.pixels();
     run = pixels;

@@ -82,7 +82,7 @@ constexpr double tile_cost(int64_t vectors) { return vectors == 1 ? 1.3 : static
 // How rows x columns are split among threads.
 struct RowPlan {
   int64_t rows, tiles;      // all pixels of the batch
-  int64_t width, panels;    // of a group
+  Panels panels;            // of a group
   bool split_columns;       // each thread packs the panels of its own columns
   bool own_panels;          // or all panels for itself: to fetch them from another thread costs more
   int64_t chunk;            // tiles that meet all panels at a time
@@ -90,33 +90,30 @@ struct RowPlan {
 
   RowPlan(const Product& p, int64_t tile_rows, int64_t lanes, int64_t vectors, int64_t word_size, bool in_place,
           int threads)
-      : rows(p.batch * p.pixels), tiles(ceil_div(rows, tile_rows)) {
-    const Panels widest(p.to, lanes, vectors);
-    width = widest.width, panels = widest.count;
-    const double by_rows = static_cast<double>(ceil_div(tiles, threads)) * p.groups * panels * tile_cost(width / lanes);
+      : rows(p.batch * p.pixels), tiles(ceil_div(rows, tile_rows)), panels(p.to, lanes, vectors), split_columns(false) {
+    const double by_rows =
+        static_cast<double>(ceil_div(tiles, threads)) * p.groups * panels.count * tile_cost(panels.width / lanes);
     double best = rows > kFewRows ? 0 : by_rows;
-    split_columns = false;
     for (int64_t v = vectors; v >= 1; --v) {
-      const int64_t count = ceil_div(p.to, v * lanes);
-      const double cost = static_cast<double>(tiles) * ceil_div(p.groups * count, threads) * tile_cost(v);
-      if (cost > best) continue;
-      best = cost, width = v * lanes, panels = count, split_columns = true;
+      const Panels narrower(p.to, lanes, v);
+      const double cost = static_cast<double>(tiles) * ceil_div(p.groups * narrower.count, threads) * tile_cost(v);
+      if (cost <= best) best = cost, panels = narrower, split_columns = true;
     }
-    own_panels = p.groups * panels * unit(p) * word_size <= kPanelsInL2;
+    own_panels = p.groups * panels.count * unit(p) * word_size <= kPanelsInL2;
     const int64_t block = std::min(p.depth, kSumLength);
     chunk = std::max<int64_t>(1, (own_panels ? kChunkBytes : kWideChunkBytes) / (tile_rows * block * word_size));
     sums = p.half && p.depth > kSumLength ? split_columns ? rows : chunk * tile_rows : 0;
     converted = in_place ? 0 : kConvertedTiles * tile_rows * block;
   }
-  int64_t unit(const Product& p) const { return p.depth * width; }  // words of one packed panel
+  int64_t unit(const Product& p) const { return p.depth * panels.width; }  // words of one packed panel
   int64_t units_per_pass(const Product& p, int64_t word_size) const {
-    return std::clamp<int64_t>(kPackedBytes / (unit(p) * word_size), 1, p.groups * panels);
+    return std::clamp<int64_t>(kPackedBytes / (unit(p) * word_size), 1, p.groups * panels.count);
   }
   int64_t packed(const Product& p, int64_t word_size, int threads) const {
-    if (split_columns) return threads * std::min(p.depth, kSumLength) * width;
+    if (split_columns) return threads * std::min(p.depth, kSumLength) * panels.width;
     return units_per_pass(p, word_size) * unit(p) * (own_panels ? threads : 1);
   }
-  int64_t of_thread() const { return sums * width + converted; }
+  int64_t of_thread() const { return sums * panels.width + converted; }
 };
 
 template <typename T>
@@ -126,13 +123,15 @@ void rows_are_pixels(const Product& p, const Operands<T>& o, const Kernels<T>& k
   const bool in_place = reads_in_place(kernels, p.from);
   const RowPlan plan(p, kernels.rows, kernels.lanes, kernels.vectors, sizeof(W), in_place, threads);
   const Blocks blocks = reduction_blocks(p.depth, 1, /*taps_inside=*/false);
-  const int64_t width = plan.width, pair = kernels.pair;
+  const Panels& panels = plan.panels;
+  const int64_t width = panels.width, pair = kernels.pair;
   const int64_t from_channels = p.groups * p.from, to_channels = p.groups * p.to;
   W* const of_threads = workspace + plan.packed(p, sizeof(W), threads);
 
-  const auto columns_of = [&](int64_t unit) { return std::min(width, p.to - unit % plan.panels * width); };
+  const auto columns_of = [&](int64_t unit) { return panels.size(unit % panels.count); };
   const auto pack = [&](int64_t unit, const Block& block, W* target) {
-    const int64_t group = unit / plan.panels, column = unit % plan.panels * width, channel = block.channel * pair;
+    const int64_t group = unit / panels.count, column = panels.begin(unit % panels.count);
+    const int64_t channel = block.channel * pair;
     pack_matrix(kernels, o.weight + group * p.group_stride + column * p.to_stride + channel * p.from_stride,
                 p.from_stride, p.to_stride, std::min(block.channels * pair, p.from - channel), columns_of(unit), target,
                 width);
@@ -140,7 +139,7 @@ void rows_are_pixels(const Product& p, const Operands<T>& o, const Kernels<T>& k
   const Term one_run{0, 0};
   const auto multiply = [&](int64_t unit, const Block& block, const W* b, int64_t tile0, int64_t tile1,
                             bool from_afar) {
-    const int64_t group = unit / plan.panels, column = group * p.to + unit % plan.panels * width;
+    const int64_t group = unit / panels.count, column = group * p.to + panels.begin(unit % panels.count);
     const int64_t row0 = plan.rows * tile0 / plan.tiles, row1 = plan.rows * tile1 / plan.tiles;
     W* const sums = of_threads + at::get_thread_num() * plan.of_thread();
     W* const converted = sums + plan.sums * width;
@@ -172,7 +171,7 @@ void rows_are_pixels(const Product& p, const Operands<T>& o, const Kernels<T>& k
     }
   };
 
-  const int64_t units = p.groups * plan.panels;
+  const int64_t units = p.groups * panels.count;
   const double macs = static_cast<double>(plan.rows) * p.depth * width;  // of a unit
   if (plan.split_columns) {
     parallel_tasks(units, macs + 8.0 * plan.unit(p), [&](int64_t begin, int64_t end) {

@@ -1,4 +1,4 @@
-// Winograd convolution: 3x3, stride 1, no dilation; forward and backward_input; float32 and the 16-bit types. Each tile of m x m results,
+// Winograd convolution: 3x3, stride 1; forward and backward_input; float32 and the 16-bit types. Each tile of m x m results,
 // m = 2 or 4, is computed from its (m + 2) x (m + 2) pixels with (m + 2)^2 multiplications per pair of channels
 // instead of 9 m^2:
 //
@@ -9,6 +9,8 @@
 //     M[position] = V[position] x U[position]  a matrix product for each position: rows are tiles, columns k
 //     Y[tile] = A^T M[.][tile] A + bias
 //
+// A dilation d makes d x d convolutions without one, of every d-th line and pixel; a tile belongs to one of them (NHWC).
+//
 // NHWC reads pixels where they lie, through a pointer each (a row of zeros in the padding). NCHW transposes the lines of
 // a few tiles at a time, on the way in and on the way out. backward_input is the same with the taps reversed (gather.h).
 //
@@ -16,7 +18,8 @@
 // and, unless they are many, V of all tiles. What a thread needs it computes: to fetch it from another costs more. Sums: blocks of kBlock channels, each from a fresh accumulator, added in order.
 // A tile with a result that is not finite is computed again without transforms, in which an infinity would spread.
 // 16-bit types are float32 from the transforms of what is read to those of what is written, and rounded there.
-// Declines: other kernels, strides and types. Yields where direct computation or the other tile size takes less time.
+// Declines: other kernels, strides and types, dilations in NCHW. Yields where direct computation or the other tile size
+// takes less time.
 #include <algorithm>
 #include <cmath>
 #include <vector>
@@ -42,22 +45,38 @@ constexpr int64_t kMostTiles = 64;          // of a block
 constexpr int64_t kStripChannels = 64;      // NCHW: channels that are transposed at a time
 constexpr int64_t kWeightChannels = 64;     // whose taps are packed at a time
 
-// The source of each position of an axis, from the first pixel of the first tile on; -1 is a zero.
-using Sources = c10::SmallVector<int64_t, 128>;
+// Tiles of an axis: all of the results 0, d, 2 d, .., then of 1, 1 + d, ..  with a dilation d.
+int64_t tiles_of_axis(int64_t count, int64_t dilation, int64_t out) {
+  const int64_t longer = count % dilation;
+  return longer * ceil_div(count / dilation + 1, out) + (dilation - longer) * ceil_div(count / dilation, out);
+}
 
+// The positions that tiles read and write; -1 is a zero, or nothing.
 struct Axis {
-  int64_t tiles, count;  // tiles, results
-  Sources source;
-  int64_t tap[3];  // of the weight, by position
+  int64_t tiles, out, inner;                // inner: positions that a tile reads
+  c10::SmallVector<int64_t, 128> from, to;  // [tiles][inner], [tiles][out]
+  int64_t tap[3];                           // of the weight, by position
 
-  Axis(const GatherAxis& a, int64_t out) : tiles(ceil_div(a.count, out)), count(a.count) {
+  Axis(const GatherAxis& a, int64_t dilation, int64_t out)
+      : tiles(tiles_of_axis(a.count, dilation, out)), out(out), inner(out + 2) {
     const int64_t low = std::min(a.offset[0], a.offset[2]);
-    for (int64_t t = 0; t < 3; ++t) tap[a.offset[t] - low] = a.tap[t];
-    for (int64_t p = 0; p < tiles * out + 2; ++p) {
-      const int64_t at = padded_index(p + low, a.from_extent, a.mode);
-      // The last tile may reach further than any result, and than any padding mode.
-      source.push_back(at >= 0 && at < a.from_extent ? at : -1);
-    }
+    for (int64_t t = 0; t < 3; ++t) tap[(a.offset[t] - low) / dilation] = a.tap[t];
+    for (int64_t residue = 0; residue < std::min(dilation, a.count); ++residue)
+      for (int64_t first = residue; first < a.count; first += out * dilation) {
+        for (int64_t p = 0; p < inner; ++p) {
+          const int64_t at = padded_index(first + p * dilation + low, a.from_extent, a.mode);
+          // The last tile may reach further than any result, and than any padding mode.
+          from.push_back(at >= 0 && at < a.from_extent ? at : -1);
+        }
+        for (int64_t p = 0; p < out; ++p) to.push_back(first + p * dilation < a.count ? first + p * dilation : -1);
+      }
+  }
+  int64_t source(int64_t tile, int64_t p) const { return from[tile * inner + p]; }
+  int64_t target(int64_t tile, int64_t p) const { return to[tile * out + p]; }
+  // Without a dilation tiles follow each other: where position p from the first tile on is read.
+  int64_t line(int64_t p) const {
+    const int64_t tile = std::min(p / out, tiles - 1);
+    return source(tile, p - tile * out);
   }
 };
 
@@ -82,8 +101,8 @@ struct Plan {
     const int64_t from = forward ? s.in_per_group : s.out_per_group, to = forward ? s.out_per_group : s.in_per_group;
     const int64_t* const extent = forward ? s.out : s.in;
     out = w.out, positions = w.tile * w.tile;
-    const int64_t tiles_w = ceil_div(extent[2], out);
-    tiles_of_image = ceil_div(extent[1], out) * tiles_w;
+    const int64_t tiles_w = tiles_of_axis(extent[2], s.dilation[2], out);
+    tiles_of_image = tiles_of_axis(extent[1], s.dilation[1], out) * tiles_w;
     tiles = s.batch * tiles_of_image;
     const int64_t bytes = positions * sizeof(float);
     split_columns = bytes * from * round_up(to, lanes) > std::min(kSmallWeights, kAllWeights / threads);
@@ -141,8 +160,8 @@ class Winograd {
         stored_(kernels_of<T>(microkernels())),
         variant_(out == 4),
         plan_(s, direction, kernels_.winograd[variant_], kernels_.lanes, kernels_.vectors, threads),
-        h_(phase_.axis[1], plan_.out),
-        w_(phase_.axis[2], plan_.out),
+        h_(phase_.axis[1], s.dilation[1], plan_.out),
+        w_(phase_.axis[2], s.dilation[2], plan_.out),
         channels_last_(s.channels_last()),
         from_(static_cast<const T*>(from)),
         weight_(static_cast<const T*>(p.weight)),
@@ -290,7 +309,7 @@ class Winograd {
           for (int64_t w = r.w0; w < r.w1; ++w, target += from) {
             if (channels_last_)
               transform_tile(stored_, channels, target, step(v_tiles * from), [&](int64_t i, int64_t j) {
-                const int64_t at_h = h_.source[h * out + i], at_w = w_.source[w * out + j];
+                const int64_t at_h = h_.source(h, i), at_w = w_.source(w, j);
                 return at_h < 0 || at_w < 0
                            ? zeros_
                            : image + at_h * gather_.from_stride.axis[1] + at_w * gather_.from_stride.axis[2];
@@ -319,11 +338,11 @@ class Winograd {
   void fill_strip(const Tiles& r, const T* planes, int64_t channels, float* strip) const {
     const int64_t plane = gather_.from_stride.channel, w0 = r.w0 * plan_.out, w1 = r.w1 * plan_.out + 2;
     for (int64_t h = r.h0 * plan_.out; h < r.h1 * plan_.out + 2; ++h, strip += (w1 - w0) * channels) {
-      const int64_t line = h_.source[h] * gather_.from_stride.axis[1];
+      const int64_t line = h_.line(h) * gather_.from_stride.axis[1];
       for (int64_t w = w0; w < w1;) {  // runs of pixels that lie side by side
-        const int64_t at = h_.source[h] < 0 ? -1 : w_.source[w];
+        const int64_t at = h_.line(h) < 0 ? -1 : w_.line(w);
         int64_t end = w + 1;
-        while (end < w1 && (at < 0 ? h_.source[h] < 0 || w_.source[end] < 0 : w_.source[end] == at + end - w)) ++end;
+        while (end < w1 && (at < 0 ? h_.line(h) < 0 || w_.line(end) < 0 : w_.line(end) == at + end - w)) ++end;
         float* const target = strip + (w - w0) * channels;
         if (at < 0)
           std::fill_n(target, (end - w) * channels, 0.0f);
@@ -378,31 +397,32 @@ class Winograd {
           const float* const m = s.m + tile * width;
           const int64_t m_step = step((last - first) * width);
           if (channels_last_)
-            finish_tile(stored_, r.image, h, w, panel, m, m_step, [&](int64_t at_h, int64_t at_w) {
-              return at_h >= h_.count || at_w >= w_.count ? reinterpret_cast<T*>(s.trash)
-                                                          : image + at_h * to_stride.axis[1] + at_w * to_stride.axis[2];
+            finish_tile(stored_, r.image, h, w, panel, m, m_step, [&](int64_t i, int64_t j) {
+              const int64_t at_h = h_.target(h, i), at_w = w_.target(w, j);
+              return at_h < 0 || at_w < 0 ? reinterpret_cast<T*>(s.trash)
+                                          : image + at_h * to_stride.axis[1] + at_w * to_stride.axis[2];
             });
           else
-            finish_tile(kernels_, r.image, h, w, panel, m, m_step, [&](int64_t at_h, int64_t at_w) {
-              return s.result_strip + (at_h - r.h0 * out) * pitch + (at_w - r.w0 * out) * width;
+            finish_tile(kernels_, r.image, h, w, panel, m, m_step, [&](int64_t i, int64_t j) {
+              return s.result_strip + ((h - r.h0) * out + i) * pitch + ((w - r.w0) * out + j) * width;
             });
         }
       if (channels_last_) return;
-      const int64_t w0 = r.w0 * out, w1 = std::min(r.w1 * out, w_.count);
-      for (int64_t h = r.h0 * out; h < std::min(r.h1 * out, h_.count); ++h)
+      const int64_t w0 = r.w0 * out, w1 = std::min(r.w1 * out, phase_.axis[2].count);
+      for (int64_t h = r.h0 * out; h < std::min(r.h1 * out, phase_.axis[1].count); ++h)
         stored_.store_transposed(s.result_strip + (h - r.h0 * out) * pitch, width, w1 - w0, columns,
                                  image + h * to_stride.axis[1] + w0, to_stride.channel);
     });
   }
 
-  // The results of one tile and panel, of which (h, w) goes to pixel(h, w): as it is stored, or float32 in a strip.
+  // The results of one tile and panel, of which (i, j) goes to pixel(i, j): as it is stored, or float32 in a strip.
   template <typename P, typename At>
   void finish_tile(const Kernels<P>& kernels, int64_t image, int64_t tile_h, int64_t tile_w, int64_t panel,
                    const float* m, int64_t position_step, const At& pixel) const {
     const int64_t out = plan_.out, k = group_ * gather_.to_per_group + panel * plan_.width;
     P* pixels[16];
     for (int64_t i = 0; i < out; ++i)
-      for (int64_t j = 0; j < out; ++j) pixels[i * out + j] = pixel(tile_h * out + i, tile_w * out + j);
+      for (int64_t j = 0; j < out; ++j) pixels[i * out + j] = pixel(i, j);
     const float* const bias = bias_.get() ? bias_.get() + k : nullptr;
     if (!kernels.winograd[variant_].output(m, position_step, panel_columns(panel), bias, pixels))
       compute_directly(kernels, image, tile_h, tile_w, panel, pixels);
@@ -421,14 +441,13 @@ class Winograd {
     };
     for (int64_t i = 0; i < out; ++i)
       for (int64_t j = 0; j < out; ++j) {
-        const int64_t h = tile_h * out + i, w = tile_w * out + j;
-        if (h >= h_.count || w >= w_.count) continue;
+        if (h_.target(tile_h, i) < 0 || w_.target(tile_w, j) < 0) continue;
         for (int64_t k = 0; k < panel_columns(panel); ++k) {
           const int64_t to = panel * plan_.width + k;
           const T* const g = weight_ + group_ * gather_.weight_group_stride + to * gather_.weight_to_stride;
           double sum = 0;
           for (int64_t t = 0; t < 9; ++t) {
-            const int64_t at_h = h_.source[h + t / 3], at_w = w_.source[w + t % 3];
+            const int64_t at_h = h_.source(tile_h, i + t / 3), at_w = w_.source(tile_w, j + t % 3);
             const T* const tap =
                 g + h_.tap[t / 3] * gather_.weight_axis_stride[1] + w_.tap[t % 3] * gather_.weight_axis_stride[2];
             const T* const pixel = x + at_h * gather_.from_stride.axis[1] + at_w * gather_.from_stride.axis[2];
@@ -468,12 +487,14 @@ const char* decline(const ConvShape& s, Direction direction, int64_t out) {
     return "nothing to sum over";
   if (s.kernel[0] != 1 || s.kernel[1] != 3 || s.kernel[2] != 3) return "only 3x3 kernels";
   if (s.in[0] != 1 || s.out[0] != 1 || s.pad[0] != 0) return "a third axis";
-  for (int d = 1; d < 3; ++d)
-    if (s.stride[d] != 1 || s.dilation[d] != 1) return "a stride or dilation";
+  if (s.stride[1] != 1 || s.stride[2] != 1) return "a stride";
+  const bool dilated = s.dilation[1] != 1 || s.dilation[2] != 1;
+  if (dilated && !s.channels_last()) return "a dilation in NCHW";
   if (direction != Direction::kForward && s.padding_mode != PaddingMode::kZeros) return "the adjoint of a padding mode";
   const int64_t* const extent = direction == Direction::kForward ? s.out : s.in;
   // Its rounding errors are those of a whole tile, whatever part of it is wanted.
-  if (out == 4 && std::min(extent[1], extent[2]) < out) return "results smaller than a tile";
+  if ((out == 4 || dilated) && std::min(extent[1] / s.dilation[1], extent[2] / s.dilation[2]) < out)
+    return "results smaller than a tile";
   return nullptr;
 }
 
@@ -486,7 +507,8 @@ double winograd_cycles(const ConvShape& s, Direction direction, int64_t out) {
   const bool forward = direction == Direction::kForward;
   const int64_t* const extent = forward ? s.out : s.in;
   const double from = forward ? s.in_per_group : s.out_per_group, to = forward ? s.out_per_group : s.in_per_group;
-  const double tiles = static_cast<double>(ceil_div(extent[1], out) * ceil_div(extent[2], out));
+  const auto tiles =
+      static_cast<double>(tiles_of_axis(extent[1], s.dilation[1], out) * tiles_of_axis(extent[2], s.dilation[2], out));
   const double positions = static_cast<double>((out + 2) * (out + 2)), columns = std::ceil(to / kVector);
   // NCHW transposes what a tile reads and writes.
   const double moved = s.channels_last() ? 0 : 0.5 * kVector * (1.5 * out * out + out * out);
@@ -499,7 +521,13 @@ double direct_cycles(const ConvShape& s, Direction direction) {
   const bool forward = direction == Direction::kForward;
   const double from = forward ? s.in_per_group : s.out_per_group, to = forward ? s.out_per_group : s.in_per_group;
   const double words = std::ceil(from / (s.dtype == Dtype::kBFloat16 ? dense_kernels<bfloat16>().pair : 1));
-  return product_cycles(static_cast<double>(forward ? s.out_pixels() : s.in_pixels()), 9 * words, std::ceil(to / 16));
+  // With a dilation much of the products may be with the padding, which the direct way leaves out.
+  double inside = 1;
+  if (s.padding_mode == PaddingMode::kZeros)
+    for (int d = 1; d < 3; ++d)
+      if (s.dilation[d] > 1) inside *= share_inside(forward ? forward_axis(s, d) : backward_input_axis(s, d, 0));
+  const auto pixels = static_cast<double>(forward ? s.out_pixels() : s.in_pixels());
+  return product_cycles(pixels * inside, 9 * words, std::ceil(to / 16));
 }
 
 const char* yield(const ConvShape& s, Direction direction, int64_t out) {
