@@ -37,10 +37,10 @@ namespace {
 constexpr int64_t kMaxPhases = 65536;        // of backward_input: each costs a little set-up
 constexpr int64_t kPointerBytes = 64 << 10;  // pointer list of the tiles that one task works on
 constexpr int64_t kMaxTilesPerTask = 16;
-constexpr int64_t kBandBytes = 256 << 10;     // of what a band of result lines reads for one block of a sum
-constexpr int64_t kOwnPanels = 128 << 10;     // up to here threads that share panels each pack them for themselves
-constexpr int64_t kMostSegments = 64;         // of an axis, by rectangles
-constexpr int64_t kConvertedBytes = 8 << 20;  // of a thread: packed lines, if what is read has to be
+constexpr int64_t kBandBytes = 256 << 10;        // of what a band of result lines reads for one block of a sum
+constexpr int64_t kOwnPanels = 128 << 10;        // up to here threads that share panels each pack them for themselves
+constexpr int64_t kMostSegments = 64;            // of an axis, by rectangles
+constexpr int64_t kConvertedBytes = 1536 << 10;  // of a thread: packed lines, if what is read has to be
 
 const char* decline(const ConvShape& s) {
   if (!is_floating_point(s.dtype)) return "only floating-point types";

@@ -31,6 +31,7 @@ constexpr int64_t kWideChunkBytes = 256 << 10;  // NHWC: and where the panels co
 constexpr int64_t kPanelsInL2 = 512 << 10;      // up to here each thread packs all panels for itself
 constexpr int64_t kLongRow = 256;               // NHWC: from here on the next rows are fetched ahead
 constexpr int64_t kConvertedTiles = 2;          // NHWC: tiles whose rows are packed at a time, if they have to be
+constexpr int64_t kMostChannels = 8192;         // NCHW: of a panel that holds all, which 16-bit types need
 constexpr int64_t kInPlaceRowTiles = 2;         // NCHW: up to so many uses a panel of pixels is not worth packing
 
 // Seen from either direction: "from" is what is read, "to" what is written.
@@ -456,6 +457,8 @@ const char* decline(const ConvShape& s) {
   if (s.in_per_group == 0 || s.out_per_group == 0 || s.in_pixels() == 0 || s.out_pixels() == 0)
     return "nothing to sum over";
   if (s.taps() != 1) return "more than one tap";
+  if (dtype_size(s.dtype) == 2 && !s.channels_last() && std::max(s.in_per_group, s.out_per_group) > kMostChannels)
+    return "16-bit panels of more than 8192 channels";
   for (int d = 0; d < 3; ++d)
     if ((s.stride[d] != 1 && s.out[d] != 1) || s.pad[d] != 0 || s.in[d] != s.out[d]) return "a stride or padding";
   return nullptr;
