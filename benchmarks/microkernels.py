@@ -76,9 +76,7 @@ class Tile(NamedTuple):
 def parse_arguments() -> argparse.Namespace:
     parser = make_parser(__doc__, 0.03, "a tile")
     parser.add_argument("--kernel", nargs="+", choices=FAMILY, default=list(FAMILY), help="default: all")
-    parser.add_argument(
-        "--isa", nargs="+", choices=ISAS, default=ISAS[::-1], help="default: all"
-    )
+    parser.add_argument("--isa", nargs="+", choices=ISAS, default=ISAS[::-1], help="default: all")
     parser.add_argument("--dtype", nargs="+", choices=DTYPES, default=DTYPES, help="default: all; bfloat16 is brgemm's")
     parser.add_argument(
         "--depth", nargs="+", type=int, default=[64, 128, 512], help="of a product (default: 64 128 512)"

@@ -81,7 +81,8 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--only", nargs="+", default=[], help="categories, models or parts of a layer's id")
     parser.add_argument("--op", nargs="+", choices=[*FUNCTIONS, "all"], default=["Conv2d"], metavar="OP",
                         help="Conv1d .. ConvTranspose3d, or all (default: Conv2d)")  # fmt: skip
-    parser.add_argument("--isa", choices=["portable", "avx2", "avx512", "avx512_bf16"], help="cap myconv's (not torch's) kernels")
+    parser.add_argument("--isa", choices=["portable", "avx2", "avx512", "avx512_bf16"],
+                        help="cap myconv's (not torch's) kernels")  # fmt: skip
     parser.add_argument("--worst", type=int, default=15, help="how many of the worst rows to print (default: 15)")
     other = parser.add_mutually_exclusive_group()
     other.add_argument("--padding-mode", choices=LIMITS, help="padded layers in this mode, against F.pad and torch's "

@@ -239,7 +239,7 @@ bool all_finite(const T* values, int64_t count) {
 template <typename T>
 double bytes_moved(const Gather& g) {
   const double from = static_cast<double>(g.from_pixels()) * g.from_per_group;
-  return (from + static_cast<double>(g.to_pixels()) * g.to_per_group) * g.groups * g.batch * sizeof(T);
+  return (from + static_cast<double>(g.to_pixels()) * g.to_per_group) * g.groups * g.batch * sizeof(Word<T>);
 }
 
 // --- NCHW ------------------------------------------------------------------------------------------------------------

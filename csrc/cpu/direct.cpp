@@ -16,7 +16,7 @@
 //
 // Sums: blocks of channels with at most kSumLength terms, each from a fresh accumulator, added in order; inside a block
 // channels outermost; the bias with the first block. Threads split samples, groups, lines and result channels.
-// 16-bit types are multiplied as words (microkernels.h), in which channels and terms count: strips are packed as they are
+// 16-bit types are multiplied as words (stored.h), in which channels and terms count: strips are packed as they are
 // copied, weights once a call, and results are float32 in scratch rows before they are rounded.
 // Declines: NHWC with more channels a group, types other than floating-point, empty sums, kernels above kMaxTaps,
 // the adjoint of a padding mode.

@@ -70,8 +70,8 @@ inline Blocks reduction_blocks(int64_t channels, int64_t taps, bool taps_inside)
   return blocks;
 }
 
-// to[r * width + c] = from[r * row_stride + c * column_stride]; the columns up to width are left alone. Words are made of
-// neighbouring rows.
+// to[r * width + c] = from[r * row_stride + c * column_stride]; the columns up to width are left alone. Words are
+// made of neighbouring rows.
 template <typename T>
 void pack_matrix(const Kernels<T>& kernels, const T* from, int64_t row_stride, int64_t column_stride, int64_t rows,
                  int64_t columns, Word<T>* to, int64_t width) {

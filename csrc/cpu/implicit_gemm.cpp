@@ -13,7 +13,7 @@
 // Taps in the padding may be left out where all weights are finite; what is left is summed as before, and adding 0
 // changes nothing. Otherwise, and in other padding modes, what reads the padding is done by pointers.
 //
-// 16-bit types are multiplied as words (microkernels.h), in which channels and terms count. Pixels are read where they
+// 16-bit types are multiplied as words (stored.h), in which channels and terms count. Pixels are read where they
 // lie if they are whole pairs; else they are packed, for rectangles the lines that a band of result lines reads.
 //
 // Sums: blocks of at most kSumLength terms, each from a fresh accumulator, added in order; bias with the first. The

@@ -1,5 +1,5 @@
-// The microkernels of bfloat16 for AVX-512 with BF16: words are pairs, multiplied and added to two at a time by vdpbf16ps,
-// which treats denormals as zeros whatever it is told. As in microkernels_avx512.cpp, the target is set here.
+// The microkernels of bfloat16 for AVX-512 with BF16: words are pairs, which vdpbf16ps multiplies and adds up. It treats
+// denormals as zeros whatever it is told. As in microkernels_avx512.cpp, the target is set here.
 #include "cpu/microkernels.h"
 
 #ifdef MYCONV_X86
@@ -40,7 +40,7 @@ struct Pairs : F32 {
     const __m512i high = _mm512_cvtepu16_epi32(load_bits(&second->bits, values...));
     return _mm512_castsi512_ps(_mm512_or_si512(low, _mm512_slli_epi32(high, 16)));
   }
-  // `words` words, `of_step` at a time, from `values` neighbouring values: index tells which two are whose; 32 is a zero.
+  // `words` words, `of_step` at a time from `values` neighbours each: index tells which two are whose; 32 is a zero.
   static void pick(const S* from, int64_t values, const uint16_t (&index)[32], T* to, int64_t words, int64_t of_step) {
     const __m512i at = _mm512_loadu_si512(index);
     const __mmask32 there = _mm512_cmplt_epu16_mask(at, _mm512_set1_epi16(32));

@@ -13,7 +13,7 @@
 // Threads split pixels or result channels, whichever leaves them more equal work, never a sum.
 // Sums: blocks of at most kSumLength channels, each from a fresh accumulator, added in order; bias with the first. Dot
 // products: one sum per lane, then the lanes, then the bias.
-// 16-bit types are packed into words (microkernels.h); rows that are not pairs as they lie are packed, too. Blocks of a
+// 16-bit types are packed into words (stored.h); rows that are not pairs as they lie are packed, too. Blocks of a
 // sum follow each other for one tile, in float32, and are rounded at the end.
 // Declines: more than one tap, a stride, padding, types other than floating-point.
 #include "cpu/algorithms.h"

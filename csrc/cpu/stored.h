@@ -6,8 +6,8 @@
 namespace myconv::cpu {
 
 // The 16-bit types as they are stored. They are multiplied as words of 4 bytes, into which they are packed: each a
-// float32, or where the processor multiplies them itself, a pair of bfloat16 values that follow each other in depth (the
-// second is zero behind an odd depth). A word travels as a float whatever its bits mean. Sums are float32.
+// float32, or where the processor multiplies them itself, a pair of bfloat16 values that follow each other in depth
+// (the second is zero behind an odd depth). A word travels as a float whatever its bits mean. Sums are float32.
 struct bfloat16 {
   uint16_t bits;
 };

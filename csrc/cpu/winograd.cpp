@@ -1,4 +1,4 @@
-// Winograd convolution: 3x3, stride 1; forward and backward_input; float32 and the 16-bit types. Each tile of m x m results,
+// Winograd convolution: 3x3, stride 1; forward and backward_input; float32 and 16-bit types. Each tile of m x m results,
 // m = 2 or 4, is computed from its (m + 2) x (m + 2) pixels with (m + 2)^2 multiplications per pair of channels
 // instead of 9 m^2:
 //
