@@ -35,6 +35,8 @@ constexpr int64_t kMaxPhases = 65536;        // of backward_input: each costs a 
 constexpr int64_t kPointerBytes = 64 << 10;  // pointer list of the tiles that one task works on
 constexpr int64_t kMaxTilesPerTask = 16;
 constexpr int64_t kBandBytes = 256 << 10;  // of what a band of result lines reads for one block of a sum
+constexpr int64_t kFewBytes = 256;         // a pixel's channels of a group: what a band reads of them is copied
+constexpr int64_t kCopyBytes = 32 << 10;   // of such a copy: L1
 constexpr int64_t kOwnPanels = 128 << 10;  // up to here threads that share panels each pack them for themselves
 constexpr int64_t kMostSegments = 64;      // of an axis, by rectangles
 
@@ -87,10 +89,15 @@ double run_cost(int64_t length, int64_t rows) {
   return std::max(static_cast<double>(length), 4.0 * static_cast<double>(tiles)) + 0.7 * static_cast<double>(tiles);
 }
 
+// Few channels of each of many groups lie far apart, in the same few sets of the cache.
+bool are_scattered(const Gather& g, int64_t element_size) {
+  return g.groups > 1 && g.from_per_group * element_size <= kFewBytes;
+}
+
 // What one call needs, in elements. Packed weights are those of the pass that is being worked on.
 struct Workspace {
-  int64_t packed, zeros;  // zeros: one pixel
-  bool own_panels;        // threads that share panels each pack them for themselves: to fetch them costs more
+  int64_t packed, zeros, copy;  // zeros: one pixel; copy: of a thread
+  bool own_panels;              // threads that share panels each pack them for themselves: to fetch them costs more
 
   Workspace(const ConvShape& s, const Gather& g, Direction direction) {
     const bool forward = direction == Direction::kForward;
@@ -101,10 +108,11 @@ struct Workspace {
     const Panels panels(to, lanes, vectors);
     const int64_t unit = s.taps() * from * panels.width;
     packed = std::min(s.groups * panels.count, std::max<int64_t>(1, kPackedBytes / dtype_size(s.dtype) / unit)) * unit;
-    zeros = s.groups * from;
+    zeros = round_up(s.groups * from, 16);  // what follows begins with a line of the cache
+    copy = are_scattered(g, dtype_size(s.dtype)) ? kCopyBytes / dtype_size(s.dtype) : 0;
     own_panels = s.groups * panels.count * unit * dtype_size(s.dtype) <= kOwnPanels;
   }
-  int64_t elements(int threads) const { return zeros + (own_panels ? threads : 1) * packed; }
+  int64_t elements(int threads) const { return zeros + threads * copy + (own_panels ? threads : 1) * packed; }
 };
 
 // A result pixel of a phase.
@@ -279,13 +287,22 @@ class Rectangles {
     const GatherAxis* a = phase.axis;
     for (int d = 0; d < 3; ++d) {
       segments_[d] = segments(a[d]);
-      from_step_[d] = a[d].from_step * g.from_stride.axis[d];
       to_step_[d] = a[d].to_step * g.to_stride.axis[d];
     }
-    joined_ = g.from_stride.axis[2] == g.from_per_group && phase.taps() > 0;
-    for (int64_t t = 1; t < a[2].taps(); ++t) joined_ = joined_ && a[2].offset[t] == a[2].offset[t - 1] + 1;
     const int64_t line = a[1].from_step * a[2].count * a[2].from_step * std::min(g.from_per_group, kSumLength);
     band_ = std::max<int64_t>(kernels.rows, kBandBytes / static_cast<int64_t>(sizeof(T)) / std::max<int64_t>(line, 1));
+    if (are_scattered(g, sizeof(T)) && phase.taps() > 0 && a[0].taps() == 1 && blocks_.size() == 1) {
+      const auto [low, high] = std::minmax_element(a[1].offset.begin(), a[1].offset.end());
+      const int64_t copied_line = a[2].from_extent * g.from_per_group;
+      const int64_t fit = kCopyBytes / static_cast<int64_t>(sizeof(T)) / copied_line;
+      low_ = *low, high_ = *high, copied_ = high_ - low_ < fit;
+      if (copied_) band_ = (fit - (high_ - low_) - 1) / a[1].from_step + 1;
+    }
+    stride_[0] = copied_ ? 0 : g.from_stride.axis[0];
+    stride_[1] = copied_ ? a[2].from_extent * g.from_per_group : g.from_stride.axis[1];
+    stride_[2] = copied_ ? g.from_per_group : g.from_stride.axis[2];
+    joined_ = stride_[2] == g.from_per_group && phase.taps() > 0;
+    for (int64_t t = 1; t < a[2].taps(); ++t) joined_ = joined_ && a[2].offset[t] == a[2].offset[t - 1] + 1;
   }
 
   // What a pixel costs, as a share of the products of a full tile.
@@ -313,8 +330,8 @@ class Rectangles {
   }
 
   // Result lines [begin, end) of all samples, units [unit0, unit1), whose panels begin at `packed`.
-  void multiply(const Operands<T>& o, const T* packed, int64_t begin, int64_t end, int64_t unit0, int64_t unit1,
-                bool finite) const {
+  void multiply(const Operands<T>& o, const T* packed, T* copy, int64_t begin, int64_t end, int64_t unit0,
+                int64_t unit1, bool finite) const {
     const GatherAxis* a = phase_.axis;
     std::vector<Piece> pieces;
     std::vector<Term> terms;
@@ -328,11 +345,18 @@ class Rectangles {
         for (const Segment& of_w : segments_[2]) add_piece(of_d, of_h, of_w, lines, block, finite, pieces, terms);
         for (int64_t unit = unit0; unit < unit1; ++unit) {
           const T* const b = packed + (unit - unit0) * unit_size() + block.start * panels_.width;
+          const T* image = o.from + n * g_.from_stride.batch + unit / panels_.count * g_.from_per_group;
+          if (copied_) {
+            const int64_t line0 = std::max<int64_t>(0, h * a[1].from_step + low_);
+            const int64_t line1 = std::min(a[1].from_extent, (h + lines - 1) * a[1].from_step + high_ + 1);
+            if (unit == unit0 || unit % panels_.count == 0) copy_lines(image, d, line0, line1, copy);
+            image = copy - line0 * stride_[1];
+          }
           for (const Piece& piece : pieces)
             if (piece.by_pointers)
               multiply_by_pointers(o, b, {n, d, h, piece.begin}, lines, piece.end, block, unit, sources);
             else
-              multiply_runs(o, b, {n, d, h, piece.begin}, lines, piece, terms.data(), block, unit);
+              multiply_runs(o, image, b, {n, d, h, piece.begin}, lines, piece, terms.data(), block, unit);
         }
       }
       at += lines;
@@ -376,26 +400,40 @@ class Rectangles {
         for (int64_t tw = w.tap0; tw < (joined ? std::min(w.tap0 + 1, w.tap1) : w.tap1); ++tw) {
           const int64_t tap = (td * a[1].taps() + th) * a[2].taps() + tw - block.tap;
           if (tap < 0 || tap >= block.taps) continue;
-          const int64_t source = a[0].offset[td] * g_.from_stride.axis[0] + a[1].offset[th] * g_.from_stride.axis[1] +
-                                 a[2].offset[tw] * g_.from_stride.axis[2] + block.channel;
+          const int64_t source = a[0].offset[td] * stride_[0] + a[1].offset[th] * stride_[1] +
+                                 a[2].offset[tw] * stride_[2] + block.channel;
           terms.push_back({source, tap * block.channels * panels_.width});
           ++piece.runs;
         }
     pieces.push_back(piece);
   }
 
-  void multiply_runs(const Operands<T>& o, const T* b, const Pixel& at, int64_t lines, const Piece& piece,
-                     const Term* terms, const Block& block, int64_t unit) const {
+  // copy[line][position][channel] of the lines [line0, line1) that a band at depth d reads, of one group.
+  void copy_lines(const T* image, int64_t d, int64_t line0, int64_t line1, T* copy) const {
+    const GatherAxis* a = phase_.axis;
+    const int64_t from_d = a[0].source(d, 0), pixel = g_.from_stride.axis[2];
+    if (from_d < 0) return;  // no piece reads it
+    for (int64_t line = line0; line < line1; ++line, copy += stride_[1]) {
+      const T* const source = image + from_d * g_.from_stride.axis[0] + line * g_.from_stride.axis[1];
+      // The next group's channels of the same pixels: too far apart for the machine to see them coming.
+      for (int64_t i = 0; i < a[2].from_extent; ++i) __builtin_prefetch(source + i * pixel + g_.from_per_group);
+      kernels_.copy_rows(source, pixel, a[2].from_extent, g_.from_per_group, copy, g_.from_per_group);
+    }
+  }
+
+  void multiply_runs(const Operands<T>& o, const T* image, const T* b, const Pixel& at, int64_t lines,
+                     const Piece& piece, const Term* terms, const Block& block, int64_t unit) const {
     const int64_t group = unit / panels_.count, panel = unit % panels_.count, width = piece.end - piece.begin;
     const int64_t column = group * g_.to_per_group + panels_.begin(panel);
+    const GatherAxis* a = phase_.axis;
     const int along = piece.down ? 1 : 2, across = piece.down ? 2 : 1;
     GemmRows<T> rows{.tiles = 0,
                      .runs = piece.runs,
                      .depth = piece.depth,
                      .run = terms + piece.first_run,
-                     .a = o.from + at.n * g_.from_stride.batch + at.d * from_step_[0] + at.h * from_step_[1] +
-                          at.w * from_step_[2] + group * g_.from_per_group,
-                     .a_row = from_step_[along],
+                     .a = image + at.d * a[0].from_step * stride_[0] + at.h * a[1].from_step * stride_[1] +
+                          at.w * a[2].from_step * stride_[2],
+                     .a_row = a[along].from_step * stride_[along],
                      .b = b,
                      .ldb = panels_.width,
                      .c = result_pixel(g_, phase_, at, o.to) + column,
@@ -405,7 +443,7 @@ class Rectangles {
                      .accumulate = block.start > 0};
     for (int64_t i = 0; i < (piece.down ? width : lines); ++i) {
       multiply_rows(kernels_, rows, piece.down ? lines : width);
-      rows.a += from_step_[across];
+      rows.a += a[across].from_step * stride_[across];
       rows.c += to_step_[across];
     }
   }
@@ -446,8 +484,10 @@ class Rectangles {
   const Panels panels_;
   const Blocks blocks_;
   Segments segments_[3];
-  int64_t from_step_[3], to_step_[3], band_;
-  bool joined_;  // the taps of a kernel line read what lies side by side
+  int64_t stride_[3], to_step_[3];  // stride_: of what is read, an image or a copy
+  int64_t band_;                    // result lines that are worked on together
+  int64_t low_ = 0, high_ = 0;      // lines that a result line reads, copied
+  bool copied_ = false, joined_;    // joined: the taps of a kernel line read what lies side by side
 };
 
 // How threads share result lines and units: as many pieces of either as together make one for each thread.
@@ -582,7 +622,8 @@ void run_phase(const Gather& g, const GatherPhase& phase, const Kernels<T>& kern
   };
 
   T* const zeros = workspace;
-  T* const packed = zeros + sizes.zeros;
+  T* const copies = zeros + sizes.zeros;
+  T* const packed = copies + threads * sizes.copy;
   std::fill_n(zeros, sizes.zeros, T(0));
   const Operands<T> o{from, bias, to, zeros};
   const Rectangles<T> rectangles(g, phase, kernels);
@@ -615,8 +656,9 @@ void run_phase(const Gather& g, const GatherPhase& phase, const Kernels<T>& kern
                          if (split.lines > 1) panels_of_mine += at::get_thread_num() * sizes.packed;
                          finite = pack(first + unit0, 0, (unit1 - unit0) * block_count, panels_of_mine);
                        }
-                       rectangles.multiply(o, panels_of_mine, lines * line / split.lines,
-                                           lines * (line + 1) / split.lines, first + unit0, first + unit1, finite);
+                       rectangles.multiply(o, panels_of_mine, copies + at::get_thread_num() * sizes.copy,
+                                           lines * line / split.lines, lines * (line + 1) / split.lines, first + unit0,
+                                           first + unit1, finite);
                      }
                    });
   }
