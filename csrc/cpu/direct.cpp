@@ -36,7 +36,7 @@ constexpr int64_t kStripsBytes = 384 << 10;  // strips of the in channels that a
 constexpr int64_t kKeptBytes = 256 << 10;    // result rows of a task that are in the making
 constexpr int64_t kLeastColumns = 384;       // of a block, if there are as many: a row tile of weights is read for all
 constexpr int64_t kMostColumns = 512;
-constexpr int64_t kFewChannels = 16;        // of a group, where NHWC is transposed
+constexpr int64_t kFewChannels = 16;        // of a group: with fewer NHWC is transposed
 constexpr int64_t kChannelsAtOnce = 16;     // of several groups that NHWC transposes together
 constexpr int64_t kSlack = 16;              // behind the strips: vectors are read whole
 constexpr int64_t kMostWeights = 48 << 20;  // bytes of packed weights
@@ -514,8 +514,8 @@ const char* decline(const ConvShape& s, Direction direction) {
   if (!is_floating_point(s.dtype)) return "only floating-point types";
   if (s.in_per_group == 0 || s.out_per_group == 0 || s.in_pixels() == 0 || s.out_pixels() == 0)
     return "nothing to sum over";
-  if (s.channels_last() && (s.groups == 1 || std::max(s.in_per_group, s.out_per_group) > kFewChannels))
-    return "NHWC with more than 16 channels a group, or one group";
+  if (s.channels_last() && (s.groups == 1 || std::max(s.in_per_group, s.out_per_group) >= kFewChannels))
+    return "NHWC with 16 channels a group or more, or one group";
   if (s.taps() > kMaxTaps) return "more than 16384 taps";
   const int64_t words = s.in_channels() * s.out_per_group * s.taps();
   if (dtype_size(s.dtype) == 2 && words > kMostWeights / static_cast<int64_t>(sizeof(float)))

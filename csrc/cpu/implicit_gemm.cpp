@@ -38,6 +38,8 @@ constexpr int64_t kMaxPhases = 65536;        // of backward_input: each costs a 
 constexpr int64_t kPointerBytes = 64 << 10;  // pointer list of the tiles that one task works on
 constexpr int64_t kMaxTilesPerTask = 16;
 constexpr int64_t kBandBytes = 256 << 10;        // of what a band of result lines reads for one block of a sum
+constexpr int64_t kFewBytes = 256;               // a pixel's channels of a group: what a band reads of them is copied
+constexpr int64_t kCopyBytes = 32 << 10;         // of such a copy: L1
 constexpr int64_t kOwnPanels = 128 << 10;        // up to here threads that share panels each pack them for themselves
 constexpr int64_t kMostSegments = 64;            // of an axis, by rectangles
 constexpr int64_t kConvertedBytes = 1536 << 10;  // of a thread: packed lines, if what is read has to be
@@ -314,6 +316,13 @@ class Rectangles {
       const auto [least, most] = std::minmax_element(a[d].offset.begin(), a[d].offset.end());
       low_[d] = *least, reach_[d] = static_cast<double>(*most) - static_cast<double>(*least);
     }
+    // Few channels of each of many groups lie far apart, in the same few sets of the cache.
+    if (in_place_ && g.groups > 1 && channels_ * static_cast<int64_t>(sizeof(W)) <= kFewBytes && phase.taps() > 0 &&
+        a[0].taps() == 1 && blocks_.size() == 1) {
+      const int64_t fit = kCopyBytes / static_cast<int64_t>(sizeof(W)) / (a[2].from_extent * channels_);
+      in_place_ = reach_[1] >= static_cast<double>(fit);
+      if (!in_place_) band_ = (fit - static_cast<int64_t>(reach_[1]) - 1) / a[1].from_step + 1;
+    }
     if (!in_place_) {
       const double reads = static_cast<double>(std::min(band_, a[1].count) - 1) * a[1].from_step + reach_[1] + 1;
       const auto lines = static_cast<int64_t>(std::min(reads, static_cast<double>(a[1].from_extent)));
@@ -464,6 +473,8 @@ class Rectangles {
         const T* const line = o.from + band.n * g_.from_stride.batch +
                               (band.d * a[0].from_step + a[0].offset[td]) * g_.from_stride.axis[0] +
                               l * g_.from_stride.axis[1] + group * values;
+        // The next group's channels of the same pixels: too far apart for the machine to see them coming.
+        for (int64_t i = 0; pixel > values && i < extent; ++i) __builtin_prefetch(line + i * pixel + values);
         W* const to = band.lines + td * stride_[0] + (l - band.first) * stride_[1];
         if (pixel == values && values % kernels_.pair == 0)
           kernels_.copy_rows(line, 0, 1, extent * values, to, 0);
@@ -549,7 +560,7 @@ class Rectangles {
   const int64_t channels_;  // words
   const Panels panels_;
   const Blocks blocks_;
-  const bool in_place_;  // whether what is read is multiplied where it lies
+  bool in_place_;  // whether what is read is multiplied where it lies, and not a copy of the lines of a band
   Segments segments_[3];
   int64_t low_[3] = {0, 0, 0};  // of the offsets, and how far they reach
   double reach_[3] = {0, 0, 0};
@@ -568,10 +579,10 @@ struct Workspace {
     const Panels panels(g.to_per_group, kernels.lanes, kernels.vectors);
     const int64_t unit = all_taps * ceil_div(g.from_per_group, kernels.pair) * panels.width;
     packed = std::min(g.groups * panels.count, std::max<int64_t>(1, kPackedBytes / size / unit)) * unit;
-    zeros = g.groups * g.from_per_group;
+    zeros = round_up(g.groups * g.from_per_group, 16);  // what follows begins with a line of the cache
     own_panels = g.groups * panels.count * unit * size <= kOwnPanels;
     for (const GatherPhase& phase : g.phases)
-      if (const Rectangles<T> r(g, phase, kernels); kIsHalf<T> && r.fits())
+      if (const Rectangles<T> r(g, phase, kernels); r.fits())
         of_thread = std::max(of_thread, round_up(r.converted() + r.sums(), 16));
   }
   int64_t elements(int threads) const { return zeros + (own_panels ? threads : 1) * packed + threads * of_thread; }
