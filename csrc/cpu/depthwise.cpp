@@ -45,8 +45,7 @@ constexpr int64_t kLeastPixels = 8;          // NHWC: pixels that are kept befor
 constexpr int64_t kTasks = 16;               // NHWC: pieces of work of a call, at least
 constexpr int64_t kPlanesBytes = 16 << 10;   // NCHW: planes that are done together
 constexpr int64_t kSmallPlane = 256;         // NCHW: values of a plane that may be transposed
-constexpr double kLinesStreamed = 8e6;       // above so many bytes, read and written, values are fetched early: NCHW
-constexpr double kPixelsStreamed = 16e6;     // NHWC
+constexpr double kStreamed = 8e6;            // above so many bytes, read and written, values are fetched early
 constexpr int64_t kPixelsBytes = 256 << 10;  // NHWC: what the lines of a strip read
 
 // --- forward and backward_input --------------------------------------------------------------------------------------
@@ -327,7 +326,7 @@ void gather_lines(const Gather& g, const GatherPhase& phase, const Kernels<T>& k
   const int64_t plane_bytes = g.from_stride.channel * sizeof(T);
   const int64_t together =
       copies || scatters || multiplier > 1 ? 1 : std::max<int64_t>(1, kPlanesBytes / std::max<int64_t>(1, plane_bytes));
-  const bool streams = bytes_moved<T>(g) > kLinesStreamed;
+  const bool streams = bytes_moved<T>(g) > kStreamed;
   const bool dense = weight_step == taps;  // then all weights of a channel, used in this phase or not, lie together
   const auto finite = [&](int64_t first, int64_t last) {
     if (dense) return all_finite(weight + first * summed * taps, (last - first) * summed * taps);
@@ -482,7 +481,7 @@ void gather_pixels(const Gather& g, const Kernels<T>& kernels, const int64_t* ke
     const Plan plan(phase, /*lines=*/false, g.from_stride.axis, packed_step, lanes);
     const int64_t line_bytes = a[1].from_step * g.from_stride.axis[1] * sizeof(T);
     const int64_t together = a[2].taps() < 7 || adds ? blocks : 1;
-    const bool streams = bytes_moved<T>(g) > kPixelsStreamed;
+    const bool streams = bytes_moved<T>(g) > kStreamed;
     // Lines in equal strips: a few for each thread, that fit L2.
     const int64_t parts = ceil_div(blocks, together);
     const int64_t fit = std::max<int64_t>(1, kPixelsBytes / std::max<int64_t>(1, line_bytes));
