@@ -135,6 +135,9 @@ TAILS = [
     Case("strips_512k", "conv2d", (1, 1310, 8, 8), 3, 3, padding=1, groups=1),
     Case("strips_above_512k", "conv2d", (1, 1312, 8, 8), 3, 3, padding=1, groups=1),
     Case("taps_529", "conv2d", (1, 2, 24, 23), 3, 23, padding=1),
+    # Panels of 3 + 2 vectors, long runs of one vector, borders wider than one pixel, several blocks of a sum.
+    Case("panels_uneven", "conv2d", (2, 40, 6, 19), 80, (1, 5), padding=(0, 2)),
+    Case("borders_wide", "conv2d", (1, 24, 12, 35), 16, 5, stride=(1, 2), padding=4),
 ]
 
 STRIDES = [
@@ -155,8 +158,10 @@ DILATIONS = [
     Case("dilation_2", "conv2d", (2, 6, 9, 10), 8, 3, padding=2, dilation=2),
     Case("dilation_1_4", "conv2d", (2, 4, 7, 16), 8, 3, padding=(1, 4), dilation=(1, 4)),
     Case("dilation_3_stride_2", "conv2d", (2, 4, 15, 14), 5, 3, stride=2, padding=3, dilation=3),
+    Case("dilation_2_3_uneven", "conv2d", (2, 20, 11, 13), 17, 3, padding=(2, 3), dilation=(2, 3)),
     Case("dilation_reaches_only_padding", "conv2d", (2, 4, 5, 5), 6, 3, padding=12, dilation=12),
     Case("dilation_mostly_padding", "conv2d", (2, 5, 9, 11), 19, 3, padding=(7, 8), dilation=(7, 8)),
+    Case("groups_of_16", "conv2d", (2, 48, 9, 14), 48, 3, padding=1, groups=3),
     Case("dilation_one_row_inside", "conv2d", (1, 4, 40, 3), 6, (3, 1), padding=(38, 0), dilation=(38, 1), groups=2),
     Case("padding_beyond_image", "conv2d", (2, 4, 3, 3), 6, 3, stride=4, padding=9),
     Case("dilation_causal_1d", "conv1d", (2, 8, 40), 8, 2, padding=16, dilation=16),
