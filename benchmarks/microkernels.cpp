@@ -142,7 +142,9 @@ void depthwise(const Kernels<T>& k, int rows, int cols, int depth, const T* x, c
   tile.rows = row_offsets.data();
   tile.count = rows;
   tile.unit_step = S;
-  tile.units = unit_offsets.data();
+  tile.units = tile.first_inside = unit_offsets.data();
+  tile.end_inside = tile.units + units;
+  tile.unit_size = unit;
   tile.from = x;
   tile.extent = unit;
   tile.weight = kLines ? w : packed.data();

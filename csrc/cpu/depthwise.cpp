@@ -79,7 +79,8 @@ class Plan {
     const auto gap = [&](int d) { return a[d].taps() > 1 ? (a[d].tap[1] - a[d].tap[0]) * weight_step[d] : 0; };
     along_gap_ = gap(lines ? 1 : 2);
     pair_gap_ = gap(2);
-    read(along_, step[lines ? 1 : 2], units_);
+    unit_size_ = step[lines ? 1 : 2];
+    read(along_, unit_size_, units_);
     if (lines)
       rows_.push_back(0);
     else
@@ -122,6 +123,10 @@ class Plan {
     t.row_step = lines_ ? 0 : phase_.axis[1].from_step;
     t.rows = rows_.data() + line * t.row_step;
     t.unit_step = along_.from_step;
+    const int64_t low = along_.taps() ? along_.offset[0] : 0;  // of the first unit
+    t.first_inside = units_.data() + std::max<int64_t>(0, -low);
+    t.end_inside = units_.data() + std::min<int64_t>(units_.size(), along_.from_extent - low);
+    t.unit_size = unit_size_;
     t.weight_step = along_gap_;
     t.pair_step = pair_gap_;
     if (lines_ && !moves_.empty()) {
@@ -142,7 +147,7 @@ class Plan {
         for (int64_t i = 0; i < count; i += t.count) {
           const int rows = rows_for(count - i);
           t.count = (count - i) / kDepthwiseRows[rows] * kDepthwiseRows[rows];
-          t.line = (first + i) * along_.from_step + k + (along_.taps() ? along_.offset[0] : 0);
+          t.line = (first + i) * along_.from_step + k + low;
           t.units = units_.data() + (first + i) * along_.from_step + k;
           t.to = to + i * t.to_step;
           table[w][rows](t);
@@ -218,7 +223,7 @@ class Plan {
   bool lines_, shares_, pads_ = false;
   GatherPhase phase_;
   const GatherAxis& along_;
-  int64_t stride_, along_gap_, pair_gap_, walked_;
+  int64_t stride_, along_gap_, pair_gap_, walked_, unit_size_;
   Positions units_, rows_;
   c10::SmallVector<DepthwiseTap, 16> taps_;
   std::vector<DepthwiseMove> moves_;

@@ -55,7 +55,9 @@ struct DepthwiseTile {
   int64_t lists, row_step;
   const int64_t* rows;  // offsets; negative: in the padding
   int64_t count, unit_step;
-  const int64_t* units;  // as rows
+  const int64_t* units;                      // as rows
+  const int64_t *first_inside, *end_inside;  // the units between are equally far apart
+  int64_t unit_size;                         // from one of them to the next
   const T* from;
   int64_t extent;
   const DepthwiseMove* moves;             // or nullptr. NCHW: [vector at an end][line_moves], NHWC: [plane]

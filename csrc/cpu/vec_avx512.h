@@ -74,9 +74,8 @@ struct F32 {
   static V permute(V v, Index at) { return _mm512_permutexvar_ps(at, v); }               // lane l is v[at[l]]
   static V permute(V a, V b, Index at) { return _mm512_permutex2var_ps(a, at, b); }      // of the 2 * kLanes of a and b
   static V load_few(const float* p) { return _mm512_castps128_ps512(_mm_loadu_ps(p)); }  // 4 values or a vector
-  static V insert(V v, Mask m, V few, Index at) {
-    return _mm512_mask_permutexvar_ps(v, m, at, few);
-  }  // v, but few[at] in m
+  // v, but few[at] in m.
+  static V insert(V v, Mask m, V few, Index at) { return _mm512_mask_permutexvar_ps(v, m, at, few); }
   static void transpose(V (&v)[16]) {  // pairs, then quads of rows inside 128 bits, then the 128-bit quarters
     V t[16];
 #pragma GCC unroll 8
