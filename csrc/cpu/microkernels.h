@@ -98,6 +98,8 @@ struct DotTile {
   int64_t c_step;
 };
 
+inline constexpr int kWinograds = 11;
+
 // A run of one packed row: length elements to target; those in [first, last) come from the plane at source + i * step,
 // the others are zero.
 struct Segment {
@@ -105,13 +107,16 @@ struct Segment {
   int32_t target, length, first, last;
 };
 
-// Winograd transforms of one tile, all channels: [position] is a step of position_step.
+// Winograd transforms of one tile, all channels: [position] is a step of position_step. Arrays of two: height, width.
 template <typename T>
 struct WinogradKernels {
-  int out, tile;  // results, pixels of a side
-  // v[position][channel], from pixels[tile * tile] that each point to the channels of one
+  int out[2], taps[2], in[2];  // results of a tile, taps of the kernel, pixels that are read
+  int positions;
+  int stride;  // of the axes with more than one tap
+  bool exact;  // on small integers
+  // v[position][channel], from pixels[in * in] that each point to the channels of one
   void (*input)(const T* const* pixels, int64_t channels, T* v, int64_t position_step);
-  // u[position][lane], from taps[tap_offsets[9]][lane], for a number of whole vectors
+  // u[position][lane], from taps[tap_offsets[taps * taps]][lane], for a number of whole vectors
   void (*weight)(const T* taps, const int64_t* tap_offsets, int64_t vectors, T* u, int64_t position_step);
   // pixels[out * out][channel], from m[position][channel]; whether all results are finite
   bool (*output)(const T* m, int64_t position_step, int64_t channels, const T* bias, T* const* pixels);
@@ -133,7 +138,6 @@ struct Kernels {
   // panel row r holds channel r / taps and tap r % taps: segments[first[tap], first[tap + 1]) of that channel's plane.
   void (*pack)(int64_t channels, int64_t taps, const T* plane, int64_t plane_stride, const Segment* segments,
                const int32_t* first, T* panel, int64_t width);
-  WinogradKernels<T> winograd[2];  // F(2x2), F(4x4)
   // to[c * to_step + r] = from[r * from_step + c],  r < rows, c < cols
   void (*transpose)(const T* from, int64_t from_step, int64_t rows, int64_t cols, T* to, int64_t to_step);
   DepthwiseKernels<T> depthwise;
@@ -149,6 +153,7 @@ struct Microkernels {
   const char* isa;
   Kernels<float> f32;
   Kernels<double> f64;
+  WinogradKernels<float> winograd[kWinograds];
   Widening widening[2];  // bfloat16, float16
 };
 

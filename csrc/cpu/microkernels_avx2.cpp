@@ -15,7 +15,7 @@
 namespace myconv::cpu::avx2 {
 #include "cpu/microkernels.inc"
 
-extern const Microkernels kMicrokernels = {"avx2", kernels<F32>(), kernels<F64>(), MYCONV_WIDENING};
+extern const Microkernels kMicrokernels = {"avx2", kernels<F32>(), kernels<F64>(), MYCONV_WINOGRADS, MYCONV_WIDENING};
 }  // namespace myconv::cpu::avx2
 #ifdef __clang__
 #pragma clang attribute pop

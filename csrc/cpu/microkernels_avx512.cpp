@@ -19,7 +19,7 @@
 namespace myconv::cpu::avx512 {
 #include "cpu/microkernels.inc"
 
-extern const Microkernels kMicrokernels = {"avx512", kernels<F32>(), kernels<F64>(), MYCONV_WIDENING};
+extern const Microkernels kMicrokernels = {"avx512", kernels<F32>(), kernels<F64>(), MYCONV_WINOGRADS, MYCONV_WIDENING};
 }  // namespace myconv::cpu::avx512
 #ifdef __clang__
 #pragma clang attribute pop

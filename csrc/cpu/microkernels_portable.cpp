@@ -5,5 +5,6 @@
 namespace myconv::cpu::portable {
 #include "cpu/microkernels.inc"
 
-extern const Microkernels kMicrokernels = {"portable", kernels<F32>(), kernels<F64>(), MYCONV_WIDENING};
+extern const Microkernels kMicrokernels = {"portable", kernels<F32>(), kernels<F64>(), MYCONV_WINOGRADS,
+                                           MYCONV_WIDENING};
 }  // namespace myconv::cpu::portable
