@@ -167,7 +167,7 @@ constexpr auto pixels = depthwise<T, false, 1>;
 template <typename T>
 constexpr auto pixels_stride_2 = depthwise<T, false, 2>;
 
-// The transforms of one Winograd tile of rows x rows results, of cols channels: [pixel][channel], [position][channel].
+// The transforms of one Winograd tile of rows x rows results, of a 3x3 kernel and cols channels: [pixel][channel], [position][channel].
 template <typename T>
 const WinogradKernels<T>& winograd(const Kernels<T>& k, int rows) {
   return k.winograd[rows == 2 ? 0 : 1];
@@ -177,7 +177,7 @@ template <typename T>
 void winograd_input(const Kernels<T>& k, int rows, int cols, int, const T* x, const T*, T* v, int64_t times) {
   const auto& w = winograd(k, rows);
   std::vector<const T*> pixels;
-  for (int i = 0; i < w.tile * w.tile; ++i) pixels.push_back(x + i * cols);
+  for (int i = 0; i < w.in[0] * w.in[1]; ++i) pixels.push_back(x + i * cols);
   for (int64_t i = 0; i < times; ++i) w.input(pixels.data(), cols, v, cols);
 }
 

@@ -112,6 +112,8 @@ def sizes(kernel: str, isa: str, dtype: str, arguments: argparse.Namespace) -> I
     cols = [v * lanes - arguments.tail for v in range(1, vectors + 1)]
     if FAMILY[kernel] == DEPTHWISE:
         return product(DEPTHWISE_ROWS, [CHANNELS - arguments.tail], DEPTHWISE_TAPS)
+    if FAMILY[kernel] == WINOGRAD and dtype == "float64":
+        return iter(())
     if FAMILY[kernel] == WINOGRAD:
         # Weights are transformed in whole vectors.
         tail = 0 if kernel == "winograd_weight" else arguments.tail

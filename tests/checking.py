@@ -69,7 +69,7 @@ TOLERANCE = {
     torch.float16: ONE_ROUNDING,
 }
 # Rows that round even where all values are small integers: held to the table above instead of to equality.
-ROUNDS_INTEGERS = ("winograd_4x4", "widened")  # the second runs on the first
+ROUNDS_INTEGERS = ("winograd", "widened")  # the second runs on the first
 
 
 def assert_accurate(

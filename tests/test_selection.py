@@ -40,7 +40,7 @@ def test_no_layer_runs_on_the_reference(direction, dtype, channels_last, isa):
     assert not slow, f"{len(slow)} on the reference: {slow[:10]}"
 
 
-@pytest.mark.parametrize("rows", [{"winograd_4x4", "winograd_2x2"}])
+@pytest.mark.parametrize("rows", [{"winograd", "winograd_2x2"}])
 def test_rows_that_yield_can_be_forced(rows):
     """A row that leaves a problem to a faster one is not chosen, and runs where it is forced."""
     x, w = torch.randn(1, 2, 8, 8), torch.randn(2, 2, 3, 3)

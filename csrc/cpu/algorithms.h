@@ -27,8 +27,8 @@ void implicit_gemm_backward_weight(const ConvShape&, const ConvPointers&, void* 
 template <Direction>
 Algorithm widened();
 
-// winograd.cpp: rows of tiles of out x out results, 2 or 4
-template <Direction, int out>
+// winograd.cpp
+template <Direction, bool small_tiles>
 Algorithm winograd();
 
 // pointwise.cpp

@@ -143,18 +143,27 @@ inline void drop_idle_taps(Gather& g) {
     }
 }
 
-// Whether much of the work of a convolution is on zeros of the padding: the first or the last tap of an axis is idle, or
-// with a dilation, where whole tiles of pixels read zeros, three in ten or more of all pairs of output and tap are.
-inline bool works_on_padding(const ConvShape& s) {
-  if (s.padding_mode != PaddingMode::kZeros) return false;
+// The share of the pairs of output and tap that do not read zeros of the padding, along the axes with a dilation: there
+// whole tiles of pixels read zeros.
+inline double inside_share(const ConvShape& s) {
+  if (s.padding_mode != PaddingMode::kZeros) return 1;
   double inside = 1;
   for (int d = 0; d < 3; ++d) {
-    const double reach = static_cast<double>(s.kernel[d] - 1) * s.dilation[d], pad = s.pad[d];
-    if (static_cast<double>(s.out[d] - 1) * s.stride[d] < pad || reach - pad >= s.in[d]) return true;
     if (s.kernel[d] == 1 || s.dilation[d] == 1) continue;
     inside *= share_inside(forward_axis(s, d));
   }
-  return inside < 0.7;
+  return inside;
+}
+
+// Whether much of the work of a convolution is on zeros of the padding: the first or the last tap of an axis is idle, or
+// with a dilation, three in ten or more of all pairs are.
+inline bool works_on_padding(const ConvShape& s) {
+  if (s.padding_mode != PaddingMode::kZeros) return false;
+  for (int d = 0; d < 3; ++d) {
+    const double reach = static_cast<double>(s.kernel[d] - 1) * s.dilation[d], pad = s.pad[d];
+    if (static_cast<double>(s.out[d] - 1) * s.stride[d] < pad || reach - pad >= s.in[d]) return true;
+  }
+  return inside_share(s) < 0.7;
 }
 
 }  // namespace myconv::cpu

@@ -129,6 +129,8 @@ struct DotTile {
   int64_t c_step;
 };
 
+inline constexpr int kWinograds = 11;
+
 // A run of one packed row: length elements to target; those in [first, last) come from the plane at source + i * step,
 // the others are zero.
 struct Segment {
@@ -137,14 +139,17 @@ struct Segment {
 };
 
 // Winograd transforms of one tile, all channels: [position] is a step of position_step. 16-bit types are transformed as
-// float32.
+// float32. Arrays of two: height, width.
 template <typename T>
 struct WinogradKernels {
   using W = Word<T>;
-  int out, tile;  // results, pixels of a side
-  // v[position][channel], from pixels[tile * tile] that each point to the channels of one
+  int out[2], taps[2], in[2];  // results of a tile, taps of the kernel, pixels that are read
+  int positions;
+  int stride;  // of the axes with more than one tap
+  bool exact;  // on small integers
+  // v[position][channel], from pixels[in * in] that each point to the channels of one
   void (*input)(const T* const* pixels, int64_t channels, W* v, int64_t position_step);
-  // u[position][lane], from taps[tap_offsets[9]][lane], for a number of whole vectors
+  // u[position][lane], from taps[tap_offsets[taps * taps]][lane], for a number of whole vectors
   void (*weight)(const W* taps, const int64_t* tap_offsets, int64_t vectors, W* u, int64_t position_step);
   // pixels[out * out][channel], from m[position][channel]; whether all results are finite
   bool (*output)(const W* m, int64_t position_step, int64_t channels, const W* bias, T* const* pixels);
@@ -175,7 +180,7 @@ struct Kernels {
   // Words are made of neighbouring channels.
   void (*pack)(int64_t channels, int64_t taps, const T* plane, int64_t plane_stride, const Segment* segments,
                const int32_t* first, W* panel, int64_t width);
-  WinogradKernels<T> winograd[2];  // F(2x2), F(4x4)
+  WinogradKernels<T> winograd[kWinograds];  // of float32 and the 16-bit types, the same ones
   // to[c * to_step + r] = from[r * from_step + c],  r < rows, c < cols    words are made of neighbours in a row
   void (*transpose)(const T* from, int64_t from_step, int64_t rows, int64_t cols, W* to, int64_t to_step);
   // The same of float32 sums, rounded.

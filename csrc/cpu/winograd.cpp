@@ -1,6 +1,5 @@
-// Winograd convolution: 3x3, stride 1; forward and backward_input; float32 and 16-bit types. Each tile of m x m results,
-// m = 2 or 4, is computed from its (m + 2) x (m + 2) pixels with (m + 2)^2 multiplications per pair of channels
-// instead of 9 m^2:
+// Winograd convolution, forward and backward_input; float32 and 16-bit types. Results are computed in tiles, with fewer products of
+// pixels and weights than there are pairs of a result and a tap:
 //
 //     Y = A^T [ sum over channels of (G g G^T) * (B^T d B) ] A
 //
@@ -9,17 +8,24 @@
 //     M[position] = V[position] x U[position]  a matrix product for each position: rows are tiles, columns k
 //     Y[tile] = A^T M[.][tile] A + bias
 //
-// A dilation d makes d x d convolutions without one, of every d-th line and pixel; a tile belongs to one of them (NHWC).
+// Kernels, and products for each result (winograd.inc has the transforms; an axis with one tap is not transformed):
+//
+//     3x3          tiles of 4x4 2.25 of 9, 2x2 4 of 9            1x3, 3x1   tiles of 4: 1.5 of 3
+//     3x3 stride 2 tiles of 4x4 5.1 of 9, 2x2 6.25 of 9          1x5, 5x1   tiles of 4: 2 of 5
+//     5x5          tiles of 2x2 9 of 25                          1x7, 7x1   tiles of 2: 4 of 7
+//
+// With a dilation the results of a tile, like the pixels it reads, lie that far apart. Of a third axis every tap is a
+// block of channels of its own.
 //
 // NHWC reads pixels where they lie, through a pointer each (a row of zeros in the padding). NCHW transposes the lines of
 // a few tiles at a time, on the way in and on the way out. backward_input is the same with the taps reversed (gather.h).
 //
-// Threads: where U is small, they split tiles, each with all of U; else they split the columns, each with U of its own
-// and, unless they are many, V of all tiles. What a thread needs it computes: to fetch it from another costs more. Sums: blocks of kBlock channels, each from a fresh accumulator, added in order.
+// Threads: where U is small, they split groups and tiles, each with all of a group's U; else they split the columns,
+// each with U of its own and, unless they are many, V of all tiles. What a thread needs it computes: to fetch it from
+// another costs more. Sums: blocks of kBlock channels, each from a fresh accumulator, added in order.
 // A tile with a result that is not finite is computed again without transforms, in which an infinity would spread.
 // 16-bit types are float32 from the transforms of what is read to those of what is written, and rounded there.
-// Declines: other kernels, strides and types, dilations in NCHW. Yields where direct computation or the other tile size
-// takes less time.
+// Declines: other kernels, strides and types. Yields where direct computation or the other tile size takes less time.
 #include <algorithm>
 #include <cmath>
 #include <vector>
@@ -34,49 +40,61 @@ namespace myconv::cpu {
 namespace {
 
 constexpr int64_t kBlock = 128;             // channels of one sum: errors of the transforms add up
-constexpr int64_t kSmallWeights = 4 << 20;  // bytes of U up to which threads split tiles
+constexpr int64_t kSmallWeights = 1 << 20;  // bytes of U up to which threads split tiles
+constexpr int64_t kLargeWeights = 8 << 20;  // and from which on columns; between, whichever is more
 constexpr int64_t kTilesInL2 = 400 << 10;   // bytes of V and M of one thread
 constexpr int64_t kInputBytes = 12 << 20;   // bytes of V of all threads
 constexpr int64_t kAllWeights = 32 << 20;   // and bytes of U, or of V, that all threads have of their own
 constexpr int64_t kColumnsPerThread = 64;   // from which on all tiles' transforms are little beside the products
 constexpr int64_t kFewChannels = 16;        // whose transforms are not shared by enough products
-constexpr int64_t kFewGroupChannels = 64;   // the same of a group: groups take turns
 constexpr int64_t kMostTiles = 64;          // of a block
+constexpr int64_t kMostTaps = 25;           // of a kernel
+constexpr int64_t kMostPixels = 81;         // that a tile reads
+constexpr int64_t kMostResults = 16;        // of a tile
+constexpr int64_t kMostFrames = 64;         // taps of the third axis
 constexpr int64_t kStripChannels = 64;      // NCHW: channels that are transposed at a time
 constexpr int64_t kWeightChannels = 64;     // whose taps are packed at a time
 
-// Tiles of an axis: all of the results 0, d, 2 d, .., then of 1, 1 + d, ..  with a dilation d.
-int64_t tiles_of_axis(int64_t count, int64_t dilation, int64_t out) {
-  const int64_t longer = count % dilation;
-  return longer * ceil_div(count / dilation + 1, out) + (dilation - longer) * ceil_div(count / dilation, out);
-}
+// The source of each position of an axis, from the first pixel of the first tile on; -1 is a zero.
+using Sources = c10::SmallVector<int64_t, 128>;
 
-// The positions that tiles read and write; -1 is a zero, or nothing.
+// Tiles along an axis, and what they read. Positions count from the first one that is read.
 struct Axis {
-  int64_t tiles, out, inner;                // inner: positions that a tile reads
-  c10::SmallVector<int64_t, 128> from, to;  // [tiles][inner], [tiles][out]
-  int64_t tap[3];                           // of the weight, by position
+  int64_t out, in, stride, count;       // results of a tile, positions it reads; results of the axis
+  int64_t dilation;                     // between the results of a tile, and between what it reads
+  c10::SmallVector<int64_t, 64> first;  // result of each tile
+  Sources source;                       // of each position; -1 is a zero
+  c10::SmallVector<int64_t, 8> tap;     // of the weight, in the order of positions
 
-  Axis(const GatherAxis& a, int64_t dilation, int64_t out)
-      : tiles(tiles_of_axis(a.count, dilation, out)), out(out), inner(out + 2) {
-    const int64_t low = std::min(a.offset[0], a.offset[2]);
-    for (int64_t t = 0; t < 3; ++t) tap[(a.offset[t] - low) / dilation] = a.tap[t];
-    for (int64_t residue = 0; residue < std::min(dilation, a.count); ++residue)
-      for (int64_t first = residue; first < a.count; first += out * dilation) {
-        for (int64_t p = 0; p < inner; ++p) {
-          const int64_t at = padded_index(first + p * dilation + low, a.from_extent, a.mode);
-          // The last tile may reach further than any result, and than any padding mode.
-          from.push_back(at >= 0 && at < a.from_extent ? at : -1);
-        }
-        for (int64_t p = 0; p < out; ++p) to.push_back(first + p * dilation < a.count ? first + p * dilation : -1);
-      }
+  // Tiles of different remainders by the dilation overlap: in_order has them follow each other by their first result,
+  // else tiles of one remainder follow each other.
+  Axis(const GatherAxis& a, int64_t results, int64_t reads, bool in_order)
+      : out(results), in(reads), stride(a.from_step), count(a.count), dilation(1), tap(a.tap) {
+    if (a.taps() > 1) dilation = std::abs(a.offset[1] - a.offset[0]);
+    const int64_t low = std::min(a.offset.front(), a.offset.back());
+    if (low < a.offset.front()) std::reverse(tap.begin(), tap.end());
+    const int64_t remainders = std::min(dilation, count);
+    if (in_order) {
+      for (int64_t start = 0; start < count; start += out * dilation)
+        for (int64_t r = 0; r < remainders && start + r < count; ++r) first.push_back(start + r);
+    } else {
+      for (int64_t r = 0; r < remainders; ++r)
+        for (int64_t start = r; start < count; start += out * dilation) first.push_back(start);
+    }
+    const int64_t last = *std::max_element(first.begin(), first.end());
+    for (int64_t p = 0; p <= position(last, in - 1); ++p) {
+      const int64_t at = padded_index(p + low, a.from_extent, a.mode);
+      // The last tile may reach further than any result, and than any padding mode.
+      source.push_back(at >= 0 && at < a.from_extent ? at : -1);
+    }
   }
-  int64_t source(int64_t tile, int64_t p) const { return from[tile * inner + p]; }
-  int64_t target(int64_t tile, int64_t p) const { return to[tile * out + p]; }
-  // Without a dilation tiles follow each other: where position p from the first tile on is read.
-  int64_t line(int64_t p) const {
-    const int64_t tile = std::min(p / out, tiles - 1);
-    return source(tile, p - tile * out);
+  int64_t tiles() const { return static_cast<int64_t>(first.size()); }
+  int64_t result(int64_t first_result, int64_t i) const { return first_result + i * dilation; }
+  int64_t position(int64_t first_result, int64_t j) const { return first_result * stride + j * dilation; }
+  // Positions that a tile shares with the one before.
+  int64_t shared(int64_t tile) const {
+    if (tile == 0 || tile >= tiles() || first[tile] - first[tile - 1] != out * dilation) return 0;
+    return std::max<int64_t>(0, in - out * stride);
   }
 };
 
@@ -84,28 +102,46 @@ struct Axis {
 // sets of the cache.
 constexpr int64_t step(int64_t elements) { return elements + 16; }
 
+// What is computed. Frames are the results' positions on the third axis: each is an image of its own.
+struct Problem {
+  Gather gather;
+  const GatherPhase& phase;
+  const WinogradKernels<float>& transforms;
+  Axis h, w;
+  int64_t depth;           // of the products: taps of the third axis times channels
+  int64_t tiles_of_image;  // or frame
+  int64_t tiles;
+
+  Problem(const ConvShape& s, Direction direction, const WinogradKernels<float>& t)
+      : gather(make_gather(s, direction)),
+        phase(gather.phases[0]),
+        transforms(t),
+        h(phase.axis[1], t.out[0], t.in[0], /*in_order=*/false),
+        w(phase.axis[2], t.out[1], t.in[1], /*in_order=*/true),
+        depth(phase.axis[0].taps() * gather.from_per_group),
+        tiles_of_image(h.tiles() * w.tiles()),
+        tiles(gather.batch * frames() * tiles_of_image) {}
+  Problem(const Problem&) = delete;
+  Problem& operator=(const Problem&) = delete;
+  int64_t frames() const { return phase.axis[0].count; }
+};
+
 // Sizes, in elements.
 struct Plan {
-  int64_t positions, out;
-  int64_t tiles_of_image, tiles;
   int64_t width, panels;
   bool split_columns, own_input;
   int64_t block, chunk;  // tiles that M is of, and V is of
-  int64_t u_channels;    // that a U is of: few tiles do not wait for all of it
+  int64_t u_channels;    // of the depth that a U is of: few tiles do not wait for all of it
   int64_t u, v, m, strip, result_strip, taps;
   int64_t shared, of_thread;
 
-  Plan(const ConvShape& s, Direction direction, const WinogradKernels<float>& w, int64_t lanes, int64_t vectors,
-       int threads) {
-    const bool forward = direction == Direction::kForward;
-    const int64_t from = forward ? s.in_per_group : s.out_per_group, to = forward ? s.out_per_group : s.in_per_group;
-    const int64_t* const extent = forward ? s.out : s.in;
-    out = w.out, positions = w.tile * w.tile;
-    const int64_t tiles_w = tiles_of_axis(extent[2], s.dilation[2], out);
-    tiles_of_image = tiles_of_axis(extent[1], s.dilation[1], out) * tiles_w;
-    tiles = s.batch * tiles_of_image;
-    const int64_t bytes = positions * sizeof(float);
-    split_columns = bytes * from * round_up(to, lanes) > std::min(kSmallWeights, kAllWeights / threads);
+  Plan(const Problem& p, bool channels_last, int64_t lanes, int64_t vectors, int threads) {
+    const int64_t from = p.gather.from_per_group, depth = p.depth, to = p.gather.to_per_group;
+    const int64_t positions = p.transforms.positions, bytes = positions * sizeof(float);
+    // Threads repeat the transforms of what they do not split.
+    const int64_t all_u = bytes * depth * round_up(to, lanes);
+    split_columns =
+        all_u > std::min(kLargeWeights, kAllWeights / threads) || (all_u > kSmallWeights && 2 * p.tiles < to);
     const Panels widest(to, lanes, vectors);
     width = widest.width;
     if (split_columns) {
@@ -116,66 +152,69 @@ struct Plan {
       }
     }
     panels = ceil_div(to, width);
-    const int64_t fit = kTilesInL2 / (bytes * (split_columns ? width : from + width));
-    block = std::clamp<int64_t>(fit, 8, kMostTiles);
-    block = std::min(block, split_columns ? tiles : ceil_div(tiles, threads));
-    own_input = !split_columns || (threads * kColumnsPerThread <= to && threads * bytes * from * block <= kAllWeights);
+    // Columns of large weights are read again for each block: better that M does not fit.
+    block = split_columns ? kMostTiles : std::clamp<int64_t>(kTilesInL2 / (bytes * (depth + width)), 8, kMostTiles);
+    block = std::min(block, split_columns || p.gather.groups >= threads ? p.tiles : ceil_div(p.tiles, threads));
+    own_input = !split_columns || (threads * kColumnsPerThread <= to && threads * bytes * depth * block <= kAllWeights);
     // All of a panel's U, or where that is much for all threads, a block of channels at a time and as few tiles.
-    const bool whole_u = threads * bytes * from * width <= kAllWeights;
+    const bool whole_u = threads * bytes * depth * width <= kAllWeights;
     chunk = block;
     if (split_columns && whole_u)
-      chunk = std::clamp<int64_t>(kInputBytes / (own_input ? threads : 1) / (bytes * from), block, tiles);
-    u_channels = split_columns && chunk <= block ? std::min(from, kBlock) : from;
-    u = positions * step(u_channels * width), v = positions * step(chunk * from), m = positions * step(block * width);
+      chunk = std::clamp<int64_t>(kInputBytes / (own_input ? threads : 1) / (bytes * depth), block, p.tiles);
+    u_channels = split_columns && chunk <= block ? std::min(depth, kBlock) : depth;
+    u = positions * step(u_channels * width) * (split_columns ? 1 : panels);
+    v = positions * step(chunk * depth), m = positions * step(block * width);
     strip = result_strip = 0;
-    if (!s.channels_last()) {
+    if (!channels_last) {
       // Whole tile rows, or a piece of one.
-      const int64_t columns = std::min(block, tiles_w),
-                    rows = std::min(ceil_div(block, columns), tiles_of_image / tiles_w);
-      strip = (rows * out + 2) * (columns * out + 2) * std::min(from, kStripChannels);
-      result_strip = rows * out * columns * out * width;
+      const int64_t columns = std::min(block, p.w.tiles()), rows = std::min(ceil_div(block, columns), p.h.tiles());
+      int64_t span = 0;  // between the first results of a row's first and last tile
+      for (int64_t i = columns - 1; i < p.w.tiles(); ++i)
+        span = std::max(span, p.w.first[i] - p.w.first[i - columns + 1]);
+      const int64_t lines = rows * p.h.in - (p.h.dilation == 1 ? (rows - 1) * p.h.shared(1) : 0);
+      strip = lines * (p.w.position(span, p.w.in - 1) + 1) * std::min(from, kStripChannels);
+      result_strip = rows * p.h.out * (p.w.result(span, p.w.out - 1) + 1) * width;
     }
-    taps = kWeightChannels * 9 * width;
+    taps = kWeightChannels * kMostTaps * width;
     // Besides: a row of zeros to read from (shared) and one to write to.
     shared = from + (own_input ? 0 : v);
-    if (!split_columns) u *= panels;
     of_thread = round_up(u + (own_input ? v : 0) + m + strip + result_strip + taps + width, 16);
   }
 };
 
 // A rectangle of tiles of one image.
 struct Tiles {
-  int64_t image, h0, h1, w0, w1;
+  int64_t image, frame, h0, h1, w0, w1;
   int64_t count() const { return (h1 - h0) * (w1 - w0); }
 };
 
 template <typename T>
 class Winograd {
  public:
-  Winograd(const ConvShape& s, Direction direction, int64_t out, const void* from, const ConvPointers& p,
+  Winograd(const Problem& problem, const Plan& plan, const ConvShape& s, const void* from, const ConvPointers& p,
            float* workspace, int threads)
-      : gather_(make_gather(s, direction)),
-        phase_(gather_.phases[0]),
+      : p_(problem),
+        g_(problem.gather),
+        t_(problem.transforms),
+        plan_(plan),
         kernels_(microkernels().f32),
         stored_(kernels_of<T>(microkernels())),
-        variant_(out == 4),
-        plan_(s, direction, kernels_.winograd[variant_], kernels_.lanes, kernels_.vectors, threads),
-        h_(phase_.axis[1], s.dilation[1], plan_.out),
-        w_(phase_.axis[2], s.dilation[2], plan_.out),
+        variant_(static_cast<int>(&t_ - kernels_.winograd)),
         channels_last_(s.channels_last()),
         from_(static_cast<const T*>(from)),
         weight_(static_cast<const T*>(p.weight)),
-        bias_(microkernels(), p.bias, gather_.groups * gather_.to_per_group),
+        bias_(microkernels(), p.bias, g_.groups * g_.to_per_group),
         to_(static_cast<T*>(p.result)),
         zeros_(reinterpret_cast<T*>(workspace)),
-        shared_(workspace + gather_.from_per_group),
+        shared_(workspace + g_.from_per_group),
         scratch_(workspace + plan_.shared),
         threads_(threads) {
-    std::fill_n(zeros_, gather_.from_per_group, T{});
+    std::fill_n(zeros_, g_.from_per_group, T{});
   }
 
-  void run() {
-    for (group_ = 0; group_ < gather_.groups; ++group_) plan_.split_columns ? split_columns() : split_tiles();
+  void run() const {
+    if (!plan_.split_columns) return split_tiles();
+    for (int64_t group = 0; group < g_.groups; ++group) split_columns(group);
   }
 
  private:
@@ -193,282 +232,341 @@ class Winograd {
     s.trash = s.taps + plan_.taps;
     return s;
   }
-  int64_t panel_columns(int64_t panel) const {
-    return std::min(plan_.width, gather_.to_per_group - panel * plan_.width);
-  }
+  int64_t panel_columns(int64_t panel) const { return std::min(plan_.width, g_.to_per_group - panel * plan_.width); }
 
-  void split_tiles() {
-    const int64_t from = gather_.from_per_group, u_of_panel = plan_.u / plan_.panels;
-    const int64_t blocks = std::min(plan_.tiles, round_up(ceil_div(plan_.tiles, plan_.block), threads_));
-    parallel_tasks(blocks, macs() / blocks, [&](int64_t begin, int64_t end) {
+  void split_tiles() const {
+    const int64_t u_of_panel = plan_.u / plan_.panels;
+    int64_t blocks = ceil_div(p_.tiles, plan_.block);
+    if (g_.groups < threads_) blocks = std::min(p_.tiles, round_up(blocks, threads_));
+    parallel_tasks(g_.groups * blocks, macs() / blocks, [&](int64_t begin, int64_t end) {
       const Scratch s = scratch();
-      for (int64_t panel = 0; panel < plan_.panels; ++panel)
-        transform_weights(panel, 0, from, s.taps, s.u + panel * u_of_panel);
+      int64_t prepared = -1;
       for (int64_t i = begin; i < end; ++i) {
-        const int64_t first = plan_.tiles * i / blocks, last = plan_.tiles * (i + 1) / blocks;
-        transform_input(first, last, s, s.v, last - first);
+        const int64_t group = i / blocks, block = i % blocks;
+        const int64_t first = p_.tiles * block / blocks, last = p_.tiles * (block + 1) / blocks;
+        transform_input(group, first, last, s, s.v, last - first);
         for (int64_t panel = 0; panel < plan_.panels; ++panel) {
-          multiply(panel, 0, from, s.u + panel * u_of_panel, s.v, last - first, last - first, s.m);
-          transform_output(panel, first, last, s);
+          float* const u = s.u + panel * u_of_panel;
+          if (group != prepared) transform_weights(group, panel, 0, p_.depth, s.taps, u);
+          multiply(panel, 0, p_.depth, u, s.v, last - first, last - first, s.m);
+          transform_output(group, panel, first, last, s);
         }
+        prepared = group;
       }
     });
   }
 
-  void split_columns() {
-    const int64_t from = gather_.from_per_group;
-    for (int64_t first = 0; first < plan_.tiles; first += plan_.chunk) {
-      const int64_t count = std::min(plan_.chunk, plan_.tiles - first);
+  void split_columns(int64_t group) const {
+    const int64_t depth = p_.depth;
+    for (int64_t first = 0; first < p_.tiles; first += plan_.chunk) {
+      const int64_t count = std::min(plan_.chunk, p_.tiles - first);
       const auto transform_pieces = [&](int64_t pieces, int64_t begin, int64_t end, const Scratch& s) {
         for (int64_t i = begin; i < end; ++i) {
           const int64_t tile = count * i / pieces;
-          transform_input(first + tile, first + count * (i + 1) / pieces, s, s.v + tile * from, count);
+          transform_input(group, first + tile, first + count * (i + 1) / pieces, s, s.v + tile * depth, count);
         }
       };
       const int64_t pieces = std::min(count, round_up(ceil_div(count, plan_.block), threads_));
       if (!plan_.own_input)
-        parallel_tasks(pieces, 16.0 * plan_.positions * count * from / pieces,
+        parallel_tasks(pieces, 16.0 * t_.positions * count * depth / pieces,
                        [&](int64_t begin, int64_t end) { transform_pieces(pieces, begin, end, scratch()); });
       parallel_tasks(plan_.panels, macs() / plan_.panels, [&](int64_t begin, int64_t end) {
         const Scratch s = scratch();
         if (plan_.own_input) transform_pieces(pieces, 0, pieces, s);
         const int64_t blocks = ceil_div(count, plan_.block);
         for (int64_t panel = begin; panel < end; ++panel)
-          for (int64_t c0 = 0; c0 < from; c0 += plan_.u_channels) {
-            const int64_t c1 = std::min(from, c0 + plan_.u_channels);
-            transform_weights(panel, c0, c1, s.taps, s.u);
+          for (int64_t d0 = 0; d0 < depth; d0 += plan_.u_channels) {
+            const int64_t d1 = std::min(depth, d0 + plan_.u_channels);
+            transform_weights(group, panel, d0, d1, s.taps, s.u);
             for (int64_t i = 0; i < blocks; ++i) {
               const int64_t tile = count * i / blocks, end_tile = count * (i + 1) / blocks;
-              multiply(panel, c0, c1, s.u, s.v + tile * from, end_tile - tile, count, s.m);
-              if (c1 == from) transform_output(panel, first + tile, first + end_tile, s);
+              multiply(panel, d0, d1, s.u, s.v + tile * depth, end_tile - tile, count, s.m);
+              if (d1 == depth) transform_output(group, panel, first + tile, first + end_tile, s);
             }
           }
       });
     }
   }
 
-  double macs() const {
-    return static_cast<double>(plan_.positions) * plan_.tiles * gather_.from_per_group * gather_.to_per_group;
+  // Of one group.
+  double macs() const { return static_cast<double>(t_.positions) * p_.tiles * p_.depth * g_.to_per_group; }
+
+  // u[position][d - d0][column] for [d0, d1) of the depth, and one panel.
+  void transform_weights(int64_t group, int64_t panel, int64_t d0, int64_t d1, float* packed, float* u) const {
+    const int64_t width = plan_.width, from = g_.from_per_group;
+    const T* const weight = weight_ + group * g_.weight_group_stride + panel * width * g_.weight_to_stride;
+    const int64_t kernel_w = t_.taps[1], taps = t_.taps[0] * kernel_w;
+    int64_t offsets[kMostTaps], *offset = offsets;
+    for (const int64_t h : p_.h.tap)
+      for (const int64_t w : p_.w.tap) *offset++ = (h * kernel_w + w) * width;
+    for (int64_t d = d0; d < d1;) {
+      const int64_t tap = d / from, c = d % from, channels = std::min({kWeightChannels, from - c, d1 - d});
+      pack_taps(weight + p_.phase.axis[0].tap[tap] * g_.weight_axis_stride[0] + c * g_.weight_from_stride, channels,
+                panel_columns(panel), packed);
+      for (int64_t i = 0; i < channels; ++i)
+        t_.weight(packed + i * taps * width, offsets, width / kernels_.lanes, u + (d - d0 + i) * width,
+                  step(plan_.u_channels * width));
+      d += channels;
+    }
   }
 
-  // u[position][channel - c0][column] for channels [c0, c1) of one panel.
-  void transform_weights(int64_t panel, int64_t c0, int64_t c1, float* packed, float* u) const {
-    const int64_t width = plan_.width, columns = panel_columns(panel);
-    const int64_t to_stride = gather_.weight_to_stride, from_stride = gather_.weight_from_stride;
-    const int64_t h_stride = gather_.weight_axis_stride[1], w_stride = gather_.weight_axis_stride[2];
-    const T* const weight = weight_ + group_ * gather_.weight_group_stride + panel * width * to_stride;
-    int64_t offsets[9];
-    for (int64_t t = 0; t < 9; ++t) offsets[t] = (h_.tap[t / 3] * 3 + w_.tap[t % 3]) * width;
-    for (int64_t first = c0; first < c1; first += kWeightChannels) {
-      // packed[channel][tap][column]
-      const int64_t channels = std::min(kWeightChannels, c1 - first);
-      const T* const source = weight + first * from_stride;
-      if (columns < width) std::fill_n(packed, channels * 9 * width, 0.0f);
-      if (w_stride == 1 && h_stride == 3 && from_stride == 9) {
-        stored_.transpose(source, to_stride, columns, channels * 9, packed, width);
-      } else if (w_stride == 1 && h_stride == 3 && to_stride == 9) {
-        for (int64_t c = 0; c < channels; ++c)
-          stored_.transpose(source + c * from_stride, 9, columns, 9, packed + c * 9 * width, width);
-      } else {
-        for (int64_t t = 0; t < 9; ++t)
-          pack_matrix(stored_, source + t / 3 * h_stride + t % 3 * w_stride, from_stride, to_stride, channels, columns,
-                      packed + t * width, 9 * width);
-      }
+  // packed[channel][tap][column]
+  void pack_taps(const T* weight, int64_t channels, int64_t columns, float* packed) const {
+    const int64_t width = plan_.width, taps_w = t_.taps[1], taps = t_.taps[0] * taps_w;
+    const int64_t to_stride = g_.weight_to_stride, from_stride = g_.weight_from_stride;
+    const int64_t h_stride = g_.weight_axis_stride[1], w_stride = g_.weight_axis_stride[2];
+    if (columns < width) std::fill_n(packed, channels * taps * width, 0.0f);
+    const bool run = (taps_w == 1 || w_stride == 1) && (t_.taps[0] == 1 || h_stride == taps_w);
+    if (run && from_stride == taps)
+      return stored_.transpose(weight, to_stride, columns, channels * taps, packed, width);
+    if (run && from_stride != 1) {
       for (int64_t c = 0; c < channels; ++c)
-        kernels_.winograd[variant_].weight(packed + c * 9 * width, offsets, width / kernels_.lanes,
-                                           u + (first - c0 + c) * width, step(plan_.u_channels * width));
+        stored_.transpose(weight + c * from_stride, to_stride, columns, taps, packed + c * taps * width, width);
+      return;
     }
+    for (int64_t t = 0; t < taps; ++t)
+      pack_matrix(stored_, weight + t / taps_w * h_stride + t % taps_w * w_stride, from_stride, to_stride, channels,
+                  columns, packed + t * width, taps * width);
   }
 
   // Calls f(rectangle, tiles before it) for the rectangles that tiles [first, last) are made of.
   template <typename F>
   void each_rectangle(int64_t first, int64_t last, const F& f) const {
+    const int64_t tiles_w = p_.w.tiles();
     for (int64_t tile = first; tile < last;) {
-      const int64_t image = tile / plan_.tiles_of_image, in_image = tile % plan_.tiles_of_image;
-      const int64_t h = in_image / w_.tiles, w = in_image % w_.tiles, left = last - tile;
-      Tiles r{image, h, h + 1, w, std::min(w_.tiles, w + left)};
-      if (w == 0 && left >= w_.tiles) r.h1 = h + std::min(left / w_.tiles, h_.tiles - h);
+      const int64_t image = tile / p_.tiles_of_image, in_image = tile % p_.tiles_of_image;
+      const int64_t h = in_image / tiles_w, w = in_image % tiles_w, left = last - tile;
+      Tiles r{image / p_.frames(), image % p_.frames(), h, h + 1, w, std::min(tiles_w, w + left)};
+      if (w == 0 && left >= tiles_w) r.h1 = h + std::min(left / tiles_w, p_.h.tiles() - h);
       f(r, tile - first);
       tile += r.count();
     }
   }
 
-  // v[position][tile - first][channel]
-  void transform_input(int64_t first, int64_t last, const Scratch& s, float* v, int64_t v_tiles) const {
-    const int64_t from = gather_.from_per_group, out = plan_.out;
-    const T* const group = from_ + group_ * from * gather_.from_stride.channel;
+  // v[position][tile - first][depth]
+  void transform_input(int64_t group, int64_t first, int64_t last, const Scratch& s, float* v, int64_t v_tiles) const {
+    const int64_t from = g_.from_per_group, depth = p_.depth, v_step = step(v_tiles * depth);
+    const GatherAxis& third = p_.phase.axis[0];
     each_rectangle(first, last, [&](const Tiles& r, int64_t before) {
-      const T* const image = group + r.image * gather_.from_stride.batch;
-      const int64_t most = channels_last_ ? from : kStripChannels;
-      for (int64_t c = 0; c < from; c += most) {
-        const int64_t channels = std::min(most, from - c);
-        const int64_t pitch = ((r.w1 - r.w0) * out + 2) * channels;  // of a line of the strip
-        if (!channels_last_) fill_strip(r, image + c * gather_.from_stride.channel, channels, s.strip);
-        float* target = v + before * from + c;
-        for (int64_t h = r.h0; h < r.h1; ++h)
-          for (int64_t w = r.w0; w < r.w1; ++w, target += from) {
-            if (channels_last_)
-              transform_tile(stored_, channels, target, step(v_tiles * from), [&](int64_t i, int64_t j) {
-                const int64_t at_h = h_.source(h, i), at_w = w_.source(w, j);
-                return at_h < 0 || at_w < 0
-                           ? zeros_
-                           : image + at_h * gather_.from_stride.axis[1] + at_w * gather_.from_stride.axis[2];
-              });
-            else
-              transform_tile(kernels_, channels, target, step(v_tiles * from), [&](int64_t i, int64_t j) {
-                return s.strip + ((h - r.h0) * out + i) * pitch + ((w - r.w0) * out + j) * channels;
-              });
-          }
+      for (int64_t tap = 0; tap < third.taps(); ++tap) {
+        const int64_t frame = third.source(r.frame, tap);
+        if (frame < 0) {
+          for (int64_t position = 0; position < t_.positions; ++position)
+            for (int64_t tile = 0; tile < r.count(); ++tile)
+              std::fill_n(v + position * v_step + (before + tile) * depth + tap * from, from, 0.0f);
+          continue;
+        }
+        const T* const image = from_ + r.image * g_.from_stride.batch + frame * g_.from_stride.axis[0] +
+                               group * from * g_.from_stride.channel;
+        const int64_t most = channels_last_ ? from : kStripChannels;
+        for (int64_t c = 0; c < from; c += most)
+          transform_rectangle(r, image + c * g_.from_stride.channel, std::min(most, from - c), s.strip,
+                              v + before * depth + tap * from + c, v_step);
       }
     });
   }
 
+  void transform_rectangle(const Tiles& r, const T* image, int64_t channels, float* strip, float* v,
+                           int64_t v_step) const {
+    const Axis &h = p_.h, &w = p_.w;
+    const int64_t low = w.position(w.first[r.w0], 0),
+                  pitch = (w.position(w.first[r.w1 - 1], w.in - 1) + 1 - low) * channels;
+    if (!channels_last_) fill_strip(r, image, channels, strip);
+    const float* line = strip;  // of the first one that the tile row reads
+    for (int64_t th = r.h0; th < r.h1; ++th) {
+      if (th > r.h0) line += (h.in - h.shared(th)) * pitch;
+      for (int64_t tw = r.w0; tw < r.w1; ++tw, v += p_.depth)
+        if (channels_last_)
+          transform_tile(stored_, channels, v, v_step, [&](int64_t i, int64_t j) {
+            const int64_t at_h = h.source[h.position(h.first[th], i)], at_w = w.source[w.position(w.first[tw], j)];
+            return at_h < 0 || at_w < 0 ? zeros_
+                                        : image + at_h * g_.from_stride.axis[1] + at_w * g_.from_stride.axis[2];
+          });
+        else
+          transform_tile(kernels_, channels, v, v_step, [&](int64_t i, int64_t j) {
+            return line + i * pitch + (w.position(w.first[tw], j) - low) * channels;
+          });
+    }
+  }
+
   // One tile, whose pixel (i, j) lies at pixel(i, j): stored values, or float32 of a strip.
   template <typename P, typename At>
-  void transform_tile(const Kernels<P>& kernels, int64_t channels, float* v, int64_t position_step,
-                      const At& pixel) const {
-    const WinogradKernels<P>& transforms = kernels.winograd[variant_];
-    const P* pixels[36];
-    for (int64_t i = 0; i < transforms.tile; ++i)
-      for (int64_t j = 0; j < transforms.tile; ++j) pixels[i * transforms.tile + j] = pixel(i, j);
-    transforms.input(pixels, channels, v, position_step);
+  void transform_tile(const Kernels<P>& kernels, int64_t channels, float* v, int64_t v_step, const At& pixel) const {
+    const P* pixels[kMostPixels];
+    for (int64_t i = 0; i < p_.h.in; ++i)
+      for (int64_t j = 0; j < p_.w.in; ++j) pixels[i * p_.w.in + j] = pixel(i, j);
+    kernels.winograd[variant_].input(pixels, channels, v, v_step);
   }
 
   // strip[line][pixel][channel] of what the tiles of r read, with its padding.
   void fill_strip(const Tiles& r, const T* planes, int64_t channels, float* strip) const {
-    const int64_t plane = gather_.from_stride.channel, w0 = r.w0 * plan_.out, w1 = r.w1 * plan_.out + 2;
-    for (int64_t h = r.h0 * plan_.out; h < r.h1 * plan_.out + 2; ++h, strip += (w1 - w0) * channels) {
-      const int64_t line = h_.line(h) * gather_.from_stride.axis[1];
-      for (int64_t w = w0; w < w1;) {  // runs of pixels that lie side by side
-        const int64_t at = h_.line(h) < 0 ? -1 : w_.line(w);
-        int64_t end = w + 1;
-        while (end < w1 && (at < 0 ? h_.line(h) < 0 || w_.line(end) < 0 : w_.line(end) == at + end - w)) ++end;
-        float* const target = strip + (w - w0) * channels;
-        if (at < 0)
-          std::fill_n(target, (end - w) * channels, 0.0f);
-        else
-          stored_.transpose(planes + line + at, plane, channels, end - w, target, channels);
-        w = end;
+    const Axis &h = p_.h, &w = p_.w;
+    const int64_t plane = g_.from_stride.channel;
+    const int64_t w0 = w.position(w.first[r.w0], 0), w1 = w.position(w.first[r.w1 - 1], w.in - 1) + 1;
+    for (int64_t tile = r.h0; tile < r.h1; ++tile)
+      for (int64_t i = tile > r.h0 ? h.shared(tile) : 0; i < h.in; ++i, strip += (w1 - w0) * channels) {
+        const int64_t at_h = h.source[h.position(h.first[tile], i)], line = at_h * g_.from_stride.axis[1];
+        for (int64_t at = w0; at < w1;) {  // runs of pixels that lie side by side
+          const int64_t first = at_h < 0 ? -1 : w.source[at];
+          int64_t end = at + 1;
+          while (end < w1 && (first < 0 ? at_h < 0 || w.source[end] < 0 : w.source[end] == first + end - at)) ++end;
+          float* const target = strip + (at - w0) * channels;
+          if (first < 0)
+            std::fill_n(target, (end - at) * channels, 0.0f);
+          else
+            stored_.transpose(planes + line + first, plane, channels, end - at, target, channels);
+          at = end;
+        }
       }
-    }
   }
 
-  // m[position][tile][column] += sum over channels [c0, c1) of v[position][tile][channel] * u[position][channel - c0]
-  // [column]; from channel 0 on, m is overwritten.
-  void multiply(int64_t panel, int64_t c0, int64_t c1, const float* u, const float* v, int64_t tiles, int64_t v_tiles,
+  // m[position][tile][column] += sum over [d0, d1) of v[position][tile][d] * u[position][d - d0][column]; from 0 on, m
+  // is overwritten.
+  void multiply(int64_t panel, int64_t d0, int64_t d1, const float* u, const float* v, int64_t tiles, int64_t v_tiles,
                 float* m) const {
-    const int64_t from = gather_.from_per_group, width = plan_.width, row_tiles = ceil_div(tiles, kernels_.rows);
+    const int64_t depth = p_.depth, width = plan_.width, row_tiles = ceil_div(tiles, kernels_.rows);
     const float* a[kMaxRows];
     float* c[kMaxRows];
-    for (int64_t position = 0; position < plan_.positions; ++position)
-      for (int64_t channel = c0; channel < c1; channel += kBlock)
+    for (int64_t position = 0; position < t_.positions; ++position)
+      for (int64_t d = d0; d < d1; d += kBlock)
         for (int64_t i = 0; i < row_tiles; ++i) {
           const int64_t row = tiles * i / row_tiles, rows = tiles * (i + 1) / row_tiles - row;
           for (int64_t r = 0; r < rows; ++r) {
-            a[r] = v + position * step(v_tiles * from) + (row + r) * from + channel;
+            a[r] = v + position * step(v_tiles * depth) + (row + r) * depth + d;
             c[r] = m + position * step(tiles * width) + (row + r) * width;
           }
           kernels_.gemm[rows - 1]({.taps = 1,
-                                   .depth = std::min(kBlock, c1 - channel),
+                                   .depth = std::min(kBlock, d1 - d),
                                    .a = a,
                                    .a_offset = 0,
                                    .a_step = 1,
-                                   .b = u + position * step(plan_.u_channels * width) + (channel - c0) * width,
+                                   .b = u + position * step(plan_.u_channels * width) + (d - d0) * width,
                                    .b_offsets = nullptr,
                                    .ldb = width,
                                    .c = c,
                                    .cols = panel_columns(panel),
                                    .row_bias = nullptr,
                                    .column_bias = nullptr,
-                                   .accumulate = channel > 0});
+                                   .accumulate = d > 0});
         }
   }
 
-  void transform_output(int64_t panel, int64_t first, int64_t last, const Scratch& s) const {
-    const int64_t out = plan_.out, width = plan_.width, columns = panel_columns(panel);
-    const int64_t k = group_ * gather_.to_per_group + panel * width;
-    const ActivationStrides& to_stride = gather_.to_stride;
+  void transform_output(int64_t group, int64_t panel, int64_t first, int64_t last, const Scratch& s) const {
+    const Axis &h = p_.h, &w = p_.w;
+    const int64_t width = plan_.width, k = group * g_.to_per_group + panel * width;
+    const ActivationStrides& to_stride = g_.to_stride;
     each_rectangle(first, last, [&](const Tiles& r, int64_t before) {
-      T* const image = to_ + r.image * to_stride.batch + k * to_stride.channel;
-      const int64_t pitch = (r.w1 - r.w0) * out * width;  // of a line of the strip
-      int64_t tile = before;
-      for (int64_t h = r.h0; h < r.h1; ++h)
-        for (int64_t w = r.w0; w < r.w1; ++w, ++tile) {
-          const float* const m = s.m + tile * width;
+      T* const image = to_ + r.image * to_stride.batch + r.frame * to_stride.axis[0] + k * to_stride.channel;
+      const int64_t low = w.first[r.w0], pitch = strip_pixels(r) * width;
+      const float* m = s.m + before * width;
+      for (int64_t th = r.h0; th < r.h1; ++th)
+        for (int64_t tw = r.w0; tw < r.w1; ++tw, m += width) {
+          const Tile tile{group, panel, r.image, r.frame, h.first[th], w.first[tw]};
           const int64_t m_step = step((last - first) * width);
           if (channels_last_)
-            finish_tile(stored_, r.image, h, w, panel, m, m_step, [&](int64_t i, int64_t j) {
-              const int64_t at_h = h_.target(h, i), at_w = w_.target(w, j);
-              return at_h < 0 || at_w < 0 ? reinterpret_cast<T*>(s.trash)
-                                          : image + at_h * to_stride.axis[1] + at_w * to_stride.axis[2];
+            finish_tile(stored_, tile, m, m_step, [&](int64_t i, int64_t j) {
+              const int64_t at_h = h.result(tile.h, i), at_w = w.result(tile.w, j);
+              return at_h >= h.count || at_w >= w.count ? reinterpret_cast<T*>(s.trash)
+                                                        : image + at_h * to_stride.axis[1] + at_w * to_stride.axis[2];
             });
           else
-            finish_tile(kernels_, r.image, h, w, panel, m, m_step, [&](int64_t i, int64_t j) {
-              return s.result_strip + ((h - r.h0) * out + i) * pitch + ((w - r.w0) * out + j) * width;
+            finish_tile(kernels_, tile, m, m_step, [&](int64_t i, int64_t j) {
+              return s.result_strip + ((th - r.h0) * h.out + i) * pitch + (w.result(tile.w, j) - low) * width;
             });
         }
-      if (channels_last_) return;
-      const int64_t w0 = r.w0 * out, w1 = std::min(r.w1 * out, phase_.axis[2].count);
-      for (int64_t h = r.h0 * out; h < std::min(r.h1 * out, phase_.axis[1].count); ++h)
-        stored_.store_transposed(s.result_strip + (h - r.h0 * out) * pitch, width, w1 - w0, columns,
-                                 image + h * to_stride.axis[1] + w0, to_stride.channel);
+      if (!channels_last_) empty_strip(r, s.result_strip, panel_columns(panel), image);
     });
   }
 
-  // The results of one tile and panel, of which (i, j) goes to pixel(i, j): as it is stored, or float32 in a strip.
+  // Results of a panel: where they lie, and the first of them along each axis.
+  struct Tile {
+    int64_t group, panel, image, frame, h, w;
+  };
+
+  // Result (i, j) goes to pixel(i, j): as it is stored, or float32 in a strip.
   template <typename P, typename At>
-  void finish_tile(const Kernels<P>& kernels, int64_t image, int64_t tile_h, int64_t tile_w, int64_t panel,
-                   const float* m, int64_t position_step, const At& pixel) const {
-    const int64_t out = plan_.out, k = group_ * gather_.to_per_group + panel * plan_.width;
-    P* pixels[16];
-    for (int64_t i = 0; i < out; ++i)
-      for (int64_t j = 0; j < out; ++j) pixels[i * out + j] = pixel(i, j);
-    const float* const bias = bias_.get() ? bias_.get() + k : nullptr;
-    if (!kernels.winograd[variant_].output(m, position_step, panel_columns(panel), bias, pixels))
-      compute_directly(kernels, image, tile_h, tile_w, panel, pixels);
+  void finish_tile(const Kernels<P>& kernels, const Tile& tile, const float* m, int64_t m_step, const At& pixel) const {
+    P* pixels[kMostResults];
+    for (int64_t i = 0; i < p_.h.out; ++i)
+      for (int64_t j = 0; j < p_.w.out; ++j) pixels[i * p_.w.out + j] = pixel(i, j);
+    const float* const bias =
+        bias_.get() ? bias_.get() + tile.group * g_.to_per_group + tile.panel * plan_.width : nullptr;
+    if (!kernels.winograd[variant_].output(m, m_step, panel_columns(tile.panel), bias, pixels))
+      compute_directly(kernels, tile, pixels);
   }
 
-  // The same from their definition.
+  // Pixels of a line of the strip of results.
+  int64_t strip_pixels(const Tiles& r) const {
+    return p_.w.result(p_.w.first[r.w1 - 1], p_.w.out - 1) + 1 - p_.w.first[r.w0];
+  }
+
+  // Results go from the strip to their planes in runs: with a dilation other tiles may own those in between.
+  void empty_strip(const Tiles& r, const float* strip, int64_t columns, T* planes) const {
+    const Axis &h = p_.h, &w = p_.w;
+    const int64_t low = w.first[r.w0], pixels = strip_pixels(r), end = std::min(pixels, w.count - low);
+    c10::SmallVector<bool, 256> own(pixels, w.dilation == 1);
+    if (w.dilation > 1)
+      for (int64_t tile = r.w0; tile < r.w1; ++tile)
+        for (int64_t j = 0; j < w.out; ++j) own[w.result(w.first[tile], j) - low] = true;
+    for (int64_t tile = r.h0; tile < r.h1; ++tile)
+      for (int64_t i = 0; i < h.out; ++i, strip += pixels * plan_.width) {
+        const int64_t line = h.result(h.first[tile], i);
+        if (line >= h.count) continue;
+        for (int64_t at = 0, next; at < end; at = next) {
+          for (next = at + 1; next < end && own[next] == own[at];) ++next;
+          if (own[at])
+            stored_.store_transposed(strip + at * plan_.width, plan_.width, next - at, columns,
+                                     planes + line * g_.to_stride.axis[1] + low + at, g_.to_stride.channel);
+        }
+      }
+  }
+
+  // The results of a tile from their definition.
   template <typename P>
-  void compute_directly(const Kernels<P>& kernels, int64_t image, int64_t tile_h, int64_t tile_w, int64_t panel,
-                        P* const* pixels) const {
-    const int64_t from = gather_.from_per_group, out = plan_.out;
-    const T* const x = from_ + image * gather_.from_stride.batch + group_ * from * gather_.from_stride.channel;
+  void compute_directly(const Kernels<P>& kernels, const Tile& tile, P* const* pixels) const {
+    const GatherAxis* const a = p_.phase.axis;
+    const Axis &h = p_.h, &w = p_.w;
+    const int64_t from = g_.from_per_group;
+    const T* const x = from_ + tile.image * g_.from_stride.batch + tile.group * from * g_.from_stride.channel;
     const auto value = [&](const T& stored) {
       float single;
       stored_.copy_rows(&stored, 0, 1, 1, &single, 0);
       return static_cast<double>(single);
     };
-    for (int64_t i = 0; i < out; ++i)
-      for (int64_t j = 0; j < out; ++j) {
-        if (h_.target(tile_h, i) < 0 || w_.target(tile_w, j) < 0) continue;
-        for (int64_t k = 0; k < panel_columns(panel); ++k) {
-          const int64_t to = panel * plan_.width + k;
-          const T* const g = weight_ + group_ * gather_.weight_group_stride + to * gather_.weight_to_stride;
+    for (int64_t i = 0; i < h.out; ++i)
+      for (int64_t j = 0; j < w.out; ++j) {
+        const int64_t out_h = h.result(tile.h, i), out_w = w.result(tile.w, j);
+        if (out_h >= h.count || out_w >= w.count) continue;
+        for (int64_t k = 0; k < panel_columns(tile.panel); ++k) {
+          const int64_t to = tile.panel * plan_.width + k;
+          const T* const g = weight_ + tile.group * g_.weight_group_stride + to * g_.weight_to_stride;
           double sum = 0;
-          for (int64_t t = 0; t < 9; ++t) {
-            const int64_t at_h = h_.source(tile_h, i + t / 3), at_w = w_.source(tile_w, j + t % 3);
-            const T* const tap =
-                g + h_.tap[t / 3] * gather_.weight_axis_stride[1] + w_.tap[t % 3] * gather_.weight_axis_stride[2];
-            const T* const pixel = x + at_h * gather_.from_stride.axis[1] + at_w * gather_.from_stride.axis[2];
+          for (int64_t t = 0; t < p_.phase.taps(); ++t) {
+            const int64_t td = t / (a[1].taps() * a[2].taps()), th = t / a[2].taps() % a[1].taps(),
+                          tw = t % a[2].taps();
+            const int64_t at_d = a[0].source(tile.frame, td), at_h = a[1].source(out_h, th),
+                          at_w = a[2].source(out_w, tw);
+            const bool zero = at_d < 0 || at_h < 0 || at_w < 0;
+            const T* const tap = g + g_.weight_tap_offset(p_.phase, t);
+            const T* const pixel =
+                x + at_d * g_.from_stride.axis[0] + at_h * g_.from_stride.axis[1] + at_w * g_.from_stride.axis[2];
             for (int64_t c = 0; c < from; ++c)
-              sum += (at_h < 0 || at_w < 0 ? 0 : value(pixel[c * gather_.from_stride.channel])) *
-                     value(tap[c * gather_.weight_from_stride]);
+              sum += (zero ? 0 : value(pixel[c * g_.from_stride.channel])) * value(tap[c * g_.weight_from_stride]);
           }
-          if (bias_.get()) sum += bias_.get()[group_ * gather_.to_per_group + to];
+          if (bias_.get()) sum += bias_.get()[tile.group * g_.to_per_group + to];
           const float single = static_cast<float>(sum);
-          kernels.store_rows(&single, 0, 1, 1, pixels[i * out + j] + k, 0);
+          kernels.store_rows(&single, 0, 1, 1, pixels[i * w.out + j] + k, 0);
         }
       }
   }
 
-  const Gather gather_;
-  const GatherPhase& phase_;
+  const Problem& p_;
+  const Gather& g_;
+  const WinogradKernels<float>& t_;
+  const Plan& plan_;
   const Kernels<float>& kernels_;  // of everything between the transforms
   const Kernels<T>& stored_;
   const int variant_;  // of the transforms
-  const Plan plan_;
-  const Axis h_, w_;
   const bool channels_last_;
   const T* const from_;
   const T* const weight_;
@@ -478,99 +576,123 @@ class Winograd {
   float* const shared_;
   float* const scratch_;
   const int threads_;
-  int64_t group_ = 0;
 };
 
-const char* decline(const ConvShape& s, Direction direction, int64_t out) {
-  if (!is_floating_point(s.dtype) || s.dtype == Dtype::kFloat64) return "only float32 and 16-bit types";
-  if (s.in_per_group == 0 || s.out_per_group == 0 || s.in_pixels() == 0 || s.out_pixels() == 0)
-    return "nothing to sum over";
-  if (s.kernel[0] != 1 || s.kernel[1] != 3 || s.kernel[2] != 3) return "only 3x3 kernels";
-  if (s.in[0] != 1 || s.out[0] != 1 || s.pad[0] != 0) return "a third axis";
-  if (s.stride[1] != 1 || s.stride[2] != 1) return "a stride";
-  const bool dilated = s.dilation[1] != 1 || s.dilation[2] != 1;
-  if (dilated && !s.channels_last()) return "a dilation in NCHW";
-  if (direction != Direction::kForward && s.padding_mode != PaddingMode::kZeros) return "the adjoint of a padding mode";
-  const int64_t* const extent = direction == Direction::kForward ? s.out : s.in;
-  // Its rounding errors are those of a whole tile, whatever part of it is wanted.
-  if ((out == 4 || dilated) && std::min(extent[1] / s.dilation[1], extent[2] / s.dilation[2]) < out)
-    return "results smaller than a tile";
+// The transforms for a shape, of small tiles or of large ones; nullptr if there are none.
+const WinogradKernels<float>* transforms(const ConvShape& s, bool small) {
+  for (const WinogradKernels<float>& t : microkernels().f32.winograd) {
+    bool fits = t.exact == small;
+    for (int d = 0; d < 2; ++d)
+      fits &= t.taps[d] == s.kernel[d + 1] &&
+              (t.taps[d] == 1 || (t.stride == s.stride[d + 1] && (t.stride == 1 || s.dilation[d + 1] == 1)));
+    if (fits) return &t;
+  }
   return nullptr;
 }
 
-// Estimates in cycles of one core, of one sample. A register tile of 8 rows and one vector takes 4 cycles a step and 20
-// besides; a transform of one vector of channels takes about as long as its loads and stores.
+const char* decline(const ConvShape& s, Direction direction, bool small) {
+  if (!is_floating_point(s.dtype) || s.dtype == Dtype::kFloat64) return "only float32 and 16-bit types";
+  if (s.in_per_group == 0 || s.out_per_group == 0 || s.in_pixels() == 0 || s.out_pixels() == 0)
+    return "nothing to sum over";
+  const WinogradKernels<float>* const t = transforms(s, small);
+  if (t == nullptr) return small ? "only 3x3 kernels, strides 1 and 2" : "no tiles for this kernel, stride or dilation";
+  const int64_t* const extent = direction == Direction::kForward ? s.out : s.in;
+  if (direction != Direction::kForward) {
+    if (s.padding_mode != PaddingMode::kZeros) return "the adjoint of a padding mode";
+    if (std::max({s.stride[0], s.stride[1], s.stride[2]}) > 1) return "a stride";
+  }
+  if (s.kernel[0] > kMostFrames) return "more than 64 taps in depth";
+  // Its rounding errors are those of a whole tile, whatever part of it is wanted.
+  for (int d = 0; d < 2 && !small; ++d)
+    if (s.kernel[d + 1] > 1 && extent[d + 1] < t->out[d] * s.dilation[d + 1]) return "results smaller than a tile";
+  return nullptr;
+}
+
+// Estimates in cycles of one core, of one sample and group. A register tile of 8 rows and one vector takes 4 cycles a
+// step and 20 besides; a transform of one vector of channels takes about as long as its loads and stores.
 double product_cycles(double rows, double depth, double columns) { return rows / 8 * columns * (4 * depth + 20); }
 
-double winograd_cycles(const ConvShape& s, Direction direction, int64_t out) {
+double winograd_cycles(const ConvShape& s, Direction direction, const WinogradKernels<float>& t) {
   constexpr double kVector = 16;
   const bool forward = direction == Direction::kForward;
   const int64_t* const extent = forward ? s.out : s.in;
   const double from = forward ? s.in_per_group : s.out_per_group, to = forward ? s.out_per_group : s.in_per_group;
-  const auto tiles =
-      static_cast<double>(tiles_of_axis(extent[1], s.dilation[1], out) * tiles_of_axis(extent[2], s.dilation[2], out));
-  const double positions = static_cast<double>((out + 2) * (out + 2)), columns = std::ceil(to / kVector);
+  const auto tiles_of = [&](int d) {
+    const int64_t dilation = s.kernel[d] > 1 ? std::min(s.dilation[d], extent[d]) : 1;
+    const int64_t longer = extent[d] % dilation, length = extent[d] / dilation, out = t.out[d - 1];
+    return static_cast<double>(longer * ceil_div(length + 1, out) + (dilation - longer) * ceil_div(length, out));
+  };
+  const double tiles = static_cast<double>(extent[0]) * tiles_of(1) * tiles_of(2), taps_d = s.kernel[0];
+  const double positions = t.positions, columns = std::ceil(to / kVector), rows = std::ceil(from / kVector);
   // NCHW transposes what a tile reads and writes.
-  const double moved = s.channels_last() ? 0 : 0.5 * kVector * (1.5 * out * out + out * out);
-  const double transforms = 3 * positions * (tiles * (std::ceil(from / kVector) + columns) + 0.6 * from * columns);
-  return product_cycles(std::max(tiles, 3.0), from, columns) * positions + transforms +
-         moved * tiles * std::max(std::ceil(from / kVector), columns);
+  double out = 1, read = 1;
+  for (int d = 0; d < 2; ++d)
+    out *= t.out[d], read *= t.out[d] * static_cast<double>(s.kernel[d + 1] > 1 ? t.stride : 1);
+  const double moved = s.channels_last() ? 0 : 0.5 * kVector * (1.5 * taps_d * read + out);
+  const double transforms = 3 * positions * (tiles * (rows * taps_d + columns) + 0.6 * from * taps_d * columns);
+  // With more than 36 positions operands come from beyond L2.
+  const double waits = positions > 36 ? 1.3 : 1;
+  return waits * product_cycles(std::max(tiles, 3.0), from * taps_d, columns) * positions + transforms +
+         moved * tiles * std::max(rows, columns);
 }
 
 double direct_cycles(const ConvShape& s, Direction direction) {
   const bool forward = direction == Direction::kForward;
   const double from = forward ? s.in_per_group : s.out_per_group, to = forward ? s.out_per_group : s.in_per_group;
   const double words = std::ceil(from / (s.dtype == Dtype::kBFloat16 ? dense_kernels<bfloat16>().pair : 1));
-  // With a dilation much of the products may be with the padding, which the direct way leaves out.
-  double inside = 1;
-  if (s.padding_mode == PaddingMode::kZeros)
-    for (int d = 1; d < 3; ++d)
-      if (s.dilation[d] > 1) inside *= share_inside(forward ? forward_axis(s, d) : backward_input_axis(s, d, 0));
   const auto pixels = static_cast<double>(forward ? s.out_pixels() : s.in_pixels());
-  return product_cycles(pixels * inside, 9 * words, std::ceil(to / 16));
+  // What the direct way leaves out of the padding.
+  const double inside = works_on_padding(s) ? inside_share(s) : 1;
+  return product_cycles(pixels * inside, static_cast<double>(s.taps()) * words, std::ceil(to / 16));
 }
 
-const char* yield(const ConvShape& s, Direction direction, int64_t out) {
-  const bool forward = direction == Direction::kForward;
-  if ((forward ? s.in_per_group : s.out_per_group) < kFewChannels) return "few channels";
-  if (s.groups > 1 && std::min(s.in_per_group, s.out_per_group) < kFewGroupChannels) return "few channels a group";
-  const double cycles = winograd_cycles(s, direction, out);
-  if (winograd_cycles(s, direction, 6 - out) < cycles)
-    return out == 4 ? "tiles of 2x2 take less" : "tiles of 4x4 take less";
+const char* yield(const ConvShape& s, Direction direction, bool small) {
+  if ((direction == Direction::kForward ? s.in_per_group : s.out_per_group) < kFewChannels) return "few channels";
+  const WinogradKernels<float>& t = *transforms(s, small);
+  if (t.stride > 1 && t.positions * s.taps() / (s.kernel[1] * s.kernel[2]) * s.in_per_group * s.out_per_group >
+                          kLargeWeights / static_cast<int64_t>(sizeof(float)))
+    return "weights too large for all positions";
+  const double cycles = winograd_cycles(s, direction, t);
+  if (decline(s, direction, !small) == nullptr && winograd_cycles(s, direction, *transforms(s, !small)) < cycles)
+    return small ? "larger tiles take less" : "smaller tiles take less";
   if (direct_cycles(s, direction) < cycles) return "the transforms cost more than they save";
   return nullptr;
 }
 
-int64_t workspace(const ConvShape& s, Direction direction, int64_t out, int threads) {
+int64_t workspace(const ConvShape& s, Direction direction, bool small, int threads) {
   const Kernels<float>& k = microkernels().f32;
-  const Plan plan(s, direction, k.winograd[out == 4], k.lanes, k.vectors, threads);
+  const Problem problem(s, direction, *transforms(s, small));
+  const Plan plan(problem, s.channels_last(), k.lanes, k.vectors, threads);
   return (plan.shared + threads * plan.of_thread) * static_cast<int64_t>(sizeof(float));
 }
 
-template <Direction direction, int64_t out>
+template <Direction direction, bool small>
 void run(const ConvShape& s, const ConvPointers& p, void* workspace, int threads) {
   const void* const from = direction == Direction::kForward ? p.input : p.grad_output;
+  const Kernels<float>& k = microkernels().f32;
+  const Problem problem(s, direction, *transforms(s, small));
+  const Plan plan(problem, s.channels_last(), k.lanes, k.vectors, threads);
   auto* const scratch = static_cast<float*>(workspace);
-  if (s.dtype == Dtype::kBFloat16) return Winograd<bfloat16>(s, direction, out, from, p, scratch, threads).run();
-  if (s.dtype == Dtype::kFloat16) return Winograd<float16>(s, direction, out, from, p, scratch, threads).run();
-  Winograd<float>(s, direction, out, from, p, scratch, threads).run();
+  if (s.dtype == Dtype::kBFloat16) return Winograd<bfloat16>(problem, plan, s, from, p, scratch, threads).run();
+  if (s.dtype == Dtype::kFloat16) return Winograd<float16>(problem, plan, s, from, p, scratch, threads).run();
+  Winograd<float>(problem, plan, s, from, p, scratch, threads).run();
 }
 
 }  // namespace
 
-template <Direction direction, int out>
+template <Direction direction, bool small>
 Algorithm winograd() {
-  return {out == 4 ? "winograd_4x4" : "winograd_2x2",
-          [](const ConvShape& s) { return decline(s, direction, out); },
-          [](const ConvShape& s, int threads) { return workspace(s, direction, out, threads); },
-          run<direction, out>,
+  return {small ? "winograd_2x2" : "winograd",
+          [](const ConvShape& s) { return decline(s, direction, small); },
+          [](const ConvShape& s, int threads) { return workspace(s, direction, small, threads); },
+          run<direction, small>,
           {"lines of the activations, into strips, tiles and weights, transformed", "tiles and weights, transformed"},
-          [](const ConvShape& s) { return yield(s, direction, out); }};
+          [](const ConvShape& s) { return yield(s, direction, small); }};
 }
 
-template Algorithm winograd<Direction::kForward, 2>();
-template Algorithm winograd<Direction::kForward, 4>();
-template Algorithm winograd<Direction::kBackwardInput, 2>();
-template Algorithm winograd<Direction::kBackwardInput, 4>();
+template Algorithm winograd<Direction::kForward, false>();
+template Algorithm winograd<Direction::kForward, true>();
+template Algorithm winograd<Direction::kBackwardInput, false>();
+template Algorithm winograd<Direction::kBackwardInput, true>();
 
 }  // namespace myconv::cpu
