@@ -20,6 +20,7 @@
 // copied, weights once a call, and results are float32 in scratch rows before they are rounded.
 // Declines: NHWC with more channels a group, types other than floating-point, empty sums, kernels above kMaxTaps,
 // the adjoint of a padding mode.
+#include <numeric>
 #include <vector>
 
 #include "cpu/algorithms.h"
@@ -167,7 +168,9 @@ struct Plan {
 };
 
 // The runs that fill a strip for the block that begins at result (d, h, w). Sources are pixels.
-void strip_runs(const Plan& plan, const int64_t (&start)[3], std::vector<Segment>& runs) {
+using Runs = c10::SmallVector<Segment, 16>;
+
+void strip_runs(const Plan& plan, const int64_t (&start)[3], Runs& runs) {
   runs.clear();
   const int64_t* const block = plan.block;
   const GatherAxis* const a[3] = {&plan.axis[0].axis, &plan.axis[1].axis, &plan.axis[2].axis};
@@ -230,14 +233,15 @@ void strip_runs(const Plan& plan, const int64_t (&start)[3], std::vector<Segment
 // Where the weights of a phase lie: as they are, or packed into words [group][out channel][channel][tap].
 struct Weights {
   int64_t group_stride, to_stride, from_stride;
-  std::vector<int64_t> tap;
+  c10::SmallVector<int64_t, 9> tap;
 
   Weights(const Gather& g, const GatherPhase& phase, int64_t pair, bool packed) {
     const int64_t taps = phase.taps(), channels = ceil_div(g.from_per_group, pair);
     from_stride = packed ? taps : g.weight_from_stride;
     to_stride = packed ? channels * taps : g.weight_to_stride;
     group_stride = packed ? g.to_per_group * channels * taps : g.weight_group_stride;
-    for (int64_t t = 0; t < taps; ++t) tap.push_back(packed ? t : g.weight_tap_offset(phase, t));
+    tap = g.weight_tap_offsets(phase);
+    if (packed) std::iota(tap.begin(), tap.end(), 0);
   }
 };
 
@@ -245,10 +249,9 @@ template <typename T>
 void pack_weights(const Gather& g, const GatherPhase& phase, const Kernels<T>& kernels, const T* weight,
                   const Weights& packed, Word<T>* target) {
   const int64_t taps = phase.taps(), channels = g.from_per_group;
-  std::vector<int64_t> offset(taps);
+  const c10::SmallVector<int64_t, 9> offset = g.weight_tap_offsets(phase);
   bool taps_last = true, channels_last = g.weight_from_stride == 1;
   for (int64_t t = 0; t < taps; ++t) {
-    offset[t] = g.weight_tap_offset(phase, t);
     taps_last = taps_last && offset[t] == offset[0] + t;
     channels_last = channels_last && offset[t] == offset[0] + t * (offset[taps > 1] - offset[0]);
   }
@@ -277,8 +280,8 @@ void pack_weights(const Gather& g, const GatherPhase& phase, const Kernels<T>& k
 
 // The terms of one sum block, a channel after the other, and the tap of each term of the first channel.
 struct Terms {
-  std::vector<Term> list;
-  std::vector<int64_t> taps;
+  c10::SmallVector<Term, 64> list;
+  c10::SmallVector<int64_t, 16> taps;
 
   void prepare(const Weights& weights, const GatherPhase& phase, const Plan& plan, const int64_t (&start)[3],
                int64_t channels, bool skip_zeros) {
@@ -289,20 +292,22 @@ struct Terms {
       return !skip_zeros || std::max(start[d], a[d].first_inside(t)) <
                                 std::min({start[d] + block[d], a[d].count, a[d].last_inside(t)});
     };
-    int64_t planes[3], length[3];
-    for (int d = 0; d < 3; ++d) planes[d] = plan.axis[d].planes(block[d]), length[d] = plan.axis[d].length(block[d]);
-    for (int64_t td = 0, t = 0; td < a[0].taps(); ++td)
-      for (int64_t th = 0; th < a[1].taps(); ++th)
-        for (int64_t tw = 0; tw < a[2].taps(); ++tw, ++t) {
-          if (!alive(0, td) || !alive(1, th) || !alive(2, tw)) continue;
-          const StripAxis* s = plan.axis;
-          const int64_t plane =
-              (s[0].plane(td, block[0]) * planes[1] + s[1].plane(th, block[1])) * planes[2] + s[2].plane(tw, block[2]);
-          const int64_t at =
-              ((plane * length[0] + s[0].shift(td, block[0])) * length[1] + s[1].shift(th, block[1])) * length[2] +
-              s[2].shift(tw, block[2]);
-          list.push_back({weights.tap[t], at});
-          taps.push_back(t);
+    // Where a tap reads is a sum over the axes.
+    c10::SmallVector<int64_t, 8> at[3];
+    int64_t plane = 1, pixel = 1;
+    for (int d = 0; d < 3; ++d) plane *= plan.axis[d].length(block[d]);
+    for (int d = 2; d >= 0; --d) {
+      const StripAxis& axis = plan.axis[d];
+      for (int64_t t = 0; t < a[d].taps(); ++t)
+        at[d].push_back(alive(d, t) ? axis.plane(t, block[d]) * plane + axis.shift(t, block[d]) * pixel : -1);
+      plane *= axis.planes(block[d]), pixel *= axis.length(block[d]);
+    }
+    int64_t t = 0;
+    for (const int64_t d : at[0])
+      for (const int64_t h : at[1])
+        for (const int64_t w : at[2]) {
+          if (d >= 0 && h >= 0 && w >= 0) list.push_back({weights.tap[t], d + h + w}), taps.push_back(t);
+          ++t;
         }
     const auto live = static_cast<int64_t>(taps.size());
     list.resize(live * channels);
@@ -321,8 +326,8 @@ struct Terms {
 
 // A strip of each word of channels.
 template <typename T>
-void fill_strips(const Kernels<T>& kernels, const ActivationStrides& stride, const std::vector<Segment>& runs,
-                 const T* from, int64_t channels, Word<T>* strips, int64_t size) {
+void fill_strips(const Kernels<T>& kernels, const ActivationStrides& stride, const Runs& runs, const T* from,
+                 int64_t channels, Word<T>* strips, int64_t size) {
   const int32_t all[] = {0, static_cast<int32_t>(runs.size())};
   if (stride.axis[2] == 1) return kernels.pack(channels, 1, from, stride.channel, runs.data(), all, strips, size);
   for (const Segment& run : runs) {
@@ -370,9 +375,9 @@ void run_phase(const Gather& g, const GatherPhase& phase, const Plan& plan, cons
   parallel_tasks(problems * splits, macs / splits, [&](int64_t begin, int64_t end) {
     W* const strips = workspace + at::get_thread_num() * (plan.strips() + plan.kept_rows * plan.columns);
     W* const kept = strips + plan.strips();
-    std::vector<Segment> runs;
+    Runs runs;
     Terms terms;
-    std::vector<StripVector> vectors;
+    c10::SmallVector<StripVector, 32> vectors;
     int64_t prepared = -1, vectors_of = -1, filled = -1;
     for (int64_t i = begin; i < end; ++i) {
       const int64_t split = i % splits, problem = i / splits, gather = problem % gathers;

@@ -62,6 +62,15 @@ struct Gather {
 
   int64_t from_pixels() const { return from_extent[0] * from_extent[1] * from_extent[2]; }
   int64_t to_pixels() const { return to_extent[0] * to_extent[1] * to_extent[2]; }
+  // Of all taps of a phase, in order.
+  c10::SmallVector<int64_t, 9> weight_tap_offsets(const GatherPhase& phase) const {
+    c10::SmallVector<int64_t, 9> offsets;
+    for (const int64_t d : phase.axis[0].tap)
+      for (const int64_t h : phase.axis[1].tap)
+        for (const int64_t w : phase.axis[2].tap)
+          offsets.push_back(d * weight_axis_stride[0] + h * weight_axis_stride[1] + w * weight_axis_stride[2]);
+    return offsets;
+  }
   int64_t weight_tap_offset(const GatherPhase& phase, int64_t t) const {
     const GatherAxis* a = phase.axis;
     const int64_t w = t % a[2].taps(), h = t / a[2].taps() % a[1].taps(), d = t / (a[2].taps() * a[1].taps());
