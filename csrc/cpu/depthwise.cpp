@@ -401,8 +401,9 @@ bool pack_weights(const Gather& g, const Kernels<T>& kernels, const int64_t* ker
   const int64_t lanes = kernels.lanes, taps = kernel[0] * kernel[1] * kernel[2];
   const int64_t per_group = g.from_per_group * g.to_per_group;
   const int64_t filters = g.groups * per_group, filter_step = g.weight_group_stride / per_group;
-  const bool dense = g.weight_axis_stride[2] == 1 && g.weight_axis_stride[1] == kernel[2] &&
-                     g.weight_axis_stride[0] == kernel[1] * kernel[2];
+  bool dense = true;  // the taps of a filter, in order
+  for (int64_t d = 2, step = 1; d >= 0; step *= kernel[d--])
+    dense = dense && (kernel[d] == 1 || g.weight_axis_stride[d] == step);
   std::atomic<bool> finite = true;
   parallel_tasks(ceil_div(filters, lanes), 8.0 * taps * lanes, [&](int64_t begin, int64_t end) {
     for (int64_t b = begin; b < end; ++b) {
