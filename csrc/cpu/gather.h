@@ -154,7 +154,7 @@ inline void drop_idle_taps(Gather& g) {
 
 // The share of the pairs of output and tap that do not read zeros of the padding, along the axes with a dilation: there
 // whole tiles of pixels read zeros.
-inline double inside_share(const ConvShape& s) {
+inline double dilated_share_inside(const ConvShape& s) {
   if (s.padding_mode != PaddingMode::kZeros) return 1;
   double inside = 1;
   for (int d = 0; d < 3; ++d) {
@@ -172,7 +172,7 @@ inline bool works_on_padding(const ConvShape& s) {
     const double reach = static_cast<double>(s.kernel[d] - 1) * s.dilation[d], pad = s.pad[d];
     if (static_cast<double>(s.out[d] - 1) * s.stride[d] < pad || reach - pad >= s.in[d]) return true;
   }
-  return inside_share(s) < 0.7;
+  return dilated_share_inside(s) < 0.7;
 }
 
 }  // namespace myconv::cpu

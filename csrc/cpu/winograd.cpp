@@ -1,5 +1,5 @@
-// Winograd convolution, forward and backward_input; float32 and 16-bit types. Results are computed in tiles, with fewer products of
-// pixels and weights than there are pairs of a result and a tap:
+// Winograd convolution, forward and backward_input; float32 and 16-bit types. Results are computed in tiles, with fewer
+// products of pixels and weights than there are pairs of a result and a tap:
 //
 //     Y = A^T [ sum over channels of (G g G^T) * (B^T d B) ] A
 //
@@ -28,7 +28,6 @@
 // Declines: other kernels, strides and types. Yields where direct computation or the other tile size takes less time.
 #include <algorithm>
 #include <cmath>
-#include <vector>
 
 #include "cpu/algorithms.h"
 #include "cpu/gather.h"
@@ -175,7 +174,7 @@ struct Plan {
       strip = lines * (p.w.position(span, p.w.in - 1) + 1) * std::min(from, kStripChannels);
       result_strip = rows * p.h.out * (p.w.result(span, p.w.out - 1) + 1) * width;
     }
-    taps = kWeightChannels * kMostTaps * width;
+    taps = kWeightChannels * p.transforms.taps[0] * p.transforms.taps[1] * width;
     // Besides: a row of zeros to read from (shared) and one to write to.
     shared = from + (own_input ? 0 : v);
     of_thread = round_up(u + (own_input ? v : 0) + m + strip + result_strip + taps + width, 16);
@@ -642,7 +641,7 @@ double direct_cycles(const ConvShape& s, Direction direction) {
   const double words = std::ceil(from / (s.dtype == Dtype::kBFloat16 ? dense_kernels<bfloat16>().pair : 1));
   const auto pixels = static_cast<double>(forward ? s.out_pixels() : s.in_pixels());
   // What the direct way leaves out of the padding.
-  const double inside = works_on_padding(s) ? inside_share(s) : 1;
+  const double inside = works_on_padding(s) ? dilated_share_inside(s) : 1;
   return product_cycles(pixels * inside, static_cast<double>(s.taps()) * words, std::ceil(to / 16));
 }
 
