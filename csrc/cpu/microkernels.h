@@ -138,6 +138,16 @@ struct Segment {
   int32_t target, length, first, last;
 };
 
+// A vector of a packed row, whose values come from two windows of the plane: lane[l] counts through the lanes of both. What
+// is not read is zero; the first window is less than a vector, so its last lane is a zero.
+struct Shuffle {
+  int64_t source[2];
+  int32_t count[2];  // values of each window
+  int32_t target, length;
+  bool onto;  // instead of the first window: what lies at the target
+  int32_t lane[16];
+};
+
 // Winograd transforms of one tile, all channels: [position] is a step of position_step. 16-bit types are transformed as
 // float32. Arrays of two: height, width.
 template <typename T>
@@ -180,6 +190,9 @@ struct Kernels {
   // Words are made of neighbouring channels.
   void (*pack)(int64_t channels, int64_t taps, const T* plane, int64_t plane_stride, const Segment* segments,
                const int32_t* first, W* panel, int64_t width);
+  // The same of rows that are too short for runs, and for taps = 1: a row to each word of channels.
+  void (*shuffle)(int64_t channels, const T* plane, int64_t plane_stride, const Shuffle* first, const Shuffle* last,
+                  W* rows, int64_t width);
   WinogradKernels<T> winograd[kWinograds];  // of float32 and the 16-bit types, the same ones
   // to[c * to_step + r] = from[r * from_step + c],  r < rows, c < cols    words are made of neighbours in a row
   void (*transpose)(const T* from, int64_t from_step, int64_t rows, int64_t cols, W* to, int64_t to_step);
