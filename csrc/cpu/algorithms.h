@@ -31,6 +31,9 @@ Algorithm widened();
 template <Direction, bool small_tiles>
 Algorithm winograd();
 
+// winograd_backward_weight.cpp
+Algorithm winograd_backward_weight();
+
 // pointwise.cpp
 const char* pointwise_decline(const ConvShape&);
 int64_t pointwise_forward_workspace(const ConvShape&, int threads);

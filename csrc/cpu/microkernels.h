@@ -163,6 +163,23 @@ struct WinogradKernels {
   void (*weight)(const W* taps, const int64_t* tap_offsets, int64_t vectors, W* u, int64_t position_step);
   // pixels[out * out][channel], from m[position][channel]; whether all results are finite
   bool (*output)(const W* m, int64_t position_step, int64_t channels, const W* bias, T* const* pixels);
+  // Of the gradient of the weight: z[position][channel], from pixels[out * out] of a tile of gy
+  void (*result)(const T* const* pixels, int64_t channels, W* z, int64_t position_step);
+  // taps[t * tap_step + channel], from m[position][channel], or added to; whether all are finite. Of float32 alone.
+  bool (*gradient)(const W* m, int64_t position_step, int64_t channels, W* taps, int64_t tap_step, bool add);
+};
+
+// c[row * ldc + col] = sum over p < depth of  a[p * lda + row] * b[p * ldb + col]
+// Columns are read and written in whole vectors.
+template <typename T>
+struct WinogradProduct {
+  int64_t depth;
+  const T* a;
+  int64_t lda, rows;
+  const T* b;
+  int64_t ldb, cols;  // at most Kernels::vectors
+  T* c;
+  int64_t ldc;
 };
 
 // Whatever reads a tensor reads stored values and makes words, of `pair` values each (1 unless words are pairs).
@@ -193,7 +210,8 @@ struct Kernels {
   // The same of rows that are too short for runs, and for taps = 1: a row to each word of channels.
   void (*shuffle)(int64_t channels, const T* plane, int64_t plane_stride, const Shuffle* first, const Shuffle* last,
                   W* rows, int64_t width);
-  WinogradKernels<T> winograd[kWinograds];  // of float32 and the 16-bit types, the same ones
+  WinogradKernels<T> winograd[kWinograds];              // of float32 and the 16-bit types, the same ones
+  void (*winograd_product)(const WinogradProduct<T>&);  // of float32
   // to[c * to_step + r] = from[r * from_step + c],  r < rows, c < cols    words are made of neighbours in a row
   void (*transpose)(const T* from, int64_t from_step, int64_t rows, int64_t cols, W* to, int64_t to_step);
   // The same of float32 sums, rounded.
