@@ -35,15 +35,18 @@ namespace {
 
 constexpr int64_t kStripLimit = 1 << 20;  // a strip that does not fit here is declined
 constexpr int64_t kMaxDepthwiseKernel = 4096;
-constexpr int64_t kMaxReach = 65536;         // positions from an axis' first tap to its last
-constexpr int64_t kKeptBytes = 16 << 10;     // result lines that are kept before they are spread: a whole tile at least
-constexpr int64_t kMostLanes = 64;           // of any ISA, in bytes
-constexpr int64_t kLeastPixels = 8;          // NHWC: pixels that are kept before the filters of a channel are added up
-constexpr int64_t kTasks = 16;               // NHWC: pieces of work of a call, at least
-constexpr int64_t kPlanesBytes = 16 << 10;   // NCHW: planes that are done together
-constexpr int64_t kSmallPlane = 256;         // NCHW: values of a plane that may be transposed
-constexpr double kStreamed = 8e6;            // above so many bytes, read and written, values are fetched early
-constexpr int64_t kPixelsBytes = 256 << 10;  // NHWC: what the lines of a strip read
+constexpr int64_t kMaxReach = 65536;        // positions from an axis' first tap to its last
+constexpr int64_t kKeptBytes = 16 << 10;    // result lines that are kept before they are spread: a whole tile at least
+constexpr int64_t kMostLanes = 64;          // of any ISA, in bytes
+constexpr int64_t kLeastPixels = 8;         // NHWC: pixels that are kept before the filters of a channel are added up
+constexpr int64_t kTasks = 16;              // NHWC: pieces of work of a call, at least
+constexpr int64_t kPlanesBytes = 16 << 10;  // NCHW: planes that are done together
+constexpr int64_t kSmallPlane = 256;        // NCHW: values of a plane that may be transposed
+constexpr int64_t kSmallPlanes = 2048;      // NCHW, backward_weight: values of both planes that may be transposed;
+constexpr int64_t kManyTaps = 25;           // from so many taps on, four times as many
+const double kStreamed =
+    getenv("DW_S") ? atof(getenv("DW_S")) : 8e6;  // above so many bytes, read and written, values are fetched early
+constexpr int64_t kPixelsBytes = 256 << 10;       // NHWC: what the lines of a strip read
 
 // --- forward and backward_input --------------------------------------------------------------------------------------
 
@@ -189,7 +192,7 @@ class Plan {
         if (sums) t.sums = sums + k * along_gap_;
         t.bias = k + width >= across && tap + most >= walked_ ? bias : nullptr;
         for (int64_t i = 0; i < count; i += t.count) {
-          const int rows = rows_for(count - i);
+          const int rows = rows_for(count - i, table[w]);
           t.count = (count - i) / kDepthwiseRows[rows] * kDepthwiseRows[rows];
           t.line = (first + i) * along_.from_step + k + low_;
           t.units = units_.data() + (first + i) * along_.from_step + k;
@@ -204,10 +207,10 @@ class Plan {
 
  private:
   // Tiles of 8 or 7 as long as they fit; the rest of a count is smaller ones.
-  static int rows_for(int64_t count) {
+  static int rows_for(int64_t count, const auto& tiles) {
     int rows = std::size(kDepthwiseRows) - 1;
-    if (count % 8 != 0 && count % 7 == 0) --rows;
-    while (kDepthwiseRows[rows] > count) --rows;
+    if (count % 8 != 0 && count % 7 == 0 && tiles[rows - 1]) --rows;
+    while (kDepthwiseRows[rows] > count || !tiles[rows]) --rows;
     return rows;
   }
 
@@ -788,7 +791,7 @@ struct WeightLines {
     chunks = std::clamp<int64_t>(kTasks / s.out_channels(), 1, s.batch);
     sums = together * of_plane;
   }
-  int64_t thread_words() const { return round_up(strip, 16) + 3 * sums; }
+  int64_t thread_words(int64_t) const { return round_up(strip, 16) + 3 * sums; }
   int64_t shared_words(const ConvShape& s, int64_t lanes) const {
     return chunks > 1 ? chunks * s.out_channels() * s.taps() * lanes : 0;
   }
@@ -830,7 +833,7 @@ void weight_lines(const ConvShape& s, const Kernels<T>& kernels, const T* gy, co
 
   const double macs = 2.0 * s.macs() / (cut.chunks * filters);
   parallel_tasks(cut.chunks * filters, macs, [&](int64_t begin, int64_t end) {
-    W* const mine = scratch + at::get_thread_num() * cut.thread_words();
+    W* const mine = scratch + at::get_thread_num() * cut.thread_words(0);
     T* const lines_copy = reinterpret_cast<T*>(mine);
     W* const sums = mine + round_up(cut.strip, 16);
     for (int64_t i = begin, planes; i < end; i += planes) {
@@ -872,23 +875,35 @@ void weight_lines(const ConvShape& s, const Kernels<T>& kernels, const T* gy, co
   for (int64_t f = 0; f < filters; ++f) store(f, 1, shared + f * of_plane, scratch);
 }
 
-// How pixels are summed up: chunks of the lines of all samples, times parts of the vectors of filters. Threads meet in
-// the sums of chunks only, so there are few of those, and none where there is little to sum over.
-struct WeightPixels {
-  int64_t vectors, lines, chunks, parts, of_part;  // of_part: sums
+// Small planes of NCHW: vectors of channels are transposed, x and gy of a sample, and done as NHWC. Then no lane is empty,
+// and lanes are not added up.
+bool transposes_weight(const ConvShape& s, int64_t lanes) {
+  return !s.channels_last() && s.out_per_group == 1 && s.groups >= lanes && s.in[0] == 1 && s.out[0] == 1 &&
+         s.in_pixels() + s.out_pixels() <= (s.taps() < kManyTaps ? kSmallPlanes : 4 * kSmallPlanes);
+}
 
-  WeightPixels(const ConvShape& s, int64_t word, int64_t lanes) {
+// How pixels are summed up: chunks of the lines (where planes are transposed: of the samples), times parts of the vectors
+// of filters. Threads meet in the sums of chunks only, so there are few of those, and none where there is little to sum
+// over.
+struct WeightPixels {
+  bool turns;
+  int64_t vectors, unit, units, chunks, parts, of_part, images;  // unit: lines; of_part: sums; images: pixels
+
+  WeightPixels(const ConvShape& s, int64_t word, int64_t lanes) : turns(transposes_weight(s, lanes)) {
     constexpr int64_t kChunkPixels = 256, kMostShared = 4 << 20, kPartBytes = 64 << 10;
     const int64_t of_vector = s.taps() * lanes;
     vectors = ceil_div(s.out_channels(), lanes);
-    lines = s.batch * s.out[0] * s.out[1];
-    const int64_t most = std::min({kTasks, lines, kMostShared / (vectors * of_vector * word)});
-    chunks = std::clamp<int64_t>(lines * s.out[2] / kChunkPixels, 1, std::max<int64_t>(1, most));
+    unit = turns ? s.out[1] : 1;
+    units = s.batch * s.out[0] * s.out[1] / unit;
+    images = turns ? s.in_pixels() + s.out_pixels() : 0;
+    const int64_t most = std::min({kTasks, units, kMostShared / (vectors * of_vector * word)});
+    const int64_t wanted = turns ? kTasks / vectors : units * s.out[2] / kChunkPixels;
+    chunks = std::clamp<int64_t>(wanted, 1, std::max<int64_t>(1, most));
     const int64_t least = std::max(ceil_div(kTasks, chunks), ceil_div(vectors * of_vector * word, kPartBytes));
-    parts = std::clamp<int64_t>(least, 1, vectors);
+    parts = turns ? vectors : std::clamp<int64_t>(least, 1, vectors);
     of_part = ceil_div(vectors, parts) * of_vector;
   }
-  int64_t thread_words() const { return 2 * of_part; }
+  int64_t thread_words(int64_t lanes) const { return 2 * of_part + images * lanes; }
   int64_t shared_words(const ConvShape& s, int64_t lanes) const {
     return chunks > 1 ? chunks * vectors * s.taps() * lanes : 0;
   }
@@ -899,19 +914,19 @@ void weight_pixels(const ConvShape& s, const Kernels<T>& kernels, const T* gy, c
   using W = Word<T>;
   const Kernels<W>& words = kernels_of<W>(microkernels());
   const int64_t taps = s.taps(), lanes = kernels.lanes, of_vector = taps * lanes, filters = s.out_channels();
-  const int64_t multiplier = s.out_per_group, width = s.out[2];
-  const auto x_stride = activation_strides(s.layout, s.groups, s.in);
-  const int64_t sum_step[] = {s.kernel[1] * s.kernel[2] * lanes, s.kernel[2] * lanes, lanes};
-  const Phase phase = phases_of(s, Direction::kForward)[0];
-  const Plan plan(phase, /*lines=*/false, x_stride.axis, sum_step, lanes);
+  const int64_t multiplier = s.out_per_group, width = s.out[2], in = s.in_pixels(), out = s.out_pixels();
   const WeightPixels cut(s, sizeof(W), lanes);
+  const auto x_stride = activation_strides(Layout::kChannelsLast, cut.turns ? lanes : s.groups, s.in);
+  const int64_t sum_step[] = {s.kernel[1] * s.kernel[2] * lanes, s.kernel[2] * lanes, lanes};
+  const Plan plan(phases_of(s, Direction::kForward)[0], /*lines=*/false, x_stride.axis, sum_step, lanes);
   std::vector<DepthwiseMove> moves;
   if (multiplier > 1) moves = multiplier_moves(filters, multiplier, lanes);
   const int64_t line_bytes = (s.stride[1] * x_stride.axis[1] + width * filters) * sizeof(T);
   const bool wide = s.kernel[2] >= 7;  // a strip of lines for each vector
   const int64_t columns = std::min(width, (kSumLength - 3) * 7), line_tiles = most_tiles(columns);
-  const int64_t fit = std::min(kSumLength / line_tiles, wide ? std::max<int64_t>(1, kPixelsBytes / line_bytes) : 64);
-  const bool streams = bytes_moved<T>(make_gather(s, Direction::kForward)) > kStreamed;
+  const int64_t fit = std::min(kSumLength / line_tiles,
+                               wide && !cut.turns ? std::max<int64_t>(1, kPixelsBytes / line_bytes) : kSumLength);
+  const bool streams = !cut.turns && bytes_moved<T>(make_gather(s, Direction::kForward)) > kStreamed;
   const WeightTarget target(s);
   W* const shared = workspace;
   W* const scratch = workspace + cut.shared_words(s, lanes);
@@ -924,40 +939,57 @@ void weight_pixels(const ConvShape& s, const Kernels<T>& kernels, const T* gy, c
         kernels.store_rows(totals + t * lanes + c, 0, 1, 1, gw + (f + c) * target.filter + target.taps[t], 0);
   };
 
+  // Vectors [first, last) of lines [begin, end), which are whole samples where planes are transposed.
+  const auto sum_up = [&](WeightSums<W>& all, auto from, auto of_gy, const auto& tiles, int64_t first, int64_t last,
+                          int64_t begin, int64_t end, W* sums) {
+    using S = std::remove_const_t<std::remove_pointer_t<decltype(from)>>;
+    const int64_t pixel = cut.turns ? lanes : filters, together = wide ? 1 : last - first;
+    for (int64_t line = begin, lists; line < end; line += lists) {
+      const int64_t h = line % s.out[1], d = line / s.out[1] % s.out[0], n = line / (s.out[1] * s.out[0]);
+      lists = std::min({fit, end - line, s.out[1] - h});
+      for (int64_t at = 0; at < width; at += columns) {
+        const int64_t count = std::min(columns, width - at);
+        all.reserve(lists * most_tiles(count));
+        for (int64_t v = first; v < last; v += together) {
+          DepthwiseTile<S> tile{};
+          tile.planes = together;
+          tile.from_plane = tile.to_plane = lanes;
+          tile.sums_plane = of_vector;
+          tile.lists = lists;
+          tile.from = from + (cut.turns ? 0 : n * x_stride.batch + (moves.empty() ? v * lanes : 0));
+          tile.moves = moves.empty() ? nullptr : moves.data() + v;
+          tile.gy = of_gy + ((cut.turns ? h : line) * width + at) * pixel + (cut.turns ? 0 : v * lanes);
+          tile.list_step = width * pixel;
+          tile.to_step = pixel;
+          tile.length = filters - v * lanes;
+          tile.sums = sums + (v - first) * of_vector;
+          tile.ahead = streams ? s.stride[1] * x_stride.axis[1] : 0;
+          plan.run(tiles, d, h, at, count, tile);
+        }
+      }
+    }
+  };
+
   const int64_t tasks = cut.chunks * cut.parts;
   parallel_tasks(tasks, 2.0 * s.macs() / tasks, [&](int64_t begin, int64_t end) {
-    W* const sums = scratch + at::get_thread_num() * cut.thread_words();
+    W* const sums = scratch + at::get_thread_num() * cut.thread_words(lanes);
+    W *const image = sums + 2 * cut.of_part, *const gy_image = image + in * lanes;
     for (int64_t i = begin; i < end; ++i) {
       const int64_t chunk = i / cut.parts, part = i % cut.parts;
       const int64_t first = part * cut.vectors / cut.parts, last = (part + 1) * cut.vectors / cut.parts;
+      const int64_t begin_unit = chunk * cut.units / cut.chunks, end_unit = (chunk + 1) * cut.units / cut.chunks;
       W* const totals = cut.chunks > 1 ? shared + (chunk * cut.vectors + first) * of_vector : sums + cut.of_part;
       WeightSums<W> all(words, sums, totals, (last - first) * of_vector);
-      const int64_t end_line = (chunk + 1) * cut.lines / cut.chunks;
-      for (int64_t line = chunk * cut.lines / cut.chunks, lists; line < end_line; line += lists) {
-        const int64_t h = line % s.out[1], d = line / s.out[1] % s.out[0], n = line / (s.out[1] * s.out[0]);
-        lists = std::min({fit, end_line - line, s.out[1] - h});
-        const int64_t together = wide ? 1 : last - first;
-        for (int64_t at = 0; at < width; at += columns) {
-          const int64_t count = std::min(columns, width - at);
-          all.reserve(lists * most_tiles(count));
-          for (int64_t v = first; v < last; v += together) {
-            DepthwiseTile<T> tile{};
-            tile.planes = together;
-            tile.from_plane = tile.to_plane = lanes;
-            tile.sums_plane = of_vector;
-            tile.lists = lists;
-            tile.from = x + n * x_stride.batch + (moves.empty() ? v * lanes : 0);
-            tile.moves = moves.empty() ? nullptr : moves.data() + v;
-            tile.gy = gy + (line * width + at) * filters + v * lanes;
-            tile.list_step = width * filters;
-            tile.to_step = filters;
-            tile.length = filters - v * lanes;
-            tile.sums = sums + (v - first) * of_vector;
-            tile.ahead = streams ? s.stride[1] * x_stride.axis[1] : 0;
-            plan.run(kernels.depthwise, d, h, at, count, tile);
-          }
+      if (cut.turns)
+        for (int64_t n = begin_unit; n < end_unit; ++n) {
+          const int64_t c = n * filters + first * lanes, count = std::min(lanes, filters - first * lanes);
+          kernels.transpose(x + c * in, in, count, in, image, lanes);
+          kernels.transpose(gy + c * out, out, count, out, gy_image, lanes);
+          const W *const from = image, *const of_gy = gy_image;
+          sum_up(all, from, of_gy, words.depthwise, first, last, n * cut.unit, (n + 1) * cut.unit, sums);
         }
-      }
+      else
+        sum_up(all, x, gy, kernels.depthwise, first, last, begin_unit, end_unit, sums);
       all.finish();
       if (cut.chunks == 1)
         for (int64_t v = first; v < last; ++v) store(v, totals + (v - first) * of_vector);
@@ -1050,10 +1082,11 @@ int64_t depthwise_backward_input_workspace(const ConvShape& s, int threads) {
 int64_t depthwise_backward_weight_workspace(const ConvShape& s, int threads) {
   const int64_t size = dtype_size(s.dtype), word = std::max<int64_t>(4, size), lanes = lanes_of(size);
   const auto bytes = [&](const auto& cut) {
-    return (round_up(cut.shared_words(s, lanes), 16) + threads * cut.thread_words()) * word;
+    return (round_up(cut.shared_words(s, lanes), 16) + threads * cut.thread_words(lanes)) * word;
   };
-  return s.channels_last() ? bytes(WeightPixels(s, word, lanes))
-                           : bytes(WeightLines(s, phases_of(s, Direction::kForward)[0], size, lanes));
+  return s.channels_last() || transposes_weight(s, lanes)
+             ? bytes(WeightPixels(s, word, lanes))
+             : bytes(WeightLines(s, phases_of(s, Direction::kForward)[0], size, lanes));
 }
 
 void depthwise_forward(const ConvShape& s, const ConvPointers& p, void* workspace, int) {
@@ -1068,10 +1101,11 @@ void depthwise_backward_input(const ConvShape& s, const ConvPointers& p, void* w
 void depthwise_backward_weight(const ConvShape& s, const ConvPointers& p, void* workspace, int) {
   with_type(s.dtype, [&](auto type) {
     using T = decltype(type);
-    (s.channels_last() ? weight_pixels<T> : weight_lines<T>)(s, kernels_of<T>(microkernels()),
-                                                             static_cast<const T*>(p.grad_output),
-                                                             static_cast<const T*>(p.input), static_cast<T*>(p.result),
-                                                             static_cast<Word<T>*>(workspace));
+    const Kernels<T>& kernels = kernels_of<T>(microkernels());
+    (s.channels_last() || transposes_weight(s, kernels.lanes)
+         ? weight_pixels<T>
+         : weight_lines<T>)(s, kernels, static_cast<const T*>(p.grad_output), static_cast<const T*>(p.input),
+                            static_cast<T*>(p.result), static_cast<Word<T>*>(workspace));
   });
 }
 

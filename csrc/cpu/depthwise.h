@@ -103,7 +103,7 @@ struct DepthwiseKernels {
   Tile lines[2][4][5], pixels[2][4][5];          // [stride - 1]
   Tile spread_lines[3][2], spread_pixels[3][2];  // of 2 results, and of the most:
   int most_spread_lines, most_spread_pixels;
-  Tile weight_lines[2][4][5], weight_pixels[2][4][5];  // [stride - 1]
+  Tile weight_lines[2][4][5], weight_pixels[2][4][5];  // [stride - 1], null where there is no such tile
 };
 
 }  // namespace myconv::cpu
