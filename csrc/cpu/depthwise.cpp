@@ -35,18 +35,17 @@ namespace {
 
 constexpr int64_t kStripLimit = 1 << 20;  // a strip that does not fit here is declined
 constexpr int64_t kMaxDepthwiseKernel = 4096;
-constexpr int64_t kMaxReach = 65536;        // positions from an axis' first tap to its last
-constexpr int64_t kKeptBytes = 16 << 10;    // result lines that are kept before they are spread: a whole tile at least
-constexpr int64_t kMostLanes = 64;          // of any ISA, in bytes
-constexpr int64_t kLeastPixels = 8;         // NHWC: pixels that are kept before the filters of a channel are added up
-constexpr int64_t kTasks = 16;              // NHWC: pieces of work of a call, at least
-constexpr int64_t kPlanesBytes = 16 << 10;  // NCHW: planes that are done together
-constexpr int64_t kSmallPlane = 256;        // NCHW: values of a plane that may be transposed
-constexpr int64_t kSmallPlanes = 2048;      // NCHW, backward_weight: values of both planes that may be transposed;
-constexpr int64_t kManyTaps = 25;           // from so many taps on, four times as many
-const double kStreamed =
-    getenv("DW_S") ? atof(getenv("DW_S")) : 8e6;  // above so many bytes, read and written, values are fetched early
-constexpr int64_t kPixelsBytes = 256 << 10;       // NHWC: what the lines of a strip read
+constexpr int64_t kMaxReach = 65536;         // positions from an axis' first tap to its last
+constexpr int64_t kKeptBytes = 16 << 10;     // result lines that are kept before they are spread: a whole tile at least
+constexpr int64_t kMostLanes = 64;           // of any ISA, in bytes
+constexpr int64_t kLeastPixels = 8;          // NHWC: pixels that are kept before the filters of a channel are added up
+constexpr int64_t kTasks = 16;               // NHWC: pieces of work of a call, at least
+constexpr int64_t kPlanesBytes = 16 << 10;   // NCHW: planes that are done together
+constexpr int64_t kSmallPlane = 256;         // NCHW: values of a plane that may be transposed
+constexpr int64_t kSmallPlanes = 2048;       // NCHW, backward_weight: values of both planes that may be transposed;
+constexpr int64_t kManyTaps = 25;            // from so many taps on, four times as many
+constexpr double kStreamed = 2e6;            // above so many bytes, read and written, values are fetched early
+constexpr int64_t kPixelsBytes = 256 << 10;  // NHWC: what the lines of a strip read
 
 // --- forward and backward_input --------------------------------------------------------------------------------------
 
