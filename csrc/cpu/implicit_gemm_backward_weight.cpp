@@ -6,8 +6,11 @@
 // A row is broadcast, so that x may lie anyhow: each tap reads it where it lies, only where it is inside. gy needs
 // channels innermost: as NHWC lies; NCHW is transposed into panels, once a chunk and not once a tap.
 //
-// Few in channels (stems, grouped convolutions) do not fill a tile. Then the lines of x that a chunk reads are copied
-// with their padding, and the rows of a tile are any (in channel, tap). 16-bit types are widened by the same copies.
+// Few in channels (stems) do not fill a tile. Then the lines of x that a chunk reads are copied with their padding, and
+// the rows of a tile are any (in channel, tap). 16-bit types are widened by the same copies.
+//
+// Groups of few out channels do not fill a vector. Then its lanes belong to several groups, and each is multiplied with
+// the in channels of its own, which a permutation spreads over the lanes.
 //
 // Pointwise convolutions are one product over all pixels of a plane or batch; in and out channels change places where
 // that makes fuller tiles or a cheaper transposition.
@@ -40,34 +43,44 @@ constexpr int64_t kLeastSlabPixels = 512;
 constexpr int64_t kSlabValues = 512 << 10;  // totals of all slabs together
 
 // The problem with its sides in their roles: the channels of x are rows, those of gy columns. Exchanged, x and gy have
-// changed places. A pointwise convolution has all pixels in one line (NHWC), or a line for each sample.
+// changed places. A pointwise convolution of stride 1 has all pixels in one line (NHWC), or a line for each sample.
 struct Problem {
   ConvShape s;
   int64_t weight_group;  // between groups of the result
   bool exchanged = false;
+  bool strided = false;       // what is in the place of gy has gaps
+  ActivationStrides columns;  // and these strides
 
   Problem(const ConvShape& shape, int tile_rows, int lanes, int vectors)
       : s(shape), weight_group(shape.out_per_group * shape.weight_stride[0]) {
-    bool pointwise = s.taps() == 1;
-    for (int d = 0; d < 3; ++d) pointwise = pointwise && s.stride[d] == 1 && s.pad[d] == 0;
-    if (!pointwise) return;
-    const int64_t pixels = s.out_pixels() * (s.channels_last() ? s.batch : 1);
-    if (s.channels_last()) s.batch = 1;
-    for (int d = 0; d < 3; ++d) s.in[d] = s.out[d] = d < 2 ? 1 : pixels;
-    exchanged = cost(s.out_per_group, s.in_per_group, tile_rows, lanes, vectors, s.weight_stride[1] != 1) <
-                cost(s.in_per_group, s.out_per_group, tile_rows, lanes, vectors, s.weight_stride[0] != 1);
+    bool pointwise = s.taps() == 1, merges = true;
+    for (int d = 0; d < 3; ++d) pointwise = pointwise && s.pad[d] == 0, merges = merges && s.stride[d] == 1;
+    if (pointwise && merges) {
+      const int64_t pixels = s.out_pixels() * (s.channels_last() ? s.batch : 1);
+      if (s.channels_last()) s.batch = 1;
+      for (int d = 0; d < 3; ++d) s.in[d] = s.out[d] = d < 2 ? 1 : pixels;
+    }
+    exchanged =
+        pointwise && cost(s.out_per_group, s.in_per_group, s.weight_stride[1], tile_rows, lanes, vectors, !merges) <
+                         cost(s.in_per_group, s.out_per_group, s.weight_stride[0], tile_rows, lanes, vectors, false);
+    columns = activation_strides(s.layout, s.out_channels(), s.out);
     if (!exchanged) return;
+    strided = !merges;
+    columns = activation_strides(s.layout, s.in_channels(), s.in);
+    for (int d = 0; d < 3; ++d) columns.axis[d] *= s.stride[d], s.stride[d] = 1, s.in[d] = s.out[d];
     std::swap(s.in_per_group, s.out_per_group);
     std::swap(s.weight_stride[0], s.weight_stride[1]);
   }
 
   // About how many cycles a group of a pointwise convolution takes.
-  double cost(int64_t rows, int64_t columns, int tile_rows, int lanes, int vectors, bool transposed) const {
+  double cost(int64_t rows, int64_t columns, int64_t weight_step, int tile_rows, int lanes, int vectors,
+              bool gaps) const {
     const Panels panels(columns, lanes, vectors);
-    const double packing = s.channels_last() && dtype_size(s.dtype) > 2 ? 0 : 5.0 * panels.vectors;
-    const double tile = 0.5 * std::max(panels.width / lanes == 1 ? 1.3 : 1.0, 8.0 / tile_rows);
-    const double pixels = static_cast<double>(s.batch * s.out_pixels());
-    return pixels * (tile * rows * panels.vectors + packing) + (transposed ? 10.0 : 2.0) * rows * panels.vectors;
+    const bool in_place = s.channels_last() && dtype_size(s.dtype) > 2;
+    const double packing = gaps ? s.channels_last() ? 3 : 40 : in_place ? 0.5 : 5;
+    const double tile = 0.5 * std::max(panels.width == lanes ? 1.3 : 1.0, 8.0 / tile_rows);
+    const double pixels = static_cast<double>(s.batch * s.out_pixels()), writing = weight_step == 1 ? 2 : 10;
+    return static_cast<double>(panels.vectors) * (pixels * (tile * rows + packing) + writing * rows);
   }
 };
 
@@ -79,47 +92,57 @@ struct Chunk {
   int64_t pixels() const { return lines() * length(); }
 };
 
-// How the sum is cut, and how its operands are reached: by the shape alone.
+// How the sum is cut, and how its operands are reached: by the shape and the width of a vector.
 struct Plan {
-  bool folded, copies, packs;                // rows of several taps; x is copied by lines; gy is packed
-  int64_t rows, taps, columns;               // of a group
+  bool folded, lanes;                        // rows of several taps; lanes of several groups
+  bool copies, packs;                        // x is copied by lines; gy is packed
+  int64_t groups, rows, taps, columns;       // rows and columns of a group; with lanes, all columns are one group
+  int64_t unit;                              // columns of a vector
   int64_t lines, line_length;                // of gy
   int64_t lines_per_chunk, pixels_per_line;  // the largest chunk
   int64_t chunks_per_line, chunks, slabs;
   int64_t line_taps, strip_lines, strip_length;  // of the copies of the largest chunk
 
-  Plan(const ConvShape& s, int64_t word_size) {
+  bool padded() const { return folded || lanes; }  // the copies have their padding
+
+  Plan(const Problem& problem, int64_t word_size, int64_t vector) {
+    const ConvShape& s = problem.s;
     const bool half = dtype_size(s.dtype) == 2;
-    rows = s.in_per_group, taps = s.taps(), columns = s.out_per_group;
+    groups = s.groups, rows = s.in_per_group, taps = s.taps(), columns = s.out_per_group, unit = vector;
     lines = s.batch * s.out[0] * s.out[1], line_length = s.out[2];
     line_taps = s.kernel[0] * s.kernel[1];
-    packs = half || !s.channels_last() || s.out_channels() * word_size >= 2048;
-    folded = rows <= kFoldChannels && taps > 1;
-    const int64_t most = packs ? std::clamp<int64_t>(kPanelBytes / (columns * word_size), 64, kSumLength) : kSumLength;
-    pixels_per_line = std::min(line_length, most);
     const double reach = static_cast<double>(s.kernel[2] - 1) * static_cast<double>(s.dilation[2]) + 1;
     const auto touched = [&](int64_t pixels) {
       const double all = static_cast<double>(pixels - 1) * static_cast<double>(s.stride[2]) + reach;
-      if (folded) return static_cast<int64_t>(std::min(all, 1e12));
+      if (padded()) return static_cast<int64_t>(std::min(all, 1e12));
       if (s.padding_mode != PaddingMode::kZeros) return s.in[2];
       return static_cast<int64_t>(std::min(all, static_cast<double>(s.in[2])));
     };
-    // Of a copy of all lines that the chunk of one line touches.
-    const auto fits = [&](int64_t pixels, int64_t channels) {
-      return line_taps * touched(pixels) <= kStripBytes / word_size / channels;
-    };
-    if (folded && !fits(std::min<int64_t>(16, pixels_per_line), rows)) folded = false;
-    while (folded && pixels_per_line > 16 && !fits(pixels_per_line, rows)) pixels_per_line /= 2;
+    const int64_t together = std::min(groups, vector / columns);  // groups of a vector
+    lanes = groups > 1 && (together > 1 ? together * rows <= vector : together == 1 && taps > 1);
+    folded = !lanes && rows <= kFoldChannels && taps > 1;
+    const int64_t channels = lanes ? together * rows : rows;  // that are copied together
+    const int64_t room = kStripBytes / word_size / channels / line_taps;
+    // Lines too long, or too many taps, are not copied.
+    if (padded() && (touched(std::min<int64_t>(16, line_length)) > room || rows * taps > kFoldedPointers))
+      lanes = folded = false;
+    packs = half || lanes || problem.strided || !s.channels_last() || s.out_channels() * word_size >= 2048;
+    if (lanes) unit = together * columns, columns *= groups, groups = 1;
+
+    // Lanes: lines of x and gy stay in L1 for all taps and channels of a vector.
+    const int64_t most = lanes   ? kSumLength / 2
+                         : packs ? std::clamp<int64_t>(kPanelBytes / (columns * word_size), 64, kSumLength)
+                                 : kSumLength;
+    pixels_per_line = std::min(line_length, most);
+    while (padded() && pixels_per_line > 16 && touched(pixels_per_line) > room) pixels_per_line /= 2;
     chunks_per_line = ceil_div(line_length, pixels_per_line);
     pixels_per_line = ceil_div(line_length, chunks_per_line);
     int64_t fit = most / line_length;
-    if (folded) fit = std::min(fit, kStripBytes / word_size / rows / (line_taps * touched(pixels_per_line)));
-    if (folded) fit = std::min(fit, kFoldedPointers / (rows * taps));
+    if (padded()) fit = std::min({fit, room / touched(pixels_per_line), kFoldedPointers / (rows * taps)});
     lines_per_chunk = chunks_per_line > 1 ? 1 : std::clamp<int64_t>(fit, 1, lines);
-    if (folded && rows * taps > kFoldedPointers) folded = false;
     chunks = chunks_per_line * ceil_div(lines, lines_per_chunk);
     // As many slabs as there are pixels and room for, a power of two, and chunks of nearly equal size for each.
-    const double values = static_cast<double>(s.groups * rows * taps * columns);
+    const double values = static_cast<double>(groups * rows * taps) * static_cast<double>(columns);
     const double pixels = static_cast<double>(lines) * static_cast<double>(line_length);
     slabs = 1;
     while (slabs < kMostSlabs && 2 * slabs <= chunks && pixels >= 2.0 * slabs * kLeastSlabPixels &&
@@ -130,7 +153,7 @@ struct Plan {
       chunks = ceil_div(lines, lines_per_chunk);
     }
     slabs = std::min(slabs, chunks);
-    copies = folded || half;
+    copies = padded() || half;
     // Neighbouring lines share those they touch, inside a sample.
     const int64_t reach_h = std::min((s.kernel[1] - 1) * std::min(s.dilation[1], s.in[1]) + 1, s.in[1]);
     const int64_t planes = std::min(lines_per_chunk, (lines_per_chunk - 1) / s.out[1] + 2);
@@ -152,25 +175,25 @@ struct Split {
   bool in_place;          // totals are the result itself
   int64_t rows, columns;  // of one task
   int64_t row_tasks, column_tasks, tasks;
-  int64_t block;                        // rows whose lines are copied at a time
+  int64_t block;                        // channels whose lines are copied at a time
   int64_t panels, strip, totals, slab;  // scratch; totals of a slab
 
-  Split(const Problem& problem, const Plan& plan, int64_t tile_rows, int64_t lanes, int64_t vectors, int64_t word_size,
+  Split(const Problem& problem, const Plan& plan, int64_t tile_rows, int64_t vector, int64_t vectors, int64_t word_size,
         int threads) {
     const ConvShape& s = problem.s;
-    const int64_t row_tiles = plan.folded ? 1 : ceil_div(plan.rows, tile_rows);
+    const int64_t lanes = plan.unit, row_tiles = plan.padded() ? 1 : ceil_div(plan.rows, tile_rows);
     const int64_t column_vectors = ceil_div(plan.columns, lanes);
-    const int64_t problems = s.groups * plan.slabs;
+    const int64_t problems = plan.groups * plan.slabs;
     in_place = plan.slabs == 1 && plan.taps == 1 && s.weight_stride[0] == 1 && dtype_size(s.dtype) > 2;
     const auto settle = [&](int64_t row_parts, int64_t column_parts) {
-      rows = plan.folded ? plan.rows : std::min(plan.rows, ceil_div(row_tiles, row_parts) * tile_rows);
+      rows = plan.padded() ? plan.rows : std::min(plan.rows, ceil_div(row_tiles, row_parts) * tile_rows);
       columns = std::min(plan.columns, ceil_div(column_vectors, column_parts) * lanes);
       row_tasks = ceil_div(plan.rows, rows), column_tasks = ceil_div(plan.columns, columns);
       tasks = problems * row_tasks * column_tasks;
     };
     // The cost of the thread with most to do.
     const auto cost = [&] {
-      const Panels of_task(columns, lanes, vectors);
+      const Panels of_task(columns, lanes, plan.lanes ? 1 : vectors);
       const double tile = of_task.width == lanes ? 1.3 : 1.0;
       const double each = 0.5 * tile * static_cast<double>(rows * plan.taps * of_task.vectors) +
                           (plan.packs ? 5.0 : 0.0) * of_task.vectors + (plan.copies ? 2.0 : 0.2) * rows / 16;
@@ -195,19 +218,19 @@ struct Split {
         column_parts *= 2;
       settle(row_parts, column_parts);
     }
-    block = rows;
-    if (plan.copies && !plan.folded)
-      block = std::clamp<int64_t>(kStripBytes / word_size / (plan.strip_lines * plan.strip_length), 1, rows);
-    panels = plan.packs ? plan.pixels() * round_up(columns, lanes) : 0;
+    block = plan.lanes ? lanes / s.out_per_group * s.in_per_group : rows;
+    if (plan.copies && !plan.padded())
+      block = std::clamp<int64_t>(kStripBytes / word_size / (plan.strip_lines * plan.strip_length), 1, block);
+    panels = plan.packs ? plan.pixels() * (plan.lanes ? 1 : ceil_div(columns, lanes)) * vector : 0;
     strip = plan.copies ? plan.strip_lines * plan.strip_length * block : 0;
     totals = totals_of();
-    slab = plan.slabs > 1 ? s.groups * plan.rows * plan.taps * plan.columns : 0;
+    slab = plan.slabs > 1 ? plan.groups * plan.rows * plan.taps * plan.columns : 0;
   }
   int64_t of_thread() const { return panels + strip + totals + 1; }  // and a zero
 };
 
-// Where lines of x lie: as they are, or copied for a chunk (with their padding if `padded`), as words
-//   NHWC  [line][position][channel]     NCHW  [line][channel][position]
+// Where lines of x lie: as they are, or copied for a chunk, as words
+//   NHWC, or lanes  [line][position][channel]     NCHW  [line][channel][position]
 template <typename T>
 class Lines {
  public:
@@ -232,13 +255,14 @@ class Lines {
       const int64_t low = axis.offset[t] + chunk.begin * axis.from_step;
       lo_ = std::min(lo_, low), hi_ = std::max(hi_, low + (chunk.length() - 1) * axis.from_step + 1);
     }
-    if (!plan_.folded) {
+    if (!plan_.padded()) {
       const bool far = axis.mode != PaddingMode::kZeros;
       lo_ = far ? 0 : std::clamp<int64_t>(lo_, 0, s_.in[2]), hi_ = far ? s_.in[2] : std::clamp(hi_, lo_, s_.in[2]);
     }
-    row = s_.channels_last() ? 1 : hi_ - lo_, step = s_.channels_last() ? channels : 1;
+    interleaved_ = s_.channels_last() || plan_.lanes;
+    row = interleaved_ ? 1 : hi_ - lo_, step = interleaved_ ? channels : 1;
     size_ = (hi_ - lo_) * channels;
-    if (plan_.folded) {
+    if (plan_.padded()) {
       ids_.push_back(-1);
       std::fill_n(strip_, size_, W(0));
     }
@@ -275,8 +299,10 @@ class Lines {
   }
   void positions(const T* from, W* to, int64_t source, int64_t w, int64_t count) const {
     from += source * x_stride_.axis[2], to += (w - lo_) * step;
-    if (!s_.channels_last())
+    if (!interleaved_)
       kernels_.copy_rows(from, x_stride_.channel, channels_, count, to, row);
+    else if (!s_.channels_last())
+      kernels_.transpose(from, x_stride_.channel, channels_, count, to, step);
     else if (channels_ == s_.in_channels())
       kernels_.copy_rows(from, 0, 1, count * channels_, to, 0);
     else
@@ -289,9 +315,24 @@ class Lines {
   const ActivationStrides x_stride_;
   W* const strip_;
   const T* x_ = nullptr;
+  bool interleaved_ = false;
   int64_t channels_ = 0, lo_ = 0, hi_ = 0, size_ = 0;
   std::vector<int64_t> ids_;
 };
+
+// to[p * width + c] = from[c * channel + p * step]
+template <typename T>
+void gather(const Kernels<T>& kernels, const T* from, int64_t channel, int64_t step, int64_t channels, int64_t pixels,
+            Word<T>* to, int64_t width) {
+  constexpr int64_t kTile = 64;
+  T square[kMaxVectors * 16 * kTile];
+  for (int64_t p0 = 0; p0 < pixels; p0 += kTile) {
+    const int64_t count = std::min(kTile, pixels - p0);
+    for (int64_t c = 0; c < channels; ++c)
+      for (int64_t p = 0; p < count; ++p) square[c * kTile + p] = from[c * channel + (p0 + p) * step];
+    kernels.transpose(square, kTile, channels, count, to + p0 * width, width);
+  }
+}
 
 // gw of rows x columns of a group, from totals [row][tap][column] or [tap][row][column].
 template <typename T>
@@ -312,8 +353,9 @@ void write(const ConvShape& s, const Kernels<T>& kernels, const Word<T>* totals,
       }
   };
   const int64_t taps = s.taps();
-  const bool dense = tap_step == 1 && stride[4] == 1 && stride[3] == s.kernel[2] &&
-                     stride[2] == s.kernel[1] * s.kernel[2] && stride[1] == taps;
+  bool dense = tap_step == 1 && (rows == 1 || stride[1] == taps);
+  for (int64_t d = 2, step = 1; d >= 0; step *= s.kernel[d--])
+    dense = dense && (s.kernel[d] == 1 || stride[2 + d] == step);
   if (dense) return piece(totals, ld, rows * taps, gw, 1);
   for (int64_t t = 0; t < taps; ++t) {
     const int64_t tw = t % s.kernel[2], th = t / s.kernel[2] % s.kernel[1], td = t / (s.kernel[2] * s.kernel[1]);
@@ -340,22 +382,22 @@ void run(const ConvShape& shape, const void* grad_output, const void* input, T* 
   const Kernels<W>& kernels = kernels_of<W>(microkernels());
   const Problem problem(shape, kernels.rows, kernels.lanes, kernels.vectors);
   const ConvShape& s = problem.s;
-  const Plan plan(s, sizeof(W));
+  const Plan plan(problem, sizeof(W), kernels.lanes);
   const Split split(problem, plan, kernels.rows, kernels.lanes, kernels.vectors, sizeof(W), threads);
   const T* const x = static_cast<const T*>(problem.exchanged ? grad_output : input);
   const T* const gy = static_cast<const T*>(problem.exchanged ? input : grad_output);
   const GatherAxis axis[3] = {forward_axis(s, 0), forward_axis(s, 1), forward_axis(s, 2)};
-  const auto y_stride = activation_strides(s.layout, s.out_channels(), s.out);
-  const int64_t taps = plan.taps, line_taps = plan.line_taps, lanes = kernels.lanes;
+  const ActivationStrides& y_stride = problem.columns;
+  const int64_t taps = plan.taps, line_taps = plan.line_taps, vector = kernels.lanes;
   W* const slabs = workspace + threads * split.of_thread();
 
   // What is read in the padding may be left out if it is a zero that meets finite values only.
-  bool skips = s.padding_mode == PaddingMode::kZeros && !plan.folded;
+  bool skips = s.padding_mode == PaddingMode::kZeros && !plan.padded();
   bool inside = true;
   for (const GatherAxis& a : axis)
     for (int64_t t = 0; t < a.taps(); ++t) inside = inside && a.first_inside(t) == 0 && a.last_inside(t) == a.count;
   if (skips && !inside) skips = all_finite(stored, gy, s.batch * s.out_channels() * s.out_pixels());
-  const bool complete = inside || skips || plan.folded;
+  const bool complete = inside || skips || plan.padded();
 
   // Rows of totals are [row][tap] or [tap][row], as the weight has them.
   const bool taps_inside = plan.folded ? s.weight_stride[1] != 1 : s.weight_stride[1] != 1 || taps == 1;
@@ -376,8 +418,8 @@ void run(const ConvShape& shape, const void* grad_output, const void* input, T* 
       const int64_t c0 = task / split.column_tasks % split.row_tasks * split.rows;
       const int64_t rows = std::min(split.rows, plan.rows - c0);
       const int64_t problem_index = task / (split.column_tasks * split.row_tasks);
-      const int64_t group = problem_index % s.groups, slab = problem_index / s.groups;
-      const Panels panels(columns, lanes, kernels.vectors);
+      const int64_t group = problem_index % plan.groups, slab = problem_index / plan.groups;
+      const Panels panels(columns, plan.unit, plan.lanes ? 1 : kernels.vectors);
       T* const result = gw + group * problem.weight_group + c0 * s.weight_stride[1] + k0 * s.weight_stride[0];
       // Totals of this task, at row, tap 0.
       W* totals = thread_totals;
@@ -394,41 +436,59 @@ void run(const ConvShape& shape, const void* grad_output, const void* input, T* 
         const Chunk chunk = plan.chunk(i);
         const int64_t length = chunk.length(), pixels = chunk.pixels();
         const bool first_chunk = i == chunk0;
-        // gy of the chunk: panel j at panel_at(j), a pixel at each ldb.
-        const int64_t k_first = group * s.out_per_group + k0;
-        if (plan.packs)
-          for (int64_t j = 0; j < panels.count; ++j) {
-            W* const to = panels_data + panels.begin(j) * pixels;
-            const int64_t width = round_up(panels.size(j), lanes), k = k_first + panels.begin(j);
-            if (s.channels_last()) {
-              const int64_t pixel = chunk.first * plan.line_length + chunk.begin;
-              stored.copy_rows(gy + pixel * s.out_channels() + k, s.out_channels(), pixels, panels.size(j), to, width);
-              continue;
-            }
-            const int64_t of_sample = s.out[0] * s.out[1];  // lines
-            for (int64_t line = chunk.first, next; line < chunk.last; line = next) {
-              const int64_t n = line / of_sample;
-              next = std::min(chunk.last, (n + 1) * of_sample);
-              stored.transpose(gy + n * y_stride.batch + k * y_stride.channel +
-                                   (line - n * of_sample) * plan.line_length + chunk.begin,
-                               y_stride.channel, panels.size(j), (next - line) * length,
-                               to + (line - chunk.first) * length * width, width);
-            }
+        const int64_t k_first = group * s.out_per_group + k0, of_sample = s.out[0] * s.out[1];
+        const auto panel_at = [&](int64_t j) {
+          return panels_data + (plan.lanes ? 0 : panels.begin(j) / plan.unit * vector * pixels);
+        };
+        const auto pack = [&](int64_t j) {
+          W* to = panel_at(j);
+          const int64_t size = panels.size(j), width = round_up(size, vector), k = k_first + panels.begin(j);
+          if (s.channels_last() && !problem.strided) {
+            const int64_t pixel = chunk.first * plan.line_length + chunk.begin;
+            return stored.copy_rows(gy + pixel * s.out_channels() + k, s.out_channels(), pixels, size, to, width);
           }
-        // Multiplies a tile of rows with all columns: `count` runs of `depth` pixels.
+          // Lines that follow each other, or one line.
+          for (int64_t line = chunk.first, next; line < chunk.last; line = next) {
+            const int64_t n = line / of_sample, d = line % of_sample / s.out[1], h = line % s.out[1];
+            next = problem.strided ? line + 1 : std::min(chunk.last, (n + 1) * of_sample);
+            const T* const from = gy + n * y_stride.batch + k * y_stride.channel + d * y_stride.axis[0] +
+                                  h * y_stride.axis[1] + chunk.begin * y_stride.axis[2];
+            const int64_t count = (next - line) * length;
+            if (s.channels_last())
+              stored.copy_rows(from, y_stride.axis[2], count, size, to, width);
+            else if (problem.strided)
+              gather(stored, from, y_stride.channel, y_stride.axis[2], size, count, to, width);
+            else
+              stored.transpose(from, y_stride.channel, size, count, to, width);
+            to += count * width;
+          }
+        };
+        if (plan.packs && !plan.lanes)
+          for (int64_t j = 0; j < panels.count; ++j) pack(j);
+        // gy of the chunk: a panel, and the distance between its pixels.
+        const auto columns_at = [&](int64_t j) -> std::pair<const W*, int64_t> {
+          if constexpr (!kIsHalf<T>)
+            if (!plan.packs) {
+              const int64_t pixel = chunk.first * plan.line_length + chunk.begin;
+              return {gy + pixel * s.out_channels() + k_first + panels.begin(j), s.out_channels()};
+            }
+          return {panel_at(j), round_up(panels.size(j), vector)};
+        };
+        // Where gy is read as it lies, the next chunk of it is fetched into L2 meanwhile.
+        const W *ahead = nullptr, *end_ahead = nullptr;
+        if constexpr (!kIsHalf<T>)
+          if (!plan.packs && i + 1 < chunk1) {
+            const Chunk next = plan.chunk(i + 1);
+            ahead = gy + (next.first * plan.line_length + next.begin) * s.out_channels();
+            end_ahead = ahead + next.pixels() * s.out_channels();
+          }
+        // Multiplies a tile of rows with a panel: `count` runs of `depth` pixels.
         const auto multiply = [&](int64_t height, int64_t count, int64_t depth, const W* const* a, int64_t a_offset,
                                   int64_t a_step, const int64_t* b_pixels, W* c, int64_t c_step, bool accumulate,
                                   int64_t j) {
           W* c_rows[kMaxRows];
           for (int64_t r = 0; r < height; ++r) c_rows[r] = c + r * c_step + panels.begin(j);
-          const W* b;
-          int64_t ldb = round_up(panels.size(j), lanes);
-          b = panels_data + panels.begin(j) * pixels;
-          if constexpr (!kIsHalf<T>)
-            if (!plan.packs) {
-              ldb = s.out_channels();
-              b = gy + (chunk.first * plan.line_length + chunk.begin) * ldb + k_first + panels.begin(j);
-            }
+          const auto [b, ldb] = columns_at(j);
           int64_t offsets[kSumLength];
           for (int64_t l = 0; l < count; ++l) offsets[l] = b_pixels[l] * ldb;
           kernels.gemm[height - 1]({.taps = count,
@@ -443,12 +503,22 @@ void run(const ConvShape& shape, const void* grad_output, const void* input, T* 
                                     .cols = panels.size(j),
                                     .row_bias = nullptr,
                                     .column_bias = nullptr,
-                                    .accumulate = accumulate});
+                                    .accumulate = accumulate,
+                                    .next = ahead < end_ahead ? ahead : nullptr});
+          ahead += count * depth * height;
         };
 
-        for (int64_t b0 = 0; b0 < rows; b0 += split.block) {
-          const int64_t block = std::min(split.block, rows - b0);
-          x_lines.start(x, group * s.in_per_group + c0 + b0, block, chunk, axis[2]);
+        // Lanes: panel by panel. Else blocks of rows.
+        for (int64_t b0 = 0, b1; b0 < (plan.lanes ? panels.count : rows); b0 = b1) {
+          b1 = plan.lanes ? b0 + 1 : std::min(rows, b0 + split.block);
+          const int64_t block = b1 - b0;
+          if (plan.lanes) {
+            pack(b0);
+            const int64_t first = (k0 + panels.begin(b0)) / s.out_per_group;
+            x_lines.start(x, first * rows, panels.size(b0) / s.out_per_group * rows, chunk, axis[2]);
+          } else {
+            x_lines.start(x, group * s.in_per_group + c0 + b0, block, chunk, axis[2]);
+          }
           // Where each line of gy meets position 0 of a line of x, for each (td, th).
           const W** origin = origins.data();
           for (int64_t line = chunk.first; line < chunk.last; ++line) {
@@ -456,23 +526,49 @@ void run(const ConvShape& shape, const void* grad_output, const void* input, T* 
             for (int64_t td = 0; td < s.kernel[0]; ++td)
               for (int64_t th = 0; th < s.kernel[1]; ++th) {
                 const int64_t sd = axis[0].source(d, td), sh = axis[1].source(h, th);
-                *origin++ = !plan.folded && (sd < 0 || sh < 0) ? nullptr : x_lines.line(n, sd, sh);
+                *origin++ = !plan.padded() && (sd < 0 || sh < 0) ? nullptr : x_lines.line(n, sd, sh);
               }
           }
           const int64_t step = axis[2].from_step * x_lines.step;
 
+          const auto position = [&](int64_t t) {  // of the first pixel of a line, at a tap
+            return (axis[2].offset[t % s.kernel[2]] + chunk.begin * axis[2].from_step) * x_lines.step;
+          };
+          b_offsets.resize(chunk.lines());
+          for (int64_t l = 0; l < chunk.lines(); ++l) b_offsets[l] = l * length;
+
+          if (plan.lanes) {
+            pointers.resize(chunk.lines() * taps);
+            for (int64_t l = 0; l < chunk.lines(); ++l)
+              for (int64_t t = 0; t < taps; ++t)
+                pointers[l * taps + t] = origins[l * line_taps + t / s.kernel[2]] + position(t);
+            for (int64_t l = 0; l < chunk.lines(); ++l) b_offsets[l] *= vector;
+            kernels.lanes_of_groups({.runs = chunk.lines(),
+                                     .depth = length,
+                                     .taps = taps,
+                                     .channels = rows,
+                                     .group_cols = s.out_per_group,
+                                     .a = pointers.data(),
+                                     .a_step = step,
+                                     .b = panels_data,
+                                     .b_offsets = b_offsets.data(),
+                                     .ldb = vector,
+                                     .c = totals + panels.begin(b0),
+                                     .c_tap = tap_step * ld,
+                                     .c_channel = row_step * ld,
+                                     .cols = panels.size(b0),
+                                     .accumulate = !first_chunk});
+            continue;
+          }
           if (plan.folded) {
             const int64_t all = rows * taps;
             pointers.resize(all * chunk.lines());
-            b_offsets.resize(chunk.lines());
-            for (int64_t l = 0; l < chunk.lines(); ++l) b_offsets[l] = l * length;
             each_tile(all, kernels.rows, [&](int64_t row, int64_t height) {
               const W** const list = pointers.data() + row * chunk.lines();
               for (int64_t r = 0; r < height; ++r) {
                 const int64_t c = taps_inside ? (row + r) / taps : (row + r) % rows;
                 const int64_t t = taps_inside ? (row + r) % taps : (row + r) / rows;
-                const int64_t at = c * x_lines.row +
-                                   (axis[2].offset[t % s.kernel[2]] + chunk.begin * axis[2].from_step) * x_lines.step;
+                const int64_t at = c * x_lines.row + position(t);
                 for (int64_t l = 0; l < chunk.lines(); ++l)
                   list[l * height + r] = origins[l * line_taps + t / s.kernel[2]] + at;
               }
@@ -556,8 +652,8 @@ void run(const ConvShape& shape, const void* grad_output, const void* input, T* 
   constexpr int64_t kRowsAtOnce = 8;
   const int64_t pieces = taps_inside ? ceil_div(plan.rows, kRowsAtOnce) : 1;
   const int64_t row_step = taps_inside ? taps : 1, tap_step = taps_inside ? 1 : plan.rows;
-  const double macs = static_cast<double>(split.slab) * plan.slabs / (s.groups * pieces);
-  parallel_tasks(s.groups * pieces, macs, [&](int64_t begin, int64_t end) {
+  const double macs = static_cast<double>(split.slab) * plan.slabs / (plan.groups * pieces);
+  parallel_tasks(plan.groups * pieces, macs, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
       const int64_t group = i / pieces, row = plan.rows * (i % pieces) / pieces;
       const int64_t rows = plan.rows * (i % pieces + 1) / pieces - row;
@@ -587,7 +683,7 @@ int64_t implicit_gemm_backward_weight_workspace(const ConvShape& s, int threads)
     using W = Word<decltype(zero)>;
     const Kernels<W>& kernels = kernels_of<W>(microkernels());
     const Problem problem(s, kernels.rows, kernels.lanes, kernels.vectors);
-    const Plan plan(problem.s, sizeof(W));
+    const Plan plan(problem, sizeof(W), kernels.lanes);
     const Split split(problem, plan, kernels.rows, kernels.lanes, kernels.vectors, sizeof(W), threads);
     return static_cast<int64_t>(sizeof(W)) * (threads * split.of_thread() + plan.slabs * split.slab);
   });
