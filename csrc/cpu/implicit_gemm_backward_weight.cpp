@@ -188,6 +188,7 @@ struct Split {
     const auto settle = [&](int64_t row_parts, int64_t column_parts) {
       rows = plan.padded() ? plan.rows : std::min(plan.rows, ceil_div(row_tiles, row_parts) * tile_rows);
       columns = std::min(plan.columns, ceil_div(column_vectors, column_parts) * lanes);
+      if (plan.lanes && !s.channels_last()) columns = lanes;  // planes are read from beginning to end
       row_tasks = ceil_div(plan.rows, rows), column_tasks = ceil_div(plan.columns, columns);
       tasks = problems * row_tasks * column_tasks;
     };
@@ -475,12 +476,17 @@ void run(const ConvShape& shape, const void* grad_output, const void* input, T* 
           return {panel_at(j), round_up(panels.size(j), vector)};
         };
         // Where gy is read as it lies, the next chunk of it is fetched into L2 meanwhile.
-        const W *ahead = nullptr, *end_ahead = nullptr;
+        const W *ahead = nullptr, *end_ahead = nullptr, *x_ahead = nullptr, *x_end = nullptr;
         if constexpr (!kIsHalf<T>)
-          if (!plan.packs && i + 1 < chunk1) {
+          if ((!plan.packs || (plan.lanes && s.channels_last())) && i + 1 < chunk1) {
             const Chunk next = plan.chunk(i + 1);
             ahead = gy + (next.first * plan.line_length + next.begin) * s.out_channels();
             end_ahead = ahead + next.pixels() * s.out_channels();
+            const int64_t d = next.first / s.out[1] % s.out[0], n = next.first / of_sample;
+            const int64_t line = std::min(d * s.stride[0], s.in[0] - 1) * s.in[1] +
+                                 std::min(next.first % s.out[1] * s.stride[1], s.in[1] - 1);
+            x_ahead = x + (n * s.in[0] * s.in[1] + line) * s.in[2] * s.in_channels();
+            x_end = x_ahead + next.lines() * s.stride[1] * s.in[2] * s.in_channels();
           }
         // Multiplies a tile of rows with a panel: `count` runs of `depth` pixels.
         const auto multiply = [&](int64_t height, int64_t count, int64_t depth, const W* const* a, int64_t a_offset,
@@ -505,7 +511,7 @@ void run(const ConvShape& shape, const void* grad_output, const void* input, T* 
                                     .column_bias = nullptr,
                                     .accumulate = accumulate,
                                     .next = ahead < end_ahead ? ahead : nullptr});
-          ahead += count * depth * height;
+          if (ahead) ahead += count * depth * height;
         };
 
         // Lanes: panel by panel. Else blocks of rows.
@@ -557,7 +563,10 @@ void run(const ConvShape& shape, const void* grad_output, const void* input, T* 
                                      .c_tap = tap_step * ld,
                                      .c_channel = row_step * ld,
                                      .cols = panels.size(b0),
-                                     .accumulate = !first_chunk});
+                                     .accumulate = !first_chunk,
+                                     .next = ahead});
+            if (ahead) ahead += pixels * ceil_div(taps, 3) * (64 / sizeof(W));
+            if (ahead >= end_ahead) ahead = x_ahead, end_ahead = x_end, x_ahead = nullptr;
             continue;
           }
           if (plan.folded) {

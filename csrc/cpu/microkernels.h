@@ -118,6 +118,7 @@ struct LaneTile {
   T* c;
   int64_t c_tap, c_channel, cols;
   bool accumulate;
+  const T* next = nullptr;  // fetched into L2 meanwhile, a cache line for each pixel of a tile
 };
 
 // c[col][row * c_step] = sum over k < depth of a[row * lda + k] * b[col * ldb + k], + bias[row]
