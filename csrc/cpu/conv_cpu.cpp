@@ -30,7 +30,8 @@ constexpr Packing kGemmWeightPacks{"gradient, transposed into panels, and padded
                                    "gradient, into panels if wide, and padded lines where in channels are few"};
 
 const Algorithm kForward[] = {
-    {"depthwise", depthwise_forward_decline, depthwise_forward_workspace, depthwise_forward, kDepthwisePacks},
+    {"depthwise", depthwise_forward_decline, depthwise_forward_workspace, depthwise_forward, kDepthwisePacks,
+     depthwise_forward_yield},
     {"pointwise", pointwise_decline, pointwise_forward_workspace, pointwise_forward, kPointwisePacks},
     winograd<Direction::kForward, false>(),
     winograd<Direction::kForward, true>(),

@@ -1067,6 +1067,11 @@ int64_t gather_workspace(const ConvShape& s, Direction direction, int threads) {
 }  // namespace
 
 const char* depthwise_forward_decline(const ConvShape& s) { return decline(s, Direction::kForward); }
+const char* depthwise_forward_yield(const ConvShape& s) {
+  constexpr int64_t kTileFilters = 8;
+  if (s.out_per_group < kTileFilters || (s.channels_last() && s.groups > 1)) return nullptr;
+  return "filters enough for the rows of a register tile";
+}
 const char* depthwise_backward_input_decline(const ConvShape& s) { return decline(s, Direction::kBackwardInput); }
 const char* depthwise_backward_weight_decline(const ConvShape& s) {
   return s.batch == 0 ? "nothing to sum over" : decline(s, Direction::kBackwardWeight);
