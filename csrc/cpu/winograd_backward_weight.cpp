@@ -331,7 +331,7 @@ double winograd_cycles(const ConvShape& s, const WinogradKernels<float>& t) {
   for (int d = 0; d < 2; ++d) moved *= t.out[d];
   return waits * positions * tiles * rows * columns / 32 +
          (4 * positions + moved) * tiles * (std::ceil(rows / 16) + std::ceil(columns / 16)) +
-         chunks * rows * std::ceil(columns / 16) * (3 * positions + 40);
+         chunks * rows * std::ceil(columns / 16) * (4 * positions + 80);
 }
 
 const char* yield(const ConvShape& s) {
