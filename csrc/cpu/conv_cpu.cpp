@@ -26,8 +26,8 @@ constexpr Packing kDirectPacks{"lines of what is read, into padded strips",
 constexpr Packing kGemmPacks{"nothing", "weights, into panels"};
 constexpr Packing kPointwisePacks{"pixels of what is read, into panels, and weights, unless they lie as they are used",
                                   "weights, into panels"};
-constexpr Packing kGemmWeightPacks{"lines of both activations, transposed into strips",
-                                   "where in channels are few, the taps of each pixel"};
+constexpr Packing kGemmWeightPacks{"gradient, transposed into panels, and padded lines where in channels are few",
+                                   "gradient, into panels if wide, and padded lines where in channels are few"};
 
 const Algorithm kForward[] = {
     {"depthwise", depthwise_forward_decline, depthwise_forward_workspace, depthwise_forward, kDepthwisePacks},

@@ -6,7 +6,7 @@
 //   forward NCHW              out channels    pixels          in channels x taps
 //   forward NHWC              pixels          out channels    taps x in channels
 //   backward_input            as forward, with in and out channels exchanged
-//   backward_weight           out channels    in channels     pixels
+//   backward_weight           in channels     out channels    pixels
 //
 // This header and everything an ISA file includes hold plain structs only: a std:: template instantiated in a file
 // that is compiled for AVX-512 could be the copy that the linker keeps for every machine.
@@ -102,17 +102,23 @@ struct StripTile {
   W* partial = nullptr;  // of 16-bit types, if not null: C is written here, and not rounded, at the same offsets
 };
 
-// C[row][0, cols) += sum over p < depth of  a[p * lda + row] * b[p][col]          (C is always accumulated into)
+// Of grouped convolutions, a vector of columns that belong to several groups: lane l multiplies the channels of its own.
+// C[tap][i][l] = sum over run < runs, p < depth of
+//                    a[run * taps + tap][p * a_step + l / group_cols * channels + i] *
+//                    b[b_offsets[run] + p * ldb + l]         for i < channels, l < cols,     + (accumulate ? C : 0)
 template <typename T>
-struct OuterTile {
-  int64_t depth;
-  const T* a;
-  int64_t lda;
-  const T* const* b;
-  int64_t b_offset;  // added to every b pointer: one pointer list serves all column tiles
+struct LaneTile {
+  int64_t runs, depth;
+  int64_t taps, channels, group_cols;  // group_cols at least cols: all lanes are one group, and channels any number
+  const T* const* a;                   // [runs][taps]
+  int64_t a_step;
+  const T* b;
+  const int64_t* b_offsets;
+  int64_t ldb;
   T* c;
-  int64_t ldc;
-  int64_t cols;
+  int64_t c_tap, c_channel, cols;
+  bool accumulate;
+  const T* next = nullptr;  // fetched into L2 meanwhile, a cache line for each pixel of a tile
 };
 
 // c[col][row * c_step] = sum over k < depth of a[row * lda + k] * b[col * ldb + k], + bias[row]
@@ -136,6 +142,16 @@ inline constexpr int kWinograds = 11;
 struct Segment {
   int64_t source, step;
   int32_t target, length, first, last;
+};
+
+// A vector of a packed row, whose values come from two windows of the plane: lane[l] counts through the lanes of both. What
+// is not read is zero; the first window is less than a vector, so its last lane is a zero.
+struct Shuffle {
+  int64_t source[2];
+  int32_t count[2];  // values of each window
+  int32_t target, length;
+  bool onto;  // instead of the first window: what lies at the target
+  int32_t lane[16];
 };
 
 // Winograd transforms of one tile, all channels: [position] is a step of position_step. 16-bit types are transformed as
@@ -182,7 +198,7 @@ struct Kernels {
   void (*gemm_packing)(const GemmTile<T>&);         // of `rows` rows
   void (*gemm_rows[kMaxRows])(const GemmRows<T>&);  // [rows of a tile - 1]
   void (*strip[kMaxRows])(const StripTile<T>&);     // [rows - 1]
-  void (*outer[kMaxRows])(const OuterTile<T>&);     // [rows - 1]
+  void (*lanes_of_groups)(const LaneTile<T>&);
   void (*dot)(const DotTile<T>&);
   // to[r * to_step][0, length) = from[r * from_step][0, length)           words are made of neighbours in a row
   void (*copy_rows)(const T* from, int64_t from_step, int64_t count, int64_t length, W* to, int64_t to_step);
@@ -197,13 +213,16 @@ struct Kernels {
   // Words are made of neighbouring channels.
   void (*pack)(int64_t channels, int64_t taps, const T* plane, int64_t plane_stride, const Segment* segments,
                const int32_t* first, W* panel, int64_t width);
+  // The same of rows that are too short for runs, and for taps = 1: a row to each word of channels.
+  void (*shuffle)(int64_t channels, const T* plane, int64_t plane_stride, const Shuffle* first, const Shuffle* last,
+                  W* rows, int64_t width);
   WinogradKernels<T> winograd[kWinograds];              // of float32 and the 16-bit types, the same ones
   void (*winograd_product)(const WinogradProduct<T>&);  // of float32
   // to[c * to_step + r] = from[r * from_step + c],  r < rows, c < cols    words are made of neighbours in a row
   void (*transpose)(const T* from, int64_t from_step, int64_t rows, int64_t cols, W* to, int64_t to_step);
   // The same of float32 sums, rounded.
   void (*store_transposed)(const W* from, int64_t from_step, int64_t rows, int64_t cols, T* to, int64_t to_step);
-  // Not of 16-bit types, as are gemm_packing, outer, add_row and sum_row: no row of theirs asks for these.
+  // Not of 16-bit types, as are gemm_packing, lanes_of_groups, add_row and sum_row: no row of theirs asks for these.
   DepthwiseKernels<T> depthwise;
 };
 

@@ -44,6 +44,7 @@ constexpr int64_t kInputBytes = 12 << 20;   // bytes of V of all threads
 constexpr int64_t kAllWeights = 32 << 20;   // and bytes of U, or of V, that all threads have of their own
 constexpr int64_t kColumnsPerThread = 64;   // from which on all tiles' transforms are little beside the products
 constexpr int64_t kFewChannels = 16;        // whose transforms are not shared by enough products
+constexpr int64_t kFewTogether = 40;        // in and out channels, of which what a tile takes besides is most
 constexpr int64_t kMostTiles = 64;          // of a block
 constexpr int64_t kMostTaps = 25;           // of a kernel
 constexpr int64_t kMostResults = 16;        // of a tile
@@ -486,8 +487,9 @@ const char* decline(const ConvShape& s, Direction direction, bool small) {
 // step and 20 besides; a transform of one vector of channels takes about as long as its loads and stores.
 double product_cycles(double rows, double depth, double columns) { return rows / 8 * columns * (4 * depth + 20); }
 
+constexpr double kVector = 16;
+
 double winograd_cycles(const ConvShape& s, Direction direction, const WinogradKernels<float>& t) {
-  constexpr double kVector = 16;
   const bool forward = direction == Direction::kForward;
   const int64_t* const extent = forward ? s.out : s.in;
   const double from = forward ? s.in_per_group : s.out_per_group, to = forward ? s.out_per_group : s.in_per_group;
@@ -517,11 +519,25 @@ double direct_cycles(const ConvShape& s, Direction direction) {
   const auto pixels = static_cast<double>(forward ? s.out_pixels() : s.in_pixels());
   // What the direct way leaves out of the padding.
   const double inside = works_on_padding(s) ? dilated_share_inside(s) : 1;
-  return product_cycles(pixels * inside, static_cast<double>(s.taps()) * words, std::ceil(to / 16));
+  const double depth = static_cast<double>(s.taps()) * words;
+  if (s.channels_last()) return product_cycles(pixels * inside, depth, std::ceil(to / kVector));
+  // NCHW: vectors of pixels, of each line or of the lines of a strip joined. A vector of the strip takes 4 cycles.
+  const int64_t* const extent = forward ? s.out : s.in;
+  double strip = 1, line[3];
+  for (int d = 0; d < 3; ++d) {
+    const int64_t step = forward ? std::min(s.stride[d], s.kernel[d]) : 1;
+    line[d] = static_cast<double>(extent[d] + (s.kernel[d] - 1) * s.dilation[d] / (forward ? s.stride[d] : 1));
+    strip *= static_cast<double>(step) * line[d];
+  }
+  const auto lines = static_cast<double>(extent[0] * extent[1]), values = static_cast<double>(extent[2]);
+  const double joined = std::ceil(((lines - 1) * line[2] + values) / kVector);
+  const double vectors = std::min(joined, lines * std::ceil(values / kVector));
+  return product_cycles(to, depth, vectors * inside) + 4 * words * strip / kVector;
 }
 
 const char* yield(const ConvShape& s, Direction direction, bool small) {
-  if ((direction == Direction::kForward ? s.in_per_group : s.out_per_group) < kFewChannels) return "few channels";
+  const int64_t from = direction == Direction::kForward ? s.in_per_group : s.out_per_group;
+  if (from < kFewChannels || s.in_per_group + s.out_per_group < kFewTogether) return "few channels";
   const WinogradKernels<float>& t = *transforms(s, small);
   if (t.stride > 1 && t.positions * s.taps() / (s.kernel[1] * s.kernel[2]) * s.in_per_group * s.out_per_group >
                           kLargeWeights / static_cast<int64_t>(sizeof(float)))
