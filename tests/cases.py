@@ -284,6 +284,8 @@ NETWORKS = [  # real layers with fewer channels and pixels
     Case("short_lines_per_tap", "conv2d", (2, 12, 8, 8), 20, (1, 5), padding=(0, 2)),
     Case("tiles_along_columns", "conv2d", (1, 80, 9, 17), 24, (1, 7), padding=(0, 3)),
     Case("tiles_along_lines", "conv2d", (1, 80, 17, 9), 24, (7, 1), padding=(3, 0)),
+    Case("tiles_in_chunks", "conv2d", (3, 8, 30, 45), 40, 3, padding=1),
+    Case("tiles_in_chunks_of_groups", "conv2d", (2, 36, 33, 41), 66, (1, 3), padding=(0, 1), groups=2),
     Case("tiles_along_batch", "conv2d", (9, 60, 5, 5), 20, 3, padding=1),
     Case("patch_embedding", "conv2d", (2, 3, 32, 32), 24, 16, stride=16),
     Case("aspp_dilated", "conv2d", (1, 16, 14, 14), 16, 3, padding=6, dilation=6, bias=False),

@@ -3,8 +3,8 @@
 //
 //     gw = A^T [ sum over tiles of (G gy G^T) * (B^T x B) ] A           3x3: 36 products for 9 x 16
 //
-//     Z[position][tile][k] = G gy G^T        tiles of gy, zero beyond the last result
-//     V[position][tile][c] = B^T x B         tiles of x, with their padding
+//     Z[panel of k][position][tile][k] = G gy G^T        tiles of gy, zero beyond the last result
+//     V[panel of c][position][tile][c] = B^T x B         tiles of x, with their padding
 //     M[position] = Z[position]^T x V[position]        a matrix product for each position, reduced over tiles
 //     gw[k][c] = A^T M[.][k][c] A
 //
@@ -31,10 +31,10 @@
 namespace myconv::cpu {
 namespace {
 
-constexpr int64_t kChunkBytes = 8 << 20;  // of all Z and V of a chunk
+constexpr int64_t kChunkBytes = 4 << 20;  // of all Z and V of a chunk
 constexpr int64_t kFewestTiles = 32;      // of a chunk, if there are
 constexpr int64_t kMostTiles = 256;       // errors of the transforms add up
-constexpr int64_t kRows = 64;             // of a panel
+constexpr int64_t kRows = 32;             // of a panel
 constexpr int64_t kPieceTiles = 32;       // that are read at a time
 constexpr int64_t kAllBytes = 32 << 20;   // of all threads, besides kThreadBytes of each
 constexpr int64_t kThreadBytes = 2 << 20;
@@ -74,7 +74,7 @@ struct Plan {
   int64_t width, panels_of_tap, panels;  // of columns
   int64_t rows, row_panels;
   int64_t column_parts, row_parts;
-  int64_t v_row, z_row, v, z, m, totals, strip;
+  int64_t v_step, z_step, m_row, v_panel, z_panel, v, z, m, totals, strip;
   int64_t shared, of_thread;
 
   Plan(const Problem& p, int64_t lanes, int64_t vectors, int threads) {
@@ -92,7 +92,7 @@ struct Plan {
     for (int64_t n = vectors; n > vectors / 2; --n) {
       const int64_t count = s.kernel[0] * ceil_div(column_vectors, n), parts = std::min(count, wanted);
       const int64_t most = ceil_div(count, parts) * n;  // vectors of one part
-      if (best < 0 || most < best) best = most, width = std::min(n, column_vectors) * lanes;
+      if (best < 0 || 16 * most < 15 * best) best = most, width = std::min(n, column_vectors) * lanes;
     }
     panels_of_tap = ceil_div(s.in_per_group, width);
     panels = s.kernel[0] * panels_of_tap;
@@ -104,15 +104,16 @@ struct Plan {
       row_panels = ceil_div(s.out_per_group, rows);
       row_parts = std::min(row_parts, row_panels);
     }
-    m = positions * position_step(rows * width);
+    v_step = position_step(chunk * width), z_step = position_step(chunk * rows);
+    v_panel = positions * v_step, z_panel = positions * z_step;
+    m_row = position_step(positions * width), m = rows * m_row;
     strip = 0;
     if (!s.channels_last())
       strip = std::max(TileReader<float>::strip_size(p.x_h, p.x_w, kPieceTiles, s.in_per_group),
                        TileReader<float>::strip_size(p.gy_h, p.gy_w, kPieceTiles, s.out_per_group));
     for (;;) {
       const int64_t of_columns = ceil_div(panels, column_parts), of_rows = ceil_div(row_panels, row_parts);
-      v_row = of_columns * width + 16, z_row = of_rows * rows + 16;
-      v = positions * position_step(chunk * v_row), z = positions * position_step(chunk * z_row);
+      v = of_columns * v_panel, z = of_rows * z_panel;
       totals = p.taps() * width * (chunks == 1 ? 1 : of_columns * of_rows * rows);
       of_thread = round_up(v + z + m + totals + strip, 16);
       if (of_thread * static_cast<int64_t>(sizeof(float)) <= kAllBytes / threads + kThreadBytes) break;
@@ -192,11 +193,11 @@ class WeightGradient {
       float* total = totals;
       for (int64_t column = part.column0; column < part.column1; ++column)
         for (int64_t row = part.row0; row < part.row1; ++row) {
-          multiply(last - first, z + (row - part.row0) * plan_.rows, rows(row),
-                   v + (column - part.column0) * plan_.width, columns(column).count, m);
+          multiply(last - first, z + (row - part.row0) * plan_.z_panel, rows(row),
+                   v + (column - part.column0) * plan_.v_panel, columns(column).count, m);
           for (int64_t k = 0; k < rows(row); ++k) {
-            finite &= t_.gradient(m + k * plan_.width, position_step(plan_.rows * plan_.width), columns(column).count,
-                                  total, plan_.width, chunk > 0);
+            finite &=
+                t_.gradient(m + k * plan_.m_row, plan_.width, columns(column).count, total, plan_.width, chunk > 0);
             if (chunk + 1 == plan_.chunks) store(part.group, row * plan_.rows + k, columns(column), total);
             if (plan_.chunks > 1) total += of_k;
           }
@@ -212,49 +213,49 @@ class WeightGradient {
     const TileReader<T> gy{
         p_.gy_h, p_.gy_w, stored.result, t_.result, stored_, s_.channels_last(), gy_stride_.axis, gy_stride_.channel,
         zeros_};
-    const int64_t v_step = position_step(plan_.chunk * plan_.v_row), z_step = position_step(plan_.chunk * plan_.z_row);
     const int64_t k0 = part.row0 * plan_.rows, k1 = std::min(part.row1 * plan_.rows, s_.out_per_group);
     for (int64_t piece = first; piece < last; piece += kPieceTiles)
-      each_rectangle(p_.x_h, p_.x_w, s_.out[0], piece, std::min(piece + kPieceTiles, last),
-                     [&](const TileRectangle& r, int64_t before) {
-                       before += piece - first;
-                       gy.read(r,
-                               gy_ + r.image * gy_stride_.batch + r.frame * gy_stride_.axis[0] +
-                                   (part.group * s_.out_per_group + k0) * gy_stride_.channel,
-                               k1 - k0, strip, z + before * plan_.z_row, plan_.z_row, z_step);
-                       for (int64_t column = part.column0; column < part.column1;) {
-                         const Columns from = columns(column);
-                         const int64_t panels = std::min(part.column1, (from.tap + 1) * plan_.panels_of_tap) - column;
-                         const int64_t count = std::min(panels * plan_.width, s_.in_per_group - from.channel);
-                         const int64_t frame = p_.third.source(r.frame, from.tap);
-                         float* const to = v + before * plan_.v_row + (column - part.column0) * plan_.width;
-                         column += panels;
-                         if (frame >= 0) {
-                           x.read(r,
-                                  x_ + r.image * x_stride_.batch + frame * x_stride_.axis[0] +
-                                      (part.group * s_.in_per_group + from.channel) * x_stride_.channel,
-                                  count, strip, to, plan_.v_row, v_step);
-                           continue;
-                         }
-                         for (int64_t position = 0; position < t_.positions; ++position)
-                           for (int64_t tile = 0; tile < r.count(); ++tile)
-                             std::fill_n(to + position * v_step + tile * plan_.v_row, count, 0.0f);
-                       }
-                     });
+      each_rectangle(
+          p_.x_h, p_.x_w, s_.out[0], piece, std::min(piece + kPieceTiles, last),
+          [&](const TileRectangle& r, int64_t before) {
+            before += piece - first;
+            gy.read(r,
+                    gy_ + r.image * gy_stride_.batch + r.frame * gy_stride_.axis[0] +
+                        (part.group * s_.out_per_group + k0) * gy_stride_.channel,
+                    k1 - k0, strip, {z + before * plan_.rows, plan_.rows, plan_.z_panel, plan_.z_step, plan_.rows});
+            for (int64_t column = part.column0; column < part.column1;) {
+              const Columns from = columns(column);
+              const int64_t panels = std::min(part.column1, (from.tap + 1) * plan_.panels_of_tap) - column;
+              const int64_t count = std::min(panels * plan_.width, s_.in_per_group - from.channel);
+              const int64_t frame = p_.third.source(r.frame, from.tap);
+              float* const to = v + before * plan_.width + (column - part.column0) * plan_.v_panel;
+              column += panels;
+              if (frame >= 0) {
+                x.read(r,
+                       x_ + r.image * x_stride_.batch + frame * x_stride_.axis[0] +
+                           (part.group * s_.in_per_group + from.channel) * x_stride_.channel,
+                       count, strip, {to, plan_.width, plan_.v_panel, plan_.v_step, plan_.width});
+                continue;
+              }
+              for (int64_t i = 0; i < panels; ++i)
+                for (int64_t position = 0; position < t_.positions; ++position)
+                  std::fill_n(to + i * plan_.v_panel + position * plan_.v_step, r.count() * plan_.width, 0.0f);
+            }
+          });
   }
 
-  // m[position][row][column] = sum over tiles of z[position][tile][row] * v[position][tile][column]
+  // m[row][position][column] = sum over tiles of z[position][tile][row] * v[position][tile][column]
   void multiply(int64_t tiles, const float* z, int64_t rows, const float* v, int64_t cols, float* m) const {
     for (int64_t position = 0; position < t_.positions; ++position)
       kernels_.winograd_product({.depth = tiles,
-                                 .a = z + position * position_step(plan_.chunk * plan_.z_row),
-                                 .lda = plan_.z_row,
+                                 .a = z + position * plan_.z_step,
+                                 .lda = plan_.rows,
                                  .rows = rows,
-                                 .b = v + position * position_step(plan_.chunk * plan_.v_row),
-                                 .ldb = plan_.v_row,
+                                 .b = v + position * plan_.v_step,
+                                 .ldb = plan_.width,
                                  .cols = cols,
-                                 .c = m + position * position_step(plan_.rows * plan_.width),
-                                 .ldc = plan_.width});
+                                 .c = m + position * plan_.width,
+                                 .ldc = plan_.m_row});
   }
 
   // taps[tap][column] of out channel k to where they belong.
@@ -314,21 +315,29 @@ const char* decline(const ConvShape& s) {
 
 // Estimates in cycles of one core, of one group. A step of the products takes a cycle for 32 of them; a transform of one
 // vector of channels takes about as long as its loads and stores.
+double winograd_cycles(const ConvShape& s, const WinogradKernels<float>& t) {
+  const double rows = s.out_per_group, columns = static_cast<double>(s.in_per_group * s.kernel[0]);
+  const auto tiles_of = [&](int d) {
+    const int64_t dilation = s.kernel[d] > 1 ? std::min(s.dilation[d], s.out[d]) : 1;
+    const int64_t longer = s.out[d] % dilation, length = s.out[d] / dilation, out = t.out[d - 1];
+    return static_cast<double>(longer * ceil_div(length + 1, out) + (dilation - longer) * ceil_div(length, out));
+  };
+  const double tiles = static_cast<double>(s.batch * s.out[0]) * tiles_of(1) * tiles_of(2);
+  const double chunks = std::ceil(tiles / static_cast<double>(most_tiles(s, t))), positions = t.positions;
+  // With more than 36 positions operands come from beyond L2.
+  const double waits = positions > 36 ? 1.4 : 1.1;
+  // NCHW transposes what a tile reads.
+  double moved = s.channels_last() ? 0 : 16;
+  for (int d = 0; d < 2; ++d) moved *= t.out[d];
+  return waits * positions * tiles * rows * columns / 32 +
+         (4 * positions + moved) * tiles * (std::ceil(rows / 16) + std::ceil(columns / 16)) +
+         chunks * rows * std::ceil(columns / 16) * (4 * positions + 80);
+}
+
 const char* yield(const ConvShape& s) {
   if (s.in_per_group < kFewChannels || s.out_per_group < kFewChannels) return "few channels";
-  const WinogradKernels<float>& t = *transforms(s);
-  const double k = s.out_per_group, c = s.in_per_group * s.kernel[0];
-  double tiles = static_cast<double>(s.batch) * s.out[0];
-  for (int d = 0; d < 2; ++d) {
-    const int64_t dilation = s.kernel[d + 1] > 1 ? std::min(s.dilation[d + 1], s.out[d + 1]) : 1;
-    const int64_t longer = s.out[d + 1] % dilation, length = s.out[d + 1] / dilation;
-    tiles *= longer * ceil_div(length + 1, t.out[d]) + (dilation - longer) * ceil_div(length, t.out[d]);
-  }
-  const double chunks = std::ceil(tiles / most_tiles(s, t)), vectors = k / 16 + c / 16;
-  const double cycles = 1.1 * t.positions * tiles * k * c / 32 + 4 * t.positions * tiles * vectors +
-                        chunks * k * c / 16 * (3 * t.positions + 40);
-  const double direct = 1.15 * s.macs() / s.groups / 32;
-  return direct < cycles ? "the transforms cost more than they save" : nullptr;
+  const double direct = 1.15 * s.macs() / static_cast<double>(s.groups) / 32;
+  return direct < winograd_cycles(s, *transforms(s)) ? "the transforms cost more than they save" : nullptr;
 }
 
 // What computes results that are not finite.

@@ -90,6 +90,12 @@ void each_rectangle(const TileAxis& h, const TileAxis& w, int64_t frames, int64_
 template <typename T>
 using TileTransform = void (*)(const T* const* pixels, int64_t channels, float* to, int64_t position_step);
 
+// data[channel / panel][position][tile][channel % panel]
+struct TransformedTiles {
+  float* data;
+  int64_t panel, panel_step, position_step, tile_step;
+};
+
 template <typename T>
 struct TileReader {
   const TileAxis &h, &w;
@@ -110,39 +116,56 @@ struct TileReader {
     return lines * (w.position(span, w.in - 1) + 1) * std::min(channels, kStripChannels);
   }
 
-  // to[position][tile][channel] of the tiles of r.
-  void read(const TileRectangle& r, const T* image, int64_t channels, float* strip, float* to, int64_t tile_step,
-            int64_t position_step) const {
-    const int64_t most = channels_last ? channels : kStripChannels;
-    for (int64_t c = 0; c < channels; c += most)
-      read_channels(r, image + c * plane, std::min(most, channels - c), strip, to + c, tile_step, position_step);
+  // The tiles of r, whose channel 0 lies at `image`.
+  void read(const TileRectangle& r, const T* image, int64_t channels, float* strip, const TransformedTiles& to) const {
+    if (channels_last) {
+      each_tile(r, to, [&](int64_t th, int64_t tw, TransformedTiles tile) {
+        const T* pixels[kMostTilePixels];
+        const int64_t count = h.in * w.in;
+        for (int64_t i = 0; i < h.in; ++i) {
+          const int64_t at_h = h.source[h.position(h.first[th], i)];
+          for (int64_t j = 0; j < w.in; ++j) {
+            const int64_t at_w = w.source[w.position(w.first[tw], j)];
+            pixels[i * w.in + j] = at_h < 0 || at_w < 0 ? zeros : image + at_h * stride[1] + at_w * stride[2];
+          }
+        }
+        for (int64_t c = 0; c < channels; c += to.panel) {
+          of_stored(pixels, std::min(to.panel, channels - c), tile.data, to.position_step);
+          for (int64_t i = 0; i < count; ++i) pixels[i] += to.panel;
+          tile.data += to.panel_step;
+        }
+      });
+      return;
+    }
+    for (int64_t c = 0; c < channels;) {
+      const int64_t in_panel = c % to.panel, most = std::min({channels - c, to.panel - in_panel, kStripChannels});
+      TransformedTiles part = to;
+      part.data += c / to.panel * to.panel_step + in_panel;
+      read_planes(r, image + c * plane, most, strip, part);
+      c += most;
+    }
   }
 
-  void read_channels(const TileRectangle& r, const T* image, int64_t channels, float* strip, float* to,
-                     int64_t tile_step, int64_t position_step) const {
+  void read_planes(const TileRectangle& r, const T* planes, int64_t channels, float* strip,
+                   const TransformedTiles& to) const {
     const int64_t low = w.position(w.first[r.w0], 0),
                   pitch = (w.position(w.first[r.w1 - 1], w.in - 1) + 1 - low) * channels;
-    if (!channels_last) fill_strip(r, image, channels, strip);
+    fill_strip(r, planes, channels, strip);
     const float* line = strip;  // of the first one that the tile row reads
-    for (int64_t th = r.h0; th < r.h1; ++th) {
-      if (th > r.h0) line += (h.in - h.shared(th)) * pitch;
-      for (int64_t tw = r.w0; tw < r.w1; ++tw, to += tile_step)
-        if (channels_last) {
-          const T* pixels[kMostTilePixels];
-          for (int64_t i = 0; i < h.in; ++i)
-            for (int64_t j = 0; j < w.in; ++j) {
-              const int64_t at_h = h.source[h.position(h.first[th], i)], at_w = w.source[w.position(w.first[tw], j)];
-              pixels[i * w.in + j] = at_h < 0 || at_w < 0 ? zeros : image + at_h * stride[1] + at_w * stride[2];
-            }
-          of_stored(pixels, channels, to, position_step);
-        } else {
-          const float* pixels[kMostTilePixels];
-          for (int64_t i = 0; i < h.in; ++i)
-            for (int64_t j = 0; j < w.in; ++j)
-              pixels[i * w.in + j] = line + i * pitch + (w.position(w.first[tw], j) - low) * channels;
-          of_strip(pixels, channels, to, position_step);
-        }
-    }
+    each_tile(r, to, [&](int64_t th, int64_t tw, const TransformedTiles& tile) {
+      if (th > r.h0 && tw == r.w0) line += (h.in - h.shared(th)) * pitch;
+      const float* pixels[kMostTilePixels];
+      for (int64_t i = 0; i < h.in; ++i)
+        for (int64_t j = 0; j < w.in; ++j)
+          pixels[i * w.in + j] = line + i * pitch + (w.position(w.first[tw], j) - low) * channels;
+      of_strip(pixels, channels, tile.data, to.position_step);
+    });
+  }
+
+  template <typename F>
+  void each_tile(const TileRectangle& r, TransformedTiles to, const F& f) const {
+    for (int64_t th = r.h0; th < r.h1; ++th)
+      for (int64_t tw = r.w0; tw < r.w1; ++tw, to.data += to.tile_step) f(th, tw, to);
   }
 
   // strip[line][pixel][channel] of what the tiles of r read, with its padding.
