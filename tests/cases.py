@@ -192,6 +192,13 @@ GROUPS = [
     Case("depthwise_times_5", "conv2d", (2, 9, 7, 9), 45, 3, stride=(1, 2), padding=1, groups=9),
     Case("depthwise_times_2_5x5", "conv2d", (2, 5, 14, 14), 10, 5, padding=2, groups=5),
     Case("depthwise_dilation_2_stride_2", "conv2d", (2, 8, 13, 21), 8, 3, 2, padding=2, dilation=2, groups=8),
+    # Stride 2 undone: lines of several vectors, even paddings, a third axis; few channels, whose samples are chunks.
+    Case("depthwise_stride_2_lines", "conv2d", (2, 3, 22, 71), 3, 3, stride=2, padding=1, groups=3),
+    Case("depthwise_stride_2_unpadded", "conv2d", (2, 18, 16, 17), 18, 3, stride=2, groups=18),
+    Case("depthwise_7x7_stride_2_pad_2", "conv2d", (1, 5, 20, 40), 5, 7, stride=2, padding=2, groups=5),
+    Case("depthwise_stride_2_3d", "conv3d", (1, 6, 5, 7, 10), 6, 3, stride=2, padding=1, groups=6),
+    Case("depthwise_times_2_stride_2", "conv2d", (2, 5, 13, 14), 10, 5, stride=2, padding=2, groups=5),
+    Case("depthwise_few_channels", "conv2d", (5, 2, 30, 37), 2, 3, padding=1, groups=2),
     Case("depthwise_of_padding", "conv2d", (1, 8, 2, 3), 8, 5, padding=6, groups=8),
     Case("depthwise_1d", "conv1d", (2, 9, 21), 9, 4, padding=3, groups=9),
     Case("depthwise_3d", "conv3d", (1, 8, 4, 5, 6), 8, 3, padding=1, groups=8),
@@ -277,6 +284,8 @@ NETWORKS = [  # real layers with fewer channels and pixels
     Case("short_lines_per_tap", "conv2d", (2, 12, 8, 8), 20, (1, 5), padding=(0, 2)),
     Case("tiles_along_columns", "conv2d", (1, 80, 9, 17), 24, (1, 7), padding=(0, 3)),
     Case("tiles_along_lines", "conv2d", (1, 80, 17, 9), 24, (7, 1), padding=(3, 0)),
+    Case("tiles_in_chunks", "conv2d", (3, 8, 30, 45), 40, 3, padding=1),
+    Case("tiles_in_chunks_of_groups", "conv2d", (2, 36, 33, 41), 66, (1, 3), padding=(0, 1), groups=2),
     Case("tiles_along_batch", "conv2d", (9, 60, 5, 5), 20, 3, padding=1),
     Case("patch_embedding", "conv2d", (2, 3, 32, 32), 24, 16, stride=16),
     Case("aspp_dilated", "conv2d", (1, 16, 14, 14), 16, 3, padding=6, dilation=6, bias=False),
@@ -313,6 +322,7 @@ TRANSPOSED = [
     Case("transposed_1x1_output_padding", "conv_transpose2d", (1, 3, 4, 5), 4, 1, stride=3, output_padding=2),
     Case("transposed_groups", "conv_transpose2d", (2, 6, 5, 6), 4, 3, stride=2, groups=2),
     Case("transposed_depthwise", "conv_transpose2d", (2, 9, 5, 6), 9, 4, stride=2, padding=1, groups=9),
+    Case("transposed_depthwise_3x3", "conv_transpose2d", (2, 17, 9, 18), 17, 3, stride=2, padding=1, groups=17),
     Case("transposed_depthwise_times_2", "conv_transpose2d", (1, 5, 5, 6), 10, 3, stride=2, padding=1, groups=5),
     Case("transposed_crops_all_borders", "conv_transpose2d", (2, 4, 6, 6), 5, 3, padding=3),
     Case("transposed_wide", "conv_transpose2d", (1, 33, 5, 6), 17, 3, stride=2, padding=1),
@@ -344,7 +354,7 @@ INVARIANCE = [
         "in_channels_17 out_channels_33 all_tails width_1 stride_2 stride_3_2 dilation_2 dilation_mostly_padding "
         "groups_4_of_16 depthwise depthwise_stride_2 1x1 1x1_of_1x1 1x1_stride_2 7x7 kernel_is_input reflect_2d "
         "circular_depthwise depthwise_7x7_plane depthwise_times_2_5x5 depthwise_times_5 31x31_depthwise "
-        "circular_depthwise_lines "
+        "circular_depthwise_lines depthwise_5x5_stride_2 depthwise_stride_2_lines transposed_depthwise_3x3 "
         "resnet_stem resnet_3x3 vgg_3x3 wav2vec_feature video_3x3x3 unet_up "
         "transposed_stride_2 transposed_1d_stride_3"
     ).split()

@@ -26,8 +26,8 @@ NAMES = (
     "width_7 width_15 width_17 width_33 length_7 length_33 depth_tail all_tails stride_2 stride_3_2 "
     "stride_beyond_kernel_padded dilation_3_stride_2 groups_5_of_17 groups_narrowing depthwise "
     "depthwise_times_2 depthwise_times_3 depthwise_5x5 depthwise_1d 1x1 1x1_stride_2 1x1_padded 7x7 "
-    "31x31_depthwise depthwise_7x7_plane depthwise_5x5_stride_2 depthwise_stride_3 depthwise_9x9 "
-    "depthwise_times_2_5x5 64x1 4x4_stride_2 same_even padding_beyond_kernel reflect_per_dimension "
+    "31x31_depthwise depthwise_7x7_plane depthwise_5x5_stride_2 depthwise_stride_2_lines depthwise_stride_3 "
+    "depthwise_9x9 depthwise_times_2_5x5 64x1 4x4_stride_2 same_even padding_beyond_kernel reflect_per_dimension "
     "replicate_3d circular_1d resnet_stem resnet_3x3 convnext_depthwise transposed_stride_2 "
     "transposed_1d_stride_3 transposed_3d"
 ).split()

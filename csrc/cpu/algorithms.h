@@ -31,6 +31,9 @@ Algorithm widened();
 template <Direction, bool small_tiles>
 Algorithm winograd();
 
+// winograd_backward_weight.cpp
+Algorithm winograd_backward_weight();
+
 // pointwise.cpp
 const char* pointwise_decline(const ConvShape&);
 int64_t pointwise_forward_workspace(const ConvShape&, int threads);
@@ -48,6 +51,7 @@ void direct_backward_input(const ConvShape&, const ConvPointers&, void* workspac
 
 // depthwise.cpp
 const char* depthwise_forward_decline(const ConvShape&);
+const char* depthwise_forward_yield(const ConvShape&);
 int64_t depthwise_forward_workspace(const ConvShape&, int threads);
 void depthwise_forward(const ConvShape&, const ConvPointers&, void* workspace, int threads);
 const char* depthwise_backward_input_decline(const ConvShape&);

@@ -30,7 +30,8 @@ constexpr Packing kGemmWeightPacks{"gradient, transposed into panels, and padded
                                    "gradient, into panels if wide, and padded lines where in channels are few"};
 
 const Algorithm kForward[] = {
-    {"depthwise", depthwise_forward_decline, depthwise_forward_workspace, depthwise_forward, kDepthwisePacks},
+    {"depthwise", depthwise_forward_decline, depthwise_forward_workspace, depthwise_forward, kDepthwisePacks,
+     depthwise_forward_yield},
     {"pointwise", pointwise_decline, pointwise_forward_workspace, pointwise_forward, kPointwisePacks},
     winograd<Direction::kForward, false>(),
     winograd<Direction::kForward, true>(),
@@ -55,6 +56,7 @@ const Algorithm kBackwardInput[] = {
 const Algorithm kBackwardWeight[] = {
     {"depthwise", depthwise_backward_weight_decline, depthwise_backward_weight_workspace, depthwise_backward_weight,
      kDepthwisePacks},
+    winograd_backward_weight(),
     {"implicit_gemm", implicit_gemm_backward_weight_decline, implicit_gemm_backward_weight_workspace,
      implicit_gemm_backward_weight, kGemmWeightPacks},
     {"reference", accept_all, no_workspace, reference_backward_weight},

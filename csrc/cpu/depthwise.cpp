@@ -1,5 +1,5 @@
-// Depthwise convolutions (one in channel a group), all three directions, float32 and float64; forward
-// and backward_input of the 16-bit types, with float32 weights and sums.
+// Depthwise convolutions (one in channel a group), all three directions, floating-point types; the 16-bit ones with
+// float32 weights and sums.
 //
 //   NCHW   vectors run along a line and are loaded from the plane as it lies, masked where a line ends; with stride 2
 //          pairs of vectors are sorted into even and odd columns. At the ends of a line a padding mode permutes them.
@@ -7,21 +7,18 @@
 //          Planes with lines of up to half a vector are transposed, a vector of channels at a time, and done as NHWC.
 //   NHWC   vectors run along channels. Tiles are 8 or 7 pixels of a line.
 //
-//          for each walked tap (NCHW: of W, NHWC: of H):  K weights in registers
-//            for each line (pixel) that the tile reads:   one load, up to K multiply-adds
+//                    for each walked tap (NCHW: of W, NHWC: of H), for each line (pixel) that the tile reads: one load
+//   forward            K weights in registers:     sum[result] += loaded * weight[k]      up to K multiply-adds
+//   backward_input     the same gather (gather.h); stride 2 is undone by tiles of 8 results that read 4 + K / 2 units
+//   backward_weight    gy in registers:            sum[k] += loaded * gy[result]
 //
-// Kernels of 3, 5 and 7 taps along the tile's axis are one piece, larger ones several; even ones, dilated ones and
-// strides above 2 walk every tap. What lies in the padding is left out, unless a weight is infinite or NaN. Registers:
-// depthwise.inc. backward_input is the same gather (gather.h). backward_weight reads strips (NCHW) or pointers (NHWC)
-// and keeps a vector of sums per tap, up to 8 taps at a time.
-//
-// Sums: forward and backward_input: walked taps outermost, at most kSumLength terms a piece, then the bias.
-// backward_weight: at most kSumLength terms a lane, then added to the total in order; the lanes of NCHW last. Threads
-// split planes, lines or channels, never a sum.
-// Declines: more than one in channel a group; a multiplier in backward_weight; strips above kStripLimit; backward_input
-// with a padding mode.
+// K is 1, 3, 5 or 7; even, dilated and other strided kernels walk every tap. Zeros of the padding are left out where
+// weights are finite. Sums: walked taps outermost, at most kSumLength terms a piece, then the bias. backward_weight: the
+// terms of a tile, then at most kSumLength tiles, then totals of chunks fixed by the shape; the lanes of NCHW last.
+// Declines: more than one in channel a group; strips above kStripLimit; backward_input with a padding mode.
 #include <atomic>
 #include <bit>
+#include <deque>
 #include <optional>
 #include <type_traits>
 #include <vector>
@@ -45,7 +42,9 @@ constexpr int64_t kLeastPixels = 8;          // NHWC: pixels that are kept befor
 constexpr int64_t kTasks = 16;               // NHWC: pieces of work of a call, at least
 constexpr int64_t kPlanesBytes = 16 << 10;   // NCHW: planes that are done together
 constexpr int64_t kSmallPlane = 256;         // NCHW: values of a plane that may be transposed
-constexpr double kStreamed = 8e6;            // above so many bytes, read and written, values are fetched early
+constexpr int64_t kSmallPlanes = 2048;       // NCHW, backward_weight: values of both planes that may be transposed;
+constexpr int64_t kManyTaps = 25;            // from so many taps on, four times as many
+constexpr double kStreamed = 2e6;            // above so many bytes, read and written, values are fetched early
 constexpr int64_t kPixelsBytes = 256 << 10;  // NHWC: what the lines of a strip read
 
 // --- forward and backward_input --------------------------------------------------------------------------------------
@@ -59,11 +58,22 @@ bool goes_on(const GatherAxis& w) {
          (w.offset[0] < 0 || w.offset.back() + (w.count - 1) * w.from_step >= w.from_extent);
 }
 
+// Where backward_input undoes stride 2, results of both residues together: a phase has all positions and taps along its
+// tiles' axis, as they are, and in NCHW all columns and the taps of the even ones.
+struct Spread {
+  int64_t pad;     // along the tiles' axis
+  GatherAxis odd;  // NCHW: the odd columns
+};
+
+struct Phase : GatherPhase {
+  std::optional<Spread> spread;
+};
+
 // How the tiles of one phase are walked. Their units are lines (NCHW) or pixels (NHWC).
 class Plan {
  public:
   // `step` and `weight_step`: of what is read and of the weights, along D, H and W. `lanes`: of a vector.
-  Plan(const GatherPhase& phase, bool lines, const int64_t* step, const int64_t* weight_step, int64_t lanes)
+  Plan(const Phase& phase, bool lines, const int64_t* step, const int64_t* weight_step, int64_t lanes)
       : lines_(lines), phase_(phase), along_(phase_.axis[lines ? 1 : 2]) {
     for (GatherAxis& axis : phase_.axis)
       if (axis.taps() > 1 && axis.offset[1] < axis.offset[0]) {
@@ -80,28 +90,42 @@ class Plan {
     along_gap_ = gap(lines ? 1 : 2);
     pair_gap_ = gap(2);
     unit_size_ = step[lines ? 1 : 2];
-    read(along_, unit_size_, units_);
+    if (spread()) {
+      skipped_ = spread()->pad % 2;
+      low_ = (spread()->pad - skipped_) / 2 - n / 2;
+      even_taps_ = a[0].taps() * a[2].taps();
+      read(along_, low_, round_up(along_.count + skipped_, kDepthwiseRows[std::size(kDepthwiseRows) - 1]) / 2 + n / 2,
+           unit_size_, units_);
+    } else {
+      low_ = low(along_);
+      read(along_, low_, reach(along_), unit_size_, units_);
+    }
     if (lines)
       rows_.push_back(0);
     else
-      read(a[1], step[1], rows_);
+      read(a[1], low(a[1]), reach(a[1]), step[1], rows_);
 
     const bool pairs = lines && stride_ == 2;
     const int64_t heights = lines && shares_ ? std::min<int64_t>(1, a[1].taps()) : a[1].taps();
     const int64_t widths = !lines && shares_ ? std::min<int64_t>(1, a[2].taps()) : a[2].taps();
-    for (int64_t d = 0; d < a[0].count; ++d)
+    const auto walk = [&](int64_t d, const GatherAxis& columns, int64_t width) {
       for (int64_t td = 0; td < a[0].taps(); ++td) {
         const int64_t from_d = a[0].source(d, td), offset = from_d < 0 ? -1 : from_d * step[0];
         pads_ = pads_ || offset < 0;
         for (int64_t th = 0; th < heights; ++th)
-          for (int64_t tw = 0; tw < widths; tw += pairs ? 2 : 1) {
-            const int64_t h = a[1].offset[th] - a[1].offset[0], w = a[2].offset[tw] - a[2].offset[0];
+          for (int64_t tw = 0; tw < width; tw += pairs ? 2 : 1) {
+            const int64_t h = a[1].offset[th] - a[1].offset[0], w = columns.offset[tw] - columns.offset[0];
             const int64_t weight =
-                a[0].tap[td] * weight_step[0] + a[1].tap[th] * weight_step[1] + a[2].tap[tw] * weight_step[2];
-            taps_.push_back({offset, lines ? 0 : h, lines ? a[2].offset[tw] : 0, lines ? h : w, weight,
-                             pairs && tw + 1 < widths, pairs ? tw / 2 : tw});
+                a[0].tap[td] * weight_step[0] + a[1].tap[th] * weight_step[1] + columns.tap[tw] * weight_step[2];
+            taps_.push_back({offset, lines ? 0 : h, lines ? columns.offset[tw] : 0, lines ? h : w, weight,
+                             pairs && tw + 1 < width, pairs ? tw / 2 : tw});
           }
       }
+    };
+    for (int64_t d = 0; d < a[0].count; ++d) {
+      walk(d, a[2], widths);
+      if (spread() && lines) walk(d, spread()->odd, spread()->odd.taps());
+    }
     if (lines && goes_on(a[2])) find_moves(lanes);
     walked_ = static_cast<int64_t>(taps_.size()) / std::max<int64_t>(1, a[0].count);
   }
@@ -111,27 +135,48 @@ class Plan {
   bool pads() const { return pads_; }  // whether any tap of any result lies in the padding (NCHW: but for columns)
 
   // Runs results [first, first + count) along the tiles' axis, for depth d and (NHWC) the lists from `line` on. The
-  // caller sets lists, from, extent, weight, bias, to and its steps, length, skip_zeros, accumulate and (NHWC) moves.
+  // caller sets lists, from, extent, weight, bias, to and its steps, length, skip_zeros, accumulate and (NHWC) moves;
+  // for backward_weight gy and sums instead of weight, bias and to. Where stride 2 is undone, all results are run.
   template <typename T>
   void run(const DepthwiseKernels<T>& kernels, int64_t d, int64_t line, int64_t first, int64_t count,
            DepthwiseTile<T> t) const {
     using W = Word<T>;
-    const auto& table = (lines_ ? kernels.lines : kernels.pixels)[stride_ - 1];
+    const T* const gy = t.gy;
+    const auto& table = (gy       ? lines_ ? kernels.weight_lines : kernels.weight_pixels
+                         : lines_ ? kernels.lines
+                                  : kernels.pixels)[stride_ - 1];
     const int64_t across = shares_ ? along_.taps() : 1;
     const W *const bias = t.bias, *const weight = t.weight;
+    W* const sums = t.sums;
     T* const to = t.to;
     t.row_step = lines_ ? 0 : phase_.axis[1].from_step;
     t.rows = rows_.data() + line * t.row_step;
     t.unit_step = along_.from_step;
-    const int64_t low = along_.taps() ? along_.offset[0] : 0;  // of the first unit
-    t.first_inside = units_.data() + std::max<int64_t>(0, -low);
-    t.end_inside = units_.data() + std::min<int64_t>(units_.size(), along_.from_extent - low);
+    t.first_inside = units_.data() + std::max<int64_t>(0, -low_);
+    t.end_inside = units_.data() + std::min<int64_t>(units_.size(), along_.from_extent - low_);
     t.unit_size = unit_size_;
     t.weight_step = along_gap_;
     t.pair_step = pair_gap_;
     if (lines_ && !moves_.empty()) {
       t.moves = moves_.data();
       t.line_moves = line_moves_, t.first_end = first_end_, t.to_end = to_end_;
+    }
+    if (spread()) {
+      const auto& tiles = (lines_ ? kernels.spread_lines : kernels.spread_pixels)[along_.taps() / 2 - 1];
+      const int64_t most = lines_ ? kernels.most_spread_lines : kernels.most_spread_pixels;
+      const int64_t results = along_.count + skipped_;
+      t.taps = walked_, t.even_taps = even_taps_;
+      t.tap = taps_.data() + d * walked_;
+      for (int64_t i = 0; i < results; i += t.count) {
+        const int64_t left = results - i, rest = left % most, high = left - rest + (2 * rest > most ? most : 0);
+        t.count = high > 0 ? high : round_up(left, 2);
+        t.line = low_ + i / 2;
+        t.units = units_.data() + i / 2;
+        t.to = to + (i - skipped_) * t.to_step;
+        t.first_stored = skipped_ - i, t.end_stored = left;
+        tiles[high > 0](t);
+      }
+      return;
     }
     // Pieces of the taps, each with at most kSumLength terms, and of the results.
     for (int64_t k = 0, width; k == 0 || k < across; k += width) {
@@ -142,14 +187,16 @@ class Plan {
       for (int64_t tap = 0; tap == 0 || tap < walked_; tap += most) {
         t.taps = std::min(most, walked_ - tap);
         t.tap = taps_.data() + d * walked_ + tap;
-        t.weight = weight + k * along_gap_;
+        if (weight) t.weight = weight + k * along_gap_;
+        if (sums) t.sums = sums + k * along_gap_;
         t.bias = k + width >= across && tap + most >= walked_ ? bias : nullptr;
         for (int64_t i = 0; i < count; i += t.count) {
-          const int rows = rows_for(count - i);
+          const int rows = rows_for(count - i, table[w]);
           t.count = (count - i) / kDepthwiseRows[rows] * kDepthwiseRows[rows];
-          t.line = (first + i) * along_.from_step + k + low;
+          t.line = (first + i) * along_.from_step + k + low_;
           t.units = units_.data() + (first + i) * along_.from_step + k;
-          t.to = to + i * t.to_step;
+          if (to) t.to = to + i * t.to_step;
+          if (gy) t.gy = gy + i * t.to_step;
           table[w][rows](t);
         }
         t.accumulate = true;
@@ -159,16 +206,23 @@ class Plan {
 
  private:
   // Tiles of 8 or 7 as long as they fit; the rest of a count is smaller ones.
-  static int rows_for(int64_t count) {
+  static int rows_for(int64_t count, const auto& tiles) {
     int rows = std::size(kDepthwiseRows) - 1;
-    if (count % 8 != 0 && count % 7 == 0) --rows;
-    while (kDepthwiseRows[rows] > count) --rows;
+    if (count % 8 != 0 && count % 7 == 0 && tiles[rows - 1]) --rows;
+    while (kDepthwiseRows[rows] > count || !tiles[rows]) --rows;
     return rows;
   }
 
-  void read(const GatherAxis& axis, int64_t step, Positions& positions) {
-    const int64_t low = axis.taps() ? axis.offset[0] : 0, high = axis.taps() ? axis.offset.back() : 0;
-    for (int64_t i = low; i <= high + (axis.count - 1) * axis.from_step; ++i) {
+  const std::optional<Spread>& spread() const { return phase_.spread; }
+
+  // The first position that is read along an axis, and how many there are.
+  static int64_t low(const GatherAxis& axis) { return axis.taps() ? axis.offset[0] : 0; }
+  static int64_t reach(const GatherAxis& axis) {
+    return (axis.taps() ? axis.offset.back() : 0) - low(axis) + (axis.count - 1) * axis.from_step + 1;
+  }
+
+  void read(const GatherAxis& axis, int64_t low, int64_t count, int64_t step, Positions& positions) {
+    for (int64_t i = low; i < low + count; ++i) {
       const int64_t source = padded_index(i, axis.from_extent, axis.mode);
       positions.push_back(source < 0 ? -1 : source * step);
       pads_ = pads_ || source < 0;
@@ -221,8 +275,9 @@ class Plan {
   }
 
   bool lines_, shares_, pads_ = false;
-  GatherPhase phase_;
+  Phase phase_;
   const GatherAxis& along_;
+  int64_t low_, skipped_ = 0, even_taps_ = 0;  // of units, the first; where stride 2 is undone
   int64_t stride_, along_gap_, pair_gap_, walked_, unit_size_;
   Positions units_, rows_;
   c10::SmallVector<DepthwiseTap, 16> taps_;
@@ -246,6 +301,40 @@ double bytes_moved(const Gather& g) {
   return (from + static_cast<double>(g.to_pixels()) * g.to_per_group) * g.groups * g.batch * sizeof(Word<T>);
 }
 
+bool spreads(const ConvShape& s, Direction direction) {
+  if (direction != Direction::kBackwardInput) return false;
+  const int d = s.channels_last() ? 2 : 1;
+  const int64_t walked = s.taps() / s.kernel[d];
+  if (std::find(std::begin(kSpreadWidths), std::end(kSpreadWidths), s.kernel[d]) == std::end(kSpreadWidths))
+    return false;
+  if (s.stride[d] != 2 || s.dilation[d] != 1 || s.pad[d] < 0 || s.in[d] < 2) return false;
+  if (walked > kMaxWalkedTaps || s.taps() > kSumLength) return false;
+  return s.channels_last() ? s.out_per_group == 1 : s.stride[2] == 2 && s.in[2] >= 2;
+}
+
+using Phases = c10::SmallVector<Phase, 1>;
+
+Phases phases_of(const ConvShape& s, Direction direction) {
+  const bool spreading = spreads(s, direction);
+  const int along = s.channels_last() ? 2 : 1;
+  Phases phases;
+  const Direction read = direction == Direction::kBackwardWeight ? Direction::kForward : direction;
+  for (const GatherPhase& gather : make_gather(s, read).phases) {
+    Phase phase{gather, std::nullopt};
+    if (spreading) {
+      const GatherAxis *h = gather.axis + 1, *w = gather.axis + 2;
+      if (w->to_start > 0 || (h->to_start > 0 && along == 1)) continue;
+      phase.spread = Spread{s.pad[along], backward_input_axis(s, 2, 1)};
+      GatherAxis& axis = phase.axis[along];
+      axis = {s.in[along], 0, 1, 1, s.out[along], {}, {}, PaddingMode::kZeros};
+      for (int64_t t = 0; t < s.kernel[along]; ++t) axis.tap.push_back(t), axis.offset.push_back(t);
+      if (along == 1) phase.axis[2].count = s.in[2], phase.axis[2].to_step = 1;
+    }
+    phases.push_back(phase);
+  }
+  return phases;
+}
+
 // --- NCHW ------------------------------------------------------------------------------------------------------------
 
 // Whether lines must be copied first: columns too far apart, or that a padding mode moves too far.
@@ -260,8 +349,8 @@ bool needs_strip(const GatherPhase& phase, int64_t lanes) {
 }
 
 // The strip of a block of lines as what a phase reads: nothing lies outside.
-GatherPhase strip_phase(const GatherPhase& phase, const StripPlan& strip) {
-  GatherPhase of_strip = phase;
+Phase strip_phase(const GatherPhase& phase, const StripPlan& strip) {
+  Phase of_strip{phase, std::nullopt};
   constexpr int64_t kEndless = int64_t{1} << 40;
   auto& [d, h, w] = of_strip.axis;
   d.count = 1, d.from_step = 1;
@@ -311,7 +400,7 @@ struct LineScratch {
 };
 
 template <typename T>
-void gather_lines(const Gather& g, const GatherPhase& phase, const Kernels<T>& kernels, const T* from,
+void gather_lines(const Gather& g, const Phase& phase, const int64_t* kernel, const Kernels<T>& kernels, const T* from,
                   const Word<T>* weight, const Word<T>* bias, T* to, Word<T>* workspace) {
   const GatherAxis* a = phase.axis;
   const LineScratch scratch(phase, sizeof(T), kernels.lanes);
@@ -326,23 +415,26 @@ void gather_lines(const Gather& g, const GatherPhase& phase, const Kernels<T>& k
   const int64_t step = scatters ? std::min(block, scratch.lines) : block;  // lines of one run of the plan
   // Planes of a group: of what is read, which are summed up, and of the result.
   const int64_t summed = g.from_per_group, multiplier = g.to_per_group;
-  const int64_t channels = g.groups * multiplier, taps = phase.taps();
+  const int64_t channels = g.groups * multiplier, taps = kernel[0] * kernel[1] * kernel[2];
   const int64_t weight_step = g.weight_group_stride / (summed * multiplier);
   const int64_t plane_bytes = g.from_stride.channel * sizeof(T);
   const int64_t together =
       copies || scatters || multiplier > 1 ? 1 : std::max<int64_t>(1, kPlanesBytes / std::max<int64_t>(1, plane_bytes));
   const bool streams = bytes_moved<T>(g) > kStreamed;
-  const bool dense = weight_step == taps;  // then all weights of a channel, used in this phase or not, lie together
-  const auto finite = [&](int64_t first, int64_t last) {
+  const bool dense = weight_step == taps;                 // then all weights of a channel lie together
+  const auto finite = [&](int64_t first, int64_t last) {  // used in this phase or not
     if (dense) return all_finite(weight + first * summed * taps, (last - first) * summed * taps);
     bool all = true;
     for (int64_t t = 0; t < taps; ++t)
       for (int64_t c = first * summed; c < last * summed; ++c)
-        all = all && all_finite(weight + c * weight_step + g.weight_tap_offset(phase, t), 1);
+        all = all && all_finite(weight + c * weight_step + t / (kernel[1] * kernel[2]) * g.weight_axis_stride[0] +
+                                    t / kernel[2] % kernel[1] * g.weight_axis_stride[1] +
+                                    t % kernel[2] * g.weight_axis_stride[2],
+                                1);
     return all;
   };
 
-  parallel_tasks(g.batch * channels, 2.0 * taps * summed * phase.pixels(), [&](int64_t begin, int64_t end) {
+  parallel_tasks(g.batch * channels, 2.0 * phase.taps() * summed * phase.pixels(), [&](int64_t begin, int64_t end) {
     T* const mine = reinterpret_cast<T*>(workspace) + at::get_thread_num() * scratch.elements();
     T* const kept = mine + scratch.strip;
     const bool all = end - begin >= channels || begin % channels > (end - 1) % channels;
@@ -468,8 +560,8 @@ void add_filters(const T* from, int64_t pixels, int64_t channels, int64_t multip
 // With a channel multiplier a vector holds filters: forward repeats what each channel of x holds (moves), and
 // backward_input adds up the results of a channel's filters.
 template <typename T>
-void gather_pixels(const Gather& g, const Kernels<T>& kernels, const int64_t* kernel, const T* from, const T* weight,
-                   const Word<T>* bias, T* to, Word<T>* workspace) {
+void gather_pixels(const Gather& g, const Phases& phases, const Kernels<T>& kernels, const int64_t* kernel,
+                   const T* from, const T* weight, const Word<T>* bias, T* to, Word<T>* workspace) {
   using W = Word<T>;
   const int64_t lanes = kernels.lanes, taps = kernel[0] * kernel[1] * kernel[2];
   const int64_t multiplier = g.from_per_group * g.to_per_group, filters = g.groups * multiplier;
@@ -482,46 +574,54 @@ void gather_pixels(const Gather& g, const Kernels<T>& kernels, const int64_t* ke
   std::vector<DepthwiseMove> moves;
   if (g.to_per_group > 1) moves = multiplier_moves(filters, multiplier, lanes);
 
-  for (const GatherPhase& phase : g.phases) {
+  std::deque<Plan> plans;
+  int64_t depths = 1, lines = 1, width = 1, reads = 1;  // the most of any phase; lines that a line of each phase reads
+  double macs = 0;
+  for (const Phase& phase : phases) {
     const GatherAxis* a = phase.axis;
-    const Plan plan(phase, /*lines=*/false, g.from_stride.axis, packed_step, lanes);
-    const int64_t line_bytes = a[1].from_step * g.from_stride.axis[1] * sizeof(T);
-    const int64_t together = a[2].taps() < 7 || adds ? blocks : 1;
-    const bool streams = bytes_moved<T>(g) > kStreamed;
-    // Lines in equal strips: a few for each thread, that fit L2.
-    const int64_t parts = ceil_div(blocks, together);
-    const int64_t fit = std::max<int64_t>(1, kPixelsBytes / std::max<int64_t>(1, line_bytes));
-    const int64_t wanted = ceil_div(kTasks, std::max<int64_t>(1, g.batch * a[0].count * parts));
-    const int64_t lines = std::max<int64_t>(1, a[1].count);
-    const int64_t strip = ceil_div(lines, std::clamp<int64_t>(wanted, ceil_div(lines, fit), lines));
-    const int64_t strips = ceil_div(lines, strip);
-    const int64_t tasks = g.batch * a[0].count * strips * parts;
-    const double macs = 2.0 * phase.taps() * phase.pixels() * filters * g.batch / tasks;
-    parallel_tasks(tasks, macs, [&](int64_t begin, int64_t end) {
-      for (int64_t i = begin; i < end; ++i) {
+    plans.emplace_back(phase, /*lines=*/false, g.from_stride.axis, packed_step, lanes);
+    depths = std::max(depths, a[0].count), lines = std::max(lines, a[1].count), width = std::max(width, a[2].taps());
+    reads = std::max(reads, a[1].from_step);
+    macs += 2.0 * phase.taps() * phase.pixels() * filters * g.batch;
+  }
+  // Lines in equal strips: a few for each thread, that fit L2. All phases of a strip follow one another.
+  const int64_t line_bytes = reads * g.from_stride.axis[1] * sizeof(T);
+  const int64_t together = width < 7 || adds ? blocks : 1;
+  const bool streams = bytes_moved<T>(g) > kStreamed;
+  const int64_t parts = ceil_div(blocks, together);
+  const int64_t fit = std::max<int64_t>(1, kPixelsBytes / std::max<int64_t>(1, line_bytes));
+  const int64_t wanted = ceil_div(kTasks, std::max<int64_t>(1, g.batch * depths * parts));
+  const int64_t strip = ceil_div(lines, std::clamp<int64_t>(wanted, ceil_div(lines, fit), lines));
+  const int64_t strips = ceil_div(lines, strip);
+  const int64_t tasks = g.batch * depths * strips * parts;
+  parallel_tasks(tasks, macs / tasks, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i)
+      for (const Plan& plan : plans) {
+        const auto axis = [&](int j) -> const GatherAxis& { return plan.axis(j); };
         const int64_t part = i % parts, c = part * together * lanes, h = i / parts % strips * strip;
-        const int64_t d = i / (parts * strips) % a[0].count, n = i / (parts * strips * a[0].count);
-        T* const result = to + n * g.to_stride.batch + (a[0].to_start + d * a[0].to_step) * g.to_stride.axis[0] +
-                          (a[1].to_start + h * a[1].to_step) * g.to_stride.axis[1] +
-                          a[2].to_start * g.to_stride.axis[2];
+        const int64_t d = i / (parts * strips) % depths, n = i / (parts * strips * depths);
+        if (d >= axis(0).count || h >= axis(1).count) continue;
+        T* const result = to + n * g.to_stride.batch + (axis(0).to_start + d * axis(0).to_step) * g.to_stride.axis[0] +
+                          (axis(1).to_start + h * axis(1).to_step) * g.to_stride.axis[1] +
+                          axis(2).to_start * g.to_stride.axis[2];
         DepthwiseTile<T> tile{};
         tile.planes = std::min(together, blocks - part * together);
         tile.from_plane = tile.to_plane = lanes;
         tile.weight_plane = taps * lanes;
         tile.bias_plane = bias ? lanes : 0;
-        tile.lists = std::min(strip, a[1].count - h);
+        tile.lists = std::min(strip, axis(1).count - h);
         tile.from = from + n * g.from_stride.batch + (moves.empty() ? c : 0);
         tile.moves = moves.empty() ? nullptr : moves.data() + part * together;
         tile.weight = packed + c * taps;
         tile.bias = bias ? bias + c : nullptr;
         tile.to = result + c;
-        tile.list_step = a[1].to_step * g.to_stride.axis[1];
-        tile.to_step = a[2].to_step * g.to_stride.axis[2];
+        tile.list_step = axis(1).to_step * g.to_stride.axis[1];
+        tile.to_step = axis(2).to_step * g.to_stride.axis[2];
         tile.length = filters - c;
         tile.skip_zeros = finite;
-        tile.ahead = streams ? a[1].from_step * g.from_stride.axis[1] : 0;
+        tile.ahead = streams ? axis(1).from_step * g.from_stride.axis[1] : 0;
         if (!adds) {
-          plan.run(kernels.depthwise, d, h, 0, a[2].count, tile);
+          plan.run(kernels.depthwise, d, h, 0, axis(2).count, tile);
           continue;
         }
         const int64_t most = summed_pixels<T>(filters, g.to_extent[2]), lists = tile.lists;
@@ -529,14 +629,13 @@ void gather_pixels(const Gather& g, const Kernels<T>& kernels, const int64_t* ke
         tile.to_step = filters;
         tile.lists = 1;
         for (int64_t l = 0; l < lists; ++l)
-          for (int64_t first = 0; first < a[2].count; first += most) {
-            const int64_t count = std::min(most, a[2].count - first), step = a[2].to_step * g.to_stride.axis[2];
+          for (int64_t first = 0; first < axis(2).count; first += most) {
+            const int64_t count = std::min(most, axis(2).count - first), step = axis(2).to_step * g.to_stride.axis[2];
             plan.run(kernels.depthwise, d, h + l, first, count, tile);
             add_filters(tile.to, count, g.groups, multiplier, result + l * tile.list_step + first * step, step);
           }
       }
-    });
-  }
+  });
 }
 
 // Small planes of NCHW, whose lines would leave half of a vector empty: a vector of channels is transposed, done as
@@ -560,7 +659,7 @@ void gather_transposed(const Gather& g, const Kernels<T>& kernels, const int64_t
   const int64_t from_step[] = {in * lanes, g.from_extent[2] * lanes, lanes};
   W *const packed = workspace, *const images = packed + blocks * taps * lanes;
   const bool finite = pack_weights(g, kernels, kernel, weight, packed);
-  const Plan plan(g.phases[0], /*lines=*/false, from_step, packed_step, lanes);
+  const Plan plan({g.phases[0], std::nullopt}, /*lines=*/false, from_step, packed_step, lanes);
   parallel_tasks(g.batch * blocks, 2.0 * taps * out * lanes, [&](int64_t begin, int64_t end) {
     W* const image = images + at::get_thread_num() * (in + out) * lanes;
     W* const result = image + in * lanes;
@@ -617,111 +716,291 @@ void gather(const ConvShape& s, Direction direction, const void* from, const Con
   const W* const b = bias.get();
   T* const y = static_cast<T*>(p.result);
   W* const scratch = static_cast<W*>(workspace);
-  if (s.channels_last()) return gather_pixels(g, kernels, s.kernel, x, w, b, y, scratch);
+  const Phases phases = phases_of(s, direction);
+  if (s.channels_last()) return gather_pixels(g, phases, kernels, s.kernel, x, w, b, y, scratch);
   if (transposes(s, direction, kernels.lanes)) return gather_transposed(g, kernels, s.kernel, x, w, b, y, scratch);
   const W* const weight = widened_weights(g, kernels, s.kernel, w, scratch);
   W* const rest = scratch + (kIsHalf<T> ? round_up(g.groups * s.out_per_group * s.taps(), 16) : 0);
-  for (const GatherPhase& phase : g.phases) gather_lines(g, phase, kernels, x, weight, b, y, rest);
+  for (const Phase& phase : phases) gather_lines(g, phase, s.kernel, kernels, x, weight, b, y, rest);
 }
 
 // --- backward_weight -------------------------------------------------------------------------------------------------
 
-template <typename T>
-void weight_lines(const ConvShape& s, const Kernels<T>& kernels, const T* gy, const T* x, T* gw, T* workspace) {
-  const GatherPhase phase{{forward_axis(s, 0), forward_axis(s, 1), forward_axis(s, 2)}};
-  const StripPlan plan(phase, sizeof(T), kStripBytes);
-  const int64_t taps = s.taps(), lanes = kernels.lanes, in_plane = s.in_pixels(), out_plane = s.out_pixels();
-  c10::SmallVector<int64_t, 64> offsets(taps);
-  plan.tap_offsets(phase, offsets.data());
-  const int64_t lines_per_sum = std::max<int64_t>(1, kSumLength / ceil_div(s.out[2], lanes));
-  const int64_t per_thread = plan.size + taps * lanes;
-  const BlockRuns runs(phase, plan);
-  parallel_tasks(s.groups, 2.0 * s.macs() / s.groups, [&](int64_t begin, int64_t end) {
-    T* const strip = workspace + at::get_thread_num() * per_thread;
-    T* const sums = strip + plan.size;
-    for (int64_t c = begin; c < end; ++c) {
-      std::fill_n(sums, taps * lanes, T(0));
-      for (int64_t n = 0; n < s.batch; ++n)
-        for (int64_t d = 0; d < s.out[0]; ++d)
-          for (int64_t h = 0; h < s.out[1]; h += plan.block_lines) {
-            const int64_t lines = std::min(plan.block_lines, s.out[1] - h);
-            runs.fill(d, h, x + (n * s.groups + c) * in_plane, kernels, strip);
-            const T* const g = gy + (n * s.groups + c) * out_plane + (d * s.out[1] + h) * s.out[2];
-            for (int64_t l = 0; l < lines; l += lines_per_sum)
-              for (int64_t t = 0; t < taps; t += kMaxDepthwiseTaps)
-                kernels.depthwise.weight_lines[std::min<int64_t>(kMaxDepthwiseTaps, taps - t) - 1](
-                    {.count = std::min(lines_per_sum, lines - l),
-                     .length = s.out[2],
-                     .gy = g + l * s.out[2],
-                     .gy_step = s.out[2],
-                     .from = strip + l * s.stride[1] * plan.pitch,
-                     .from_step = s.stride[1] * plan.pitch,
-                     .offsets = offsets.data() + t,
-                     .pointers = nullptr,
-                     .pointer_taps = 0,
-                     .offset = 0,
-                     .sums = sums + t * lanes});
-          }
-      for (int64_t t = 0; t < taps; ++t) {
-        T sum = 0;
-        for (int64_t l = 0; l < lanes; ++l) sum += sums[t * lanes + l];
-        const int64_t tw = t % s.kernel[2], th = t / s.kernel[2] % s.kernel[1], td = t / (s.kernel[2] * s.kernel[1]);
-        gw[c * s.weight_stride[0] + td * s.weight_stride[2] + th * s.weight_stride[3] + tw * s.weight_stride[4]] = sum;
-      }
-    }
-  });
-}
+// Sums are made in three steps: R terms a lane in registers, up to kSumLength tiles in memory, and totals of those. The
+// totals of a chunk of the lines (NCHW: samples) are one sum, and chunks are added up in order: there are more than one
+// where the channels alone are too few tasks, or where a line of all channels is better read by one thread.
+
+// At most so many tiles for results of an axis.
+int64_t most_tiles(int64_t results) { return results / 7 + 3; }
+
+// The sums of the tiles that are run one after the other, and their totals: `count` values each.
+template <typename W>
+class WeightSums {
+ public:
+  WeightSums(const Kernels<W>& kernels, W* sums, W* totals, int64_t count)
+      : kernels_(kernels), sums_(sums), totals_(totals), count_(count) {
+    std::fill_n(sums_, count_, W(0));
+    std::fill_n(totals_, count_, W(0));
+  }
+  // Before so many more tiles are added to the sums.
+  void reserve(int64_t tiles) {
+    if (tiles_ + tiles > kSumLength) finish();
+    tiles_ += tiles;
+  }
+  void finish() {
+    if (tiles_ == 0) return;
+    kernels_.add_row(totals_, sums_, count_);
+    std::fill_n(sums_, count_, W(0));
+    tiles_ = 0;
+  }
+
+ private:
+  const Kernels<W>& kernels_;
+  W *sums_, *totals_;
+  int64_t count_, tiles_ = 0;
+};
+
+// Where the gradient of a filter's taps goes.
+struct WeightTarget {
+  bool dense;  // the taps of a filter lie together, in order, and filters too
+  c10::SmallVector<int64_t, 64> taps;
+  int64_t filter;
+
+  explicit WeightTarget(const ConvShape& s) : filter(s.weight_stride[0]) {
+    for (int64_t d = 0; d < s.kernel[0]; ++d)
+      for (int64_t h = 0; h < s.kernel[1]; ++h)
+        for (int64_t w = 0; w < s.kernel[2]; ++w)
+          taps.push_back(d * s.weight_stride[2] + h * s.weight_stride[3] + w * s.weight_stride[4]);
+    dense = filter == s.taps();
+    for (int64_t t = 0; t < s.taps(); ++t) dense = dense && taps[t] == t;
+  }
+};
+
+// How lines are summed up: planes that are done together, chunks of the samples, and scratch of a thread, in words.
+struct WeightLines {
+  int64_t together, chunks, strip, sums;
+
+  WeightLines(const ConvShape& s, const GatherPhase& phase, int64_t size, int64_t lanes) {
+    const int64_t word = std::max<int64_t>(4, size), of_plane = s.taps() * lanes;
+    strip = LineScratch(phase, size, lanes).strip;
+    const int64_t planes = kPlanesBytes / std::max<int64_t>(1, s.in_pixels() * size);
+    together = strip > 0 || s.out_per_group > 1 ? 1 : std::clamp<int64_t>(kPlanesBytes / (of_plane * word), 1, 64);
+    if (together > 1) together = std::clamp<int64_t>(planes, 1, together);
+    together = std::min(together, s.out_channels());
+    chunks = std::clamp<int64_t>(kTasks / s.out_channels(), 1, s.batch);
+    sums = together * of_plane;
+  }
+  int64_t thread_words(int64_t) const { return round_up(strip, 16) + 3 * sums; }
+  int64_t shared_words(const ConvShape& s, int64_t lanes) const {
+    return chunks > 1 ? chunks * s.out_channels() * s.taps() * lanes : 0;
+  }
+};
 
 template <typename T>
-void weight_pixels(const ConvShape& s, const Kernels<T>& kernels, const T* gy, const T* x, T* gw, T* workspace) {
-  const GatherAxis axis[3] = {forward_axis(s, 0), forward_axis(s, 1), forward_axis(s, 2)};
-  const int64_t taps = s.taps(), lanes = kernels.lanes, channels = s.groups;
-  const int64_t vectors = ceil_div(channels, lanes);
-  const auto x_stride = activation_strides(s.layout, channels, s.in);
-  const int64_t pixels = s.batch * s.out_pixels(), chunk = std::clamp<int64_t>(32768 / taps, 1, kSumLength);
-  T* const sums = workspace;  // [vector][tap][lane]
-  T* const zeros = sums + vectors * taps * lanes;
-  std::fill_n(zeros, channels, T(0));
-  parallel_tasks(vectors, 2.0 * s.macs() / vectors, [&](int64_t begin, int64_t end) {
-    std::fill_n(sums + begin * taps * lanes, (end - begin) * taps * lanes, T(0));
-    std::vector<const T*> pointers(chunk * taps);
-    for (int64_t first = 0; first < pixels; first += chunk) {
-      const int64_t count = std::min(chunk, pixels - first);
-      const T** p = pointers.data();
-      for (int64_t i = first; i < first + count; ++i) {
-        const int64_t w = i % s.out[2], h = i / s.out[2] % s.out[1], d = i / (s.out[2] * s.out[1]) % s.out[0];
-        const T* image = x + i / s.out_pixels() * x_stride.batch;
-        for (int64_t td = 0; td < s.kernel[0]; ++td)
-          for (int64_t th = 0; th < s.kernel[1]; ++th) {
-            const int64_t from_d = axis[0].source(d, td), from_h = axis[1].source(h, th);
-            const T* line = image + from_d * x_stride.axis[0] + from_h * x_stride.axis[1];
-            for (int64_t tw = 0; tw < s.kernel[2]; ++tw) {
-              const int64_t from_w = axis[2].source(w, tw);
-              *p++ = from_d < 0 || from_h < 0 || from_w < 0 ? zeros : line + from_w * x_stride.axis[2];
+void weight_lines(const ConvShape& s, const Kernels<T>& kernels, const T* gy, const T* x, T* gw, Word<T>* workspace) {
+  using W = Word<T>;
+  const Kernels<W>& words = kernels_of<W>(microkernels());
+  const Phase phase = phases_of(s, Direction::kForward)[0];
+  const StripPlan strip(phase, sizeof(T), kStripBytes);
+  const int64_t taps = s.taps(), lanes = kernels.lanes, of_plane = taps * lanes, filters = s.out_channels();
+  const WeightLines cut(s, phase, sizeof(T), lanes);
+  const bool copies = cut.strip > 0;
+  const int64_t line_step[] = {s.in[1] * s.in[2], s.in[2], 1},
+                strip_step[] = {strip.strip_lines * strip.pitch, strip.pitch, 1};
+  const int64_t sum_step[] = {s.kernel[1] * s.kernel[2] * lanes, s.kernel[2] * lanes, lanes};
+  const Plan plan(copies ? strip_phase(phase, strip) : phase, /*lines=*/true, copies ? strip_step : line_step, sum_step,
+                  lanes);
+  std::optional<BlockRuns> runs;
+  if (copies) runs.emplace(phase, strip);
+  const int64_t vectors = ceil_div(s.out[2], lanes), in = s.in_pixels(), out = s.out_pixels();
+  const int64_t fit = std::max<int64_t>(1, kSumLength / vectors - 3) * 7;  // lines of at most kSumLength tiles
+  const int64_t step = copies ? std::min(fit, strip.block_lines) : fit;
+  const bool streams = bytes_moved<T>(make_gather(s, Direction::kForward)) > kStreamed;
+  const WeightTarget target(s);
+  W* const shared = workspace;
+  W* const scratch = workspace + round_up(cut.shared_words(s, lanes), 16);
+
+  // The lanes of some filters' totals, added up in order.
+  const auto store = [&](int64_t filter, int64_t planes, const W* totals, W* turned) {
+    const int64_t count = planes * taps;
+    words.transpose(totals, lanes, count, lanes, turned, count);
+    for (int64_t l = 1; l < lanes; ++l) words.add_row(turned, turned + l * count, count);
+    if (target.dense) return kernels.store_rows(turned, 0, 1, count, gw + filter * taps, 0);
+    for (int64_t i = 0; i < count; ++i)
+      kernels.store_rows(turned + i, 0, 1, 1, gw + (filter + i / taps) * target.filter + target.taps[i % taps], 0);
+  };
+
+  const double macs = 2.0 * s.macs() / (cut.chunks * filters);
+  parallel_tasks(cut.chunks * filters, macs, [&](int64_t begin, int64_t end) {
+    W* const mine = scratch + at::get_thread_num() * cut.thread_words(0);
+    T* const lines_copy = reinterpret_cast<T*>(mine);
+    W* const sums = mine + round_up(cut.strip, 16);
+    for (int64_t i = begin, planes; i < end; i += planes) {
+      const int64_t chunk = i / filters, f = i % filters;
+      planes = std::min({cut.together, end - i, filters - f});
+      W* const totals = cut.chunks > 1 ? shared + i * of_plane : sums + cut.sums;
+      WeightSums<W> all(words, sums, totals, planes * of_plane);
+      for (int64_t n = chunk * s.batch / cut.chunks; n < (chunk + 1) * s.batch / cut.chunks; ++n) {
+        const T* const plane = x + (n * s.groups + f / s.out_per_group) * in;
+        for (int64_t d = 0; d < s.out[0]; ++d)
+          for (int64_t h = 0; h < s.out[1]; h += copies ? strip.block_lines : step) {
+            if constexpr (!kIsHalf<T>)
+              if (copies) runs->fill(d, h, plane, kernels, lines_copy);
+            const int64_t last = copies ? std::min(s.out[1], h + strip.block_lines) : std::min(s.out[1], h + step);
+            for (int64_t l = h; l < last; l += step) {
+              const int64_t lines = std::min(step, last - l);
+              DepthwiseTile<T> tile{};
+              tile.planes = planes;
+              tile.from_plane = in, tile.to_plane = out, tile.sums_plane = of_plane;
+              tile.lists = 1;
+              tile.from = copies ? lines_copy : plane;
+              tile.extent = plan.axis(2).from_extent;
+              tile.gy = gy + (n * filters + f) * out + (d * s.out[1] + l) * s.out[2];
+              tile.to_step = tile.length = s.out[2];
+              tile.sums = sums;
+              tile.ahead = streams && !copies ? s.in[2] : 0;
+              all.reserve(most_tiles(lines) * vectors);
+              plan.run(kernels.depthwise, copies ? 0 : d, 0, copies ? l - h : l, lines, tile);
             }
           }
       }
-      for (int64_t v = begin; v < end; ++v)
-        for (int64_t t = 0; t < taps; t += kMaxDepthwiseTaps)
-          kernels.depthwise.weight_pixels[std::min<int64_t>(kMaxDepthwiseTaps, taps - t) - 1](
-              {.count = count,
-               .length = std::min(lanes, channels - v * lanes),
-               .gy = gy + first * channels + v * lanes,
-               .gy_step = channels,
-               .from = nullptr,
-               .from_step = 0,
-               .offsets = nullptr,
-               .pointers = pointers.data() + t,
-               .pointer_taps = taps,
-               .offset = v * lanes,
-               .sums = sums + (v * taps + t) * lanes});
+      all.finish();
+      if (cut.chunks == 1) store(f, planes, totals, sums + 2 * cut.sums);
     }
-    for (int64_t c = begin * lanes; c < std::min(channels, end * lanes); ++c)
-      for (int64_t t = 0; t < taps; ++t) {
-        const int64_t tw = t % s.kernel[2], th = t / s.kernel[2] % s.kernel[1], td = t / (s.kernel[2] * s.kernel[1]);
-        gw[c * s.weight_stride[0] + td * s.weight_stride[2] + th * s.weight_stride[3] + tw * s.weight_stride[4]] =
-            sums[(c / lanes * taps + t) * lanes + c % lanes];
+  });
+  if (cut.chunks == 1) return;
+  for (int64_t chunk = 1; chunk < cut.chunks; ++chunk)
+    words.add_row(shared, shared + chunk * filters * of_plane, filters * of_plane);
+  for (int64_t f = 0; f < filters; ++f) store(f, 1, shared + f * of_plane, scratch);
+}
+
+// Small planes of NCHW: vectors of channels are transposed, x and gy of a sample, and done as NHWC. Then no lane is empty,
+// and lanes are not added up.
+bool transposes_weight(const ConvShape& s, int64_t lanes) {
+  return !s.channels_last() && s.out_per_group == 1 && s.groups >= lanes && s.in[0] == 1 && s.out[0] == 1 &&
+         s.in_pixels() + s.out_pixels() <= (s.taps() < kManyTaps ? kSmallPlanes : 4 * kSmallPlanes);
+}
+
+// How pixels are summed up: chunks of the lines (where planes are transposed: of the samples), times parts of the vectors
+// of filters. Threads meet in the sums of chunks only, so there are few of those, and none where there is little to sum
+// over.
+struct WeightPixels {
+  bool turns;
+  int64_t vectors, unit, units, chunks, parts, of_part, images;  // unit: lines; of_part: sums; images: pixels
+
+  WeightPixels(const ConvShape& s, int64_t word, int64_t lanes) : turns(transposes_weight(s, lanes)) {
+    constexpr int64_t kChunkPixels = 256, kMostShared = 4 << 20, kPartBytes = 64 << 10;
+    const int64_t of_vector = s.taps() * lanes;
+    vectors = ceil_div(s.out_channels(), lanes);
+    unit = turns ? s.out[1] : 1;
+    units = s.batch * s.out[0] * s.out[1] / unit;
+    images = turns ? s.in_pixels() + s.out_pixels() : 0;
+    const int64_t most = std::min({kTasks, units, kMostShared / (vectors * of_vector * word)});
+    const int64_t wanted = turns ? kTasks / vectors : units * s.out[2] / kChunkPixels;
+    chunks = std::clamp<int64_t>(wanted, 1, std::max<int64_t>(1, most));
+    const int64_t least = std::max(ceil_div(kTasks, chunks), ceil_div(vectors * of_vector * word, kPartBytes));
+    parts = turns ? vectors : std::clamp<int64_t>(least, 1, vectors);
+    of_part = ceil_div(vectors, parts) * of_vector;
+  }
+  int64_t thread_words(int64_t lanes) const { return 2 * of_part + images * lanes; }
+  int64_t shared_words(const ConvShape& s, int64_t lanes) const {
+    return chunks > 1 ? chunks * vectors * s.taps() * lanes : 0;
+  }
+};
+
+template <typename T>
+void weight_pixels(const ConvShape& s, const Kernels<T>& kernels, const T* gy, const T* x, T* gw, Word<T>* workspace) {
+  using W = Word<T>;
+  const Kernels<W>& words = kernels_of<W>(microkernels());
+  const int64_t taps = s.taps(), lanes = kernels.lanes, of_vector = taps * lanes, filters = s.out_channels();
+  const int64_t multiplier = s.out_per_group, width = s.out[2], in = s.in_pixels(), out = s.out_pixels();
+  const WeightPixels cut(s, sizeof(W), lanes);
+  const auto x_stride = activation_strides(Layout::kChannelsLast, cut.turns ? lanes : s.groups, s.in);
+  const int64_t sum_step[] = {s.kernel[1] * s.kernel[2] * lanes, s.kernel[2] * lanes, lanes};
+  const Plan plan(phases_of(s, Direction::kForward)[0], /*lines=*/false, x_stride.axis, sum_step, lanes);
+  std::vector<DepthwiseMove> moves;
+  if (multiplier > 1) moves = multiplier_moves(filters, multiplier, lanes);
+  const int64_t line_bytes = (s.stride[1] * x_stride.axis[1] + width * filters) * sizeof(T);
+  const bool wide = s.kernel[2] >= 7;  // a strip of lines for each vector
+  const int64_t columns = std::min(width, (kSumLength - 3) * 7), line_tiles = most_tiles(columns);
+  const int64_t fit = std::min(kSumLength / line_tiles,
+                               wide && !cut.turns ? std::max<int64_t>(1, kPixelsBytes / line_bytes) : kSumLength);
+  const bool streams = !cut.turns && bytes_moved<T>(make_gather(s, Direction::kForward)) > kStreamed;
+  const WeightTarget target(s);
+  W* const shared = workspace;
+  W* const scratch = workspace + cut.shared_words(s, lanes);
+
+  const auto store = [&](int64_t vector, const W* totals) {
+    const int64_t f = vector * lanes, count = std::min(lanes, filters - f);
+    if (target.dense) return kernels.store_transposed(totals, lanes, taps, count, gw + f * taps, taps);
+    for (int64_t t = 0; t < taps; ++t)
+      for (int64_t c = 0; c < count; ++c)
+        kernels.store_rows(totals + t * lanes + c, 0, 1, 1, gw + (f + c) * target.filter + target.taps[t], 0);
+  };
+
+  // Vectors [first, last) of lines [begin, end), which are whole samples where planes are transposed.
+  const auto sum_up = [&](WeightSums<W>& all, auto from, auto of_gy, const auto& tiles, int64_t first, int64_t last,
+                          int64_t begin, int64_t end, W* sums) {
+    using S = std::remove_const_t<std::remove_pointer_t<decltype(from)>>;
+    const int64_t pixel = cut.turns ? lanes : filters, together = wide ? 1 : last - first;
+    for (int64_t line = begin, lists; line < end; line += lists) {
+      const int64_t h = line % s.out[1], d = line / s.out[1] % s.out[0], n = line / (s.out[1] * s.out[0]);
+      lists = std::min({fit, end - line, s.out[1] - h});
+      for (int64_t at = 0; at < width; at += columns) {
+        const int64_t count = std::min(columns, width - at);
+        all.reserve(lists * most_tiles(count));
+        for (int64_t v = first; v < last; v += together) {
+          DepthwiseTile<S> tile{};
+          tile.planes = together;
+          tile.from_plane = tile.to_plane = lanes;
+          tile.sums_plane = of_vector;
+          tile.lists = lists;
+          tile.from = from + (cut.turns ? 0 : n * x_stride.batch + (moves.empty() ? v * lanes : 0));
+          tile.moves = moves.empty() ? nullptr : moves.data() + v;
+          tile.gy = of_gy + ((cut.turns ? h : line) * width + at) * pixel + (cut.turns ? 0 : v * lanes);
+          tile.list_step = width * pixel;
+          tile.to_step = pixel;
+          tile.length = filters - v * lanes;
+          tile.sums = sums + (v - first) * of_vector;
+          tile.ahead = streams ? s.stride[1] * x_stride.axis[1] : 0;
+          plan.run(tiles, d, h, at, count, tile);
+        }
       }
+    }
+  };
+
+  const int64_t tasks = cut.chunks * cut.parts;
+  parallel_tasks(tasks, 2.0 * s.macs() / tasks, [&](int64_t begin, int64_t end) {
+    W* const sums = scratch + at::get_thread_num() * cut.thread_words(lanes);
+    W *const image = sums + 2 * cut.of_part, *const gy_image = image + in * lanes;
+    for (int64_t i = begin; i < end; ++i) {
+      const int64_t chunk = i / cut.parts, part = i % cut.parts;
+      const int64_t first = part * cut.vectors / cut.parts, last = (part + 1) * cut.vectors / cut.parts;
+      const int64_t begin_unit = chunk * cut.units / cut.chunks, end_unit = (chunk + 1) * cut.units / cut.chunks;
+      W* const totals = cut.chunks > 1 ? shared + (chunk * cut.vectors + first) * of_vector : sums + cut.of_part;
+      WeightSums<W> all(words, sums, totals, (last - first) * of_vector);
+      if (cut.turns)
+        for (int64_t n = begin_unit; n < end_unit; ++n) {
+          const int64_t c = n * filters + first * lanes, count = std::min(lanes, filters - first * lanes);
+          kernels.transpose(x + c * in, in, count, in, image, lanes);
+          kernels.transpose(gy + c * out, out, count, out, gy_image, lanes);
+          const W *const from = image, *const of_gy = gy_image;
+          sum_up(all, from, of_gy, words.depthwise, first, last, n * cut.unit, (n + 1) * cut.unit, sums);
+        }
+      else
+        sum_up(all, x, gy, kernels.depthwise, first, last, begin_unit, end_unit, sums);
+      all.finish();
+      if (cut.chunks == 1)
+        for (int64_t v = first; v < last; ++v) store(v, totals + (v - first) * of_vector);
+    }
+  });
+  if (cut.chunks == 1) return;
+  parallel_tasks(cut.vectors, 4.0 * cut.chunks * of_vector, [&](int64_t begin, int64_t end) {
+    const int64_t size = (end - begin) * of_vector;
+    W* const totals = shared + begin * of_vector;
+    for (int64_t chunk = 1; chunk < cut.chunks; ++chunk)
+      words.add_row(totals, totals + chunk * cut.vectors * of_vector, size);
+    for (int64_t v = begin; v < end; ++v) store(v, shared + v * of_vector);
   });
 }
 
@@ -729,10 +1008,11 @@ void weight_pixels(const ConvShape& s, const Kernels<T>& kernels, const T* gy, c
 const char* decline_half(const ConvShape& s, Direction direction) {
   const Microkernels& m = microkernels();
   if (!m.bf16.depthwise.lines[0][0][0]) return "no masks for 16-bit values";
-  if (s.kernel[0] > 1 || std::max(s.kernel[1], s.kernel[2]) > 7) return "16-bit sums in pieces";
+  if (direction != Direction::kBackwardWeight && (s.kernel[0] > 1 || std::max(s.kernel[1], s.kernel[2]) > 7))
+    return "16-bit sums in pieces";
   if (direction == Direction::kBackwardInput && s.out_per_group > 1) return "16-bit sums in pieces";
   if (!s.channels_last())
-    for (const GatherPhase& phase : make_gather(s, direction).phases)
+    for (const Phase& phase : phases_of(s, direction))
       if (needs_strip(phase, m.f32.lanes)) return "16-bit strips";
   return nullptr;
 }
@@ -741,10 +1021,9 @@ int64_t lanes_of(int64_t size) { return size <= 4 ? microkernels().f32.lanes : m
 
 const char* decline(const ConvShape& s, Direction direction) {
   if (s.in_per_group != 1) return "more than one channel a group";
-  if (s.out_per_group != 1 && direction == Direction::kBackwardWeight) return "more than one channel a group";
   if (s.out_per_group == 0) return "nothing to sum over";
   const bool half = dtype_size(s.dtype) == 2;
-  if (!is_floating_point(s.dtype) || (half && direction == Direction::kBackwardWeight)) return "not of this type";
+  if (!is_floating_point(s.dtype)) return "not of this type";
   if (s.in_pixels() == 0 || s.out_pixels() == 0) return "nothing to sum over";
   if (s.taps() > kMaxDepthwiseKernel) return "more than 4096 taps";
   for (int d = 0; d < 3; ++d)
@@ -753,7 +1032,8 @@ const char* decline(const ConvShape& s, Direction direction) {
     if (s.padding_mode != PaddingMode::kZeros) return "the adjoint of a padding mode";
     for (int d = 0; d < 3; ++d)
       if (s.stride[d] > 64) return "a stride above 64";
-    if (s.out_per_group != 1 && s.stride[2] != 1 && !s.channels_last()) return "a stride with a channel multiplier";
+    if (s.out_per_group != 1 && s.stride[2] != 1 && !s.channels_last() && !spreads(s, direction))
+      return "a stride with a channel multiplier";
   }
   if (half)
     if (const char* reason = decline_half(s, direction)) return reason;
@@ -762,9 +1042,8 @@ const char* decline(const ConvShape& s, Direction direction) {
     const bool adds = direction == Direction::kBackwardInput && s.out_per_group > 1;
     return adds && s.groups * s.out_per_group > kStripLimit / size / kLeastPixels ? "filters above 1 MiB" : nullptr;
   }
-  for (const GatherPhase& phase : make_gather(s, direction).phases)
-    if ((direction == Direction::kBackwardWeight || needs_strip(phase, lanes_of(size))) &&
-        StripPlan(phase, size, kStripBytes).size > kStripLimit / size)
+  for (const Phase& phase : phases_of(s, direction))
+    if (needs_strip(phase, lanes_of(size)) && StripPlan(phase, size, kStripBytes).size > kStripLimit / size)
       return "a strip of padded lines above 1 MiB";
   return nullptr;
 }
@@ -780,7 +1059,7 @@ int64_t gather_workspace(const ConvShape& s, Direction direction, int threads) {
   if (transposes(s, direction, lanes_of(size)))
     return weights + threads * (s.in_pixels() + s.out_pixels()) * kMostLanes;
   int64_t elements = 0;
-  for (const GatherPhase& phase : make_gather(s, direction).phases)
+  for (const Phase& phase : phases_of(s, direction))
     elements = std::max(elements, LineScratch(phase, size, lanes_of(size)).elements());
   return threads * elements * size + (size == 2 ? weights : 0);
 }
@@ -788,6 +1067,11 @@ int64_t gather_workspace(const ConvShape& s, Direction direction, int threads) {
 }  // namespace
 
 const char* depthwise_forward_decline(const ConvShape& s) { return decline(s, Direction::kForward); }
+const char* depthwise_forward_yield(const ConvShape& s) {
+  constexpr int64_t kTileFilters = 8;
+  if (s.out_per_group < kTileFilters || (s.channels_last() && s.groups > 1)) return nullptr;
+  return "filters enough for the rows of a register tile";
+}
 const char* depthwise_backward_input_decline(const ConvShape& s) { return decline(s, Direction::kBackwardInput); }
 const char* depthwise_backward_weight_decline(const ConvShape& s) {
   return s.batch == 0 ? "nothing to sum over" : decline(s, Direction::kBackwardWeight);
@@ -800,10 +1084,13 @@ int64_t depthwise_backward_input_workspace(const ConvShape& s, int threads) {
   return gather_workspace(s, Direction::kBackwardInput, threads);
 }
 int64_t depthwise_backward_weight_workspace(const ConvShape& s, int threads) {
-  const int64_t size = dtype_size(s.dtype);
-  if (s.channels_last()) return (s.taps() + 1) * (s.groups * size + kMostLanes);
-  const GatherPhase phase{{forward_axis(s, 0), forward_axis(s, 1), forward_axis(s, 2)}};
-  return threads * (StripPlan(phase, size, kStripBytes).size * size + s.taps() * kMostLanes);
+  const int64_t size = dtype_size(s.dtype), word = std::max<int64_t>(4, size), lanes = lanes_of(size);
+  const auto bytes = [&](const auto& cut) {
+    return (round_up(cut.shared_words(s, lanes), 16) + threads * cut.thread_words(lanes)) * word;
+  };
+  return s.channels_last() || transposes_weight(s, lanes)
+             ? bytes(WeightPixels(s, word, lanes))
+             : bytes(WeightLines(s, phases_of(s, Direction::kForward)[0], size, lanes));
 }
 
 void depthwise_forward(const ConvShape& s, const ConvPointers& p, void* workspace, int) {
@@ -816,14 +1103,14 @@ void depthwise_backward_input(const ConvShape& s, const ConvPointers& p, void* w
 }
 
 void depthwise_backward_weight(const ConvShape& s, const ConvPointers& p, void* workspace, int) {
-  const auto typed = [&](auto zero) {
-    using T = decltype(zero);
-    (s.channels_last() ? weight_pixels<T> : weight_lines<T>)(s, kernels_of<T>(microkernels()),
-                                                             static_cast<const T*>(p.grad_output),
-                                                             static_cast<const T*>(p.input), static_cast<T*>(p.result),
-                                                             static_cast<T*>(workspace));
-  };
-  s.dtype == Dtype::kFloat32 ? typed(float{}) : typed(double{});
+  with_type(s.dtype, [&](auto type) {
+    using T = decltype(type);
+    const Kernels<T>& kernels = kernels_of<T>(microkernels());
+    (s.channels_last() || transposes_weight(s, kernels.lanes)
+         ? weight_pixels<T>
+         : weight_lines<T>)(s, kernels, static_cast<const T*>(p.grad_output), static_cast<const T*>(p.input),
+                            static_cast<T*>(p.result), static_cast<Word<T>*>(workspace));
+  });
 }
 
 }  // namespace myconv::cpu

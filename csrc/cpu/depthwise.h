@@ -45,6 +45,18 @@ struct DepthwiseMove {
 //   NHWC   a vector holds channels, and a list is a line of the result; weights and bias are vectors. A plane is a
 //          vector of channels.
 //
+// Stride 2 is undone (spread) by tiles whose results are twice as many as their units; tap k serves every other one:
+//
+//   to[l][i] = sum over t and k of  weight[t.weight + k * weight_step] * from[.. + units[t.unit + (i - k) / 2 + K / 2]]
+//              for even i - k
+//
+//   NCHW   the first even_taps taps make the even columns of a line and the others the odd ones
+//   NHWC   a list is a line of all pixels
+//
+// backward_weight reads the same units, and gy where results would be:
+//
+//   sums[t.weight + k * weight_step][lane] += sum over l, i and vectors of a line of  to[l][i] * from[.. as above ..]
+//
 // All of it is done for each of a number of planes.
 template <typename T>
 struct DepthwiseTile {
@@ -73,35 +85,25 @@ struct DepthwiseTile {
   int64_t
       ahead;     // 0, or fetch early: the step from a line of what is read to the next (NHWC: that the next list reads)
   int64_t line;  // NCHW, of the first unit
-};
-
-// sums[tap * lanes + l] += sum over rows p < count and vectors v of length of  gy(p)[v + l] * source(p, tap)[v + l].
-//   NCHW            a row is a line; gy(p) = gy + p * gy_step, source = from + p * from_step + offsets[tap]
-//   NHWC            a row is a pixel and length at most one vector; source = pointers[p * pointer_taps + tap] + offset
-template <typename T>
-struct DepthwiseWeightTile {
-  int64_t count, length;
-  const T* gy;
-  int64_t gy_step;
-  const T* from;
-  int64_t from_step;
-  const int64_t* offsets;
-  const T* const* pointers;
-  int64_t pointer_taps, offset;
-  T* sums;
+  int64_t even_taps, first_stored, end_stored;  // where stride 2 is undone; results outside are left alone
+  const T* gy;                                  // with the steps of `to`
+  W* sums;
+  int64_t sums_plane;
 };
 
 inline constexpr int kDepthwiseWidths[] = {1, 3, 5, 7};   // K
 inline constexpr int kDepthwiseRows[] = {1, 2, 4, 7, 8};  // R
-inline constexpr int kMaxDepthwiseTaps = 8;
-inline constexpr int kMaxWalkedTaps = 256;  // of one tile
+inline constexpr int kSpreadWidths[] = {3, 5, 7};         // K, where stride 2 is undone
+inline constexpr int kMaxWalkedTaps = 256;                // of one tile
 
 template <typename T>
 struct DepthwiseKernels {
-  using Gather = void (*)(const DepthwiseTile<T>&);        // of 16-bit types, null where they cannot be loaded by masks
-  using Weight = void (*)(const DepthwiseWeightTile<T>&);  // not of 16-bit types
-  Gather lines[2][4][5], pixels[2][4][5];                  // [stride - 1][index of K][index of R]
-  Weight weight_lines[kMaxDepthwiseTaps], weight_pixels[kMaxDepthwiseTaps];  // [taps - 1]
+  // [index of K][index of R]; of 16-bit types, null where they cannot be loaded by masks
+  using Tile = void (*)(const DepthwiseTile<T>&);
+  Tile lines[2][4][5], pixels[2][4][5];          // [stride - 1]
+  Tile spread_lines[3][2], spread_pixels[3][2];  // of 2 results, and of the most:
+  int most_spread_lines, most_spread_pixels;
+  Tile weight_lines[2][4][5], weight_pixels[2][4][5];  // [stride - 1], null where there is no such tile
 };
 
 }  // namespace myconv::cpu

@@ -39,6 +39,7 @@ constexpr int64_t kLeastColumns = 384;       // of a block, if there are as many
 constexpr int64_t kMostColumns = 512;
 constexpr int64_t kFewChannels = 16;        // of a group: with fewer NHWC is transposed
 constexpr int64_t kChannelsAtOnce = 16;     // of several groups that NHWC transposes together
+constexpr int64_t kLeastShuffled = 16;      // channels of a sample, for which the shuffles of a strip are worth finding
 constexpr int64_t kSlack = 16;              // behind the strips: vectors are read whole
 constexpr int64_t kMostWeights = 48 << 20;  // bytes of packed weights
 constexpr int64_t kMaxPhases = 65536;       // of backward_input: each costs a little set-up
@@ -230,6 +231,50 @@ void strip_runs(const Plan& plan, const int64_t (&start)[3], Runs& runs) {
           }
 }
 
+// The same, vector by vector, where runs are short. Empty where they are not, or where too many windows would be read.
+using Shuffles = c10::SmallVector<Shuffle, 16>;
+
+void strip_shuffles(const Plan& plan, const Runs& runs, int64_t lanes, Shuffles& shuffles) {
+  constexpr double kRun = 10, kRunVector = 3, kShuffle = 4;  // cycles
+  shuffles.clear();
+  double of_runs = 0;
+  for (const Segment& run : runs) of_runs += kRun + kRunVector * static_cast<double>(ceil_div(run.length, lanes));
+  const auto most = static_cast<size_t>(of_runs / kShuffle);
+  if (static_cast<size_t>(ceil_div(plan.size, lanes)) > most) return;
+
+  c10::SmallVector<int64_t, 1024> source(round_up(plan.size, lanes), -1);
+  for (const Segment& run : runs)
+    for (int64_t i = 0; i < run.length; ++i)
+      source[run.target + i] = i >= run.first && i < run.last ? run.source + i * run.step : -1;
+  for (int64_t target = 0; target < plan.size; target += lanes) {
+    int64_t* const from = source.data() + target;
+    bool onto = false;
+    for (bool done = false; !done; onto = true) {
+      // The windows take in turn what is first in the plane; -1 as an unsigned number is the last.
+      Shuffle s{{0, 0}, {0, 0}, static_cast<int32_t>(target), 0, onto, {}};
+      s.length = static_cast<int32_t>(std::min(lanes, plan.size - target));
+      for (int64_t l = 0; l < lanes; ++l) s.lane[l] = static_cast<int32_t>(onto ? l : lanes - 1);
+      for (int w = onto; w < 2; ++w) {
+        const int64_t longest = w == 0 ? lanes - 1 : lanes;
+        const auto first = *std::min_element(from, from + lanes, [](int64_t a, int64_t b) {
+          return static_cast<uint64_t>(a) < static_cast<uint64_t>(b);
+        });
+        if (first < 0) break;
+        s.source[w] = first;
+        for (int64_t l = 0; l < lanes; ++l) {
+          if (from[l] < 0 || from[l] >= first + longest) continue;
+          s.lane[l] = static_cast<int32_t>(w * lanes + from[l] - first);
+          s.count[w] = std::max(s.count[w], static_cast<int32_t>(from[l] - first + 1));
+          from[l] = -1;
+        }
+      }
+      done = *std::max_element(from, from + lanes) < 0;
+      shuffles.push_back(s);
+      if (shuffles.size() > most) return shuffles.clear();
+    }
+  }
+}
+
 // Where the weights of a phase lie: as they are, or packed into words [group][out channel][channel][tap].
 struct Weights {
   int64_t group_stride, to_stride, from_stride;
@@ -326,8 +371,10 @@ struct Terms {
 
 // A strip of each word of channels.
 template <typename T>
-void fill_strips(const Kernels<T>& kernels, const ActivationStrides& stride, const Runs& runs, const T* from,
-                 int64_t channels, Word<T>* strips, int64_t size) {
+void fill_strips(const Kernels<T>& kernels, const ActivationStrides& stride, const Runs& runs, const Shuffles& shuffles,
+                 const T* from, int64_t channels, Word<T>* strips, int64_t size) {
+  if (!shuffles.empty())
+    return kernels.shuffle(channels, from, stride.channel, shuffles.begin(), shuffles.end(), strips, size);
   const int32_t all[] = {0, static_cast<int32_t>(runs.size())};
   if (stride.axis[2] == 1) return kernels.pack(channels, 1, from, stride.channel, runs.data(), all, strips, size);
   for (const Segment& run : runs) {
@@ -376,6 +423,7 @@ void run_phase(const Gather& g, const GatherPhase& phase, const Plan& plan, cons
     W* const strips = workspace + at::get_thread_num() * (plan.strips() + plan.kept_rows * plan.columns);
     W* const kept = strips + plan.strips();
     Runs runs;
+    Shuffles shuffles;
     Terms terms;
     c10::SmallVector<StripVector, 32> vectors;
     int64_t prepared = -1, vectors_of = -1, filled = -1;
@@ -387,6 +435,7 @@ void run_phase(const Gather& g, const GatherPhase& phase, const Plan& plan, cons
                                 at % plan.blocks[2] * plan.block[2]};
       if (prepared != at) {
         strip_runs(plan, start, runs);
+        if (!nhwc && g.groups * g.from_per_group >= kLeastShuffled) strip_shuffles(plan, runs, kernels.lanes, shuffles);
         terms.prepare(weights, phase, plan, start, sums[0].channels, skip_zeros);
         prepared = at;
       }
@@ -443,8 +492,9 @@ void run_phase(const Gather& g, const GatherPhase& phase, const Plan& plan, cons
           const int64_t together = values % pair == 0 ? groups : 1;
           for (int64_t group = 0; group < groups; group += together) {
             const int64_t first = (first_group + group) * g.from_per_group + c0 * pair;
-            fill_strips(kernels, g.from_stride, runs, from + n * g.from_stride.batch + first * g.from_stride.channel,
-                        together * values, strips + group * (c1 - c0) * plan.size, plan.size);
+            fill_strips(kernels, g.from_stride, runs, shuffles,
+                        from + n * g.from_stride.batch + first * g.from_stride.channel, together * values,
+                        strips + group * (c1 - c0) * plan.size, plan.size);
           }
           filled = problem;
         }

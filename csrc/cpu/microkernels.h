@@ -144,6 +144,16 @@ struct Segment {
   int32_t target, length, first, last;
 };
 
+// A vector of a packed row, whose values come from two windows of the plane: lane[l] counts through the lanes of both. What
+// is not read is zero; the first window is less than a vector, so its last lane is a zero.
+struct Shuffle {
+  int64_t source[2];
+  int32_t count[2];  // values of each window
+  int32_t target, length;
+  bool onto;  // instead of the first window: what lies at the target
+  int32_t lane[16];
+};
+
 // Winograd transforms of one tile, all channels: [position] is a step of position_step. 16-bit types are transformed as
 // float32. Arrays of two: height, width.
 template <typename T>
@@ -159,6 +169,23 @@ struct WinogradKernels {
   void (*weight)(const W* taps, const int64_t* tap_offsets, int64_t vectors, W* u, int64_t position_step);
   // pixels[out * out][channel], from m[position][channel]; whether all results are finite
   bool (*output)(const W* m, int64_t position_step, int64_t channels, const W* bias, T* const* pixels);
+  // Of the gradient of the weight: z[position][channel], from pixels[out * out] of a tile of gy
+  void (*result)(const T* const* pixels, int64_t channels, W* z, int64_t position_step);
+  // taps[t * tap_step + channel], from m[position][channel], or added to; whether all are finite. Of float32 alone.
+  bool (*gradient)(const W* m, int64_t position_step, int64_t channels, W* taps, int64_t tap_step, bool add);
+};
+
+// c[row * ldc + col] = sum over p < depth of  a[p * lda + row] * b[p * ldb + col]
+// Columns are read and written in whole vectors.
+template <typename T>
+struct WinogradProduct {
+  int64_t depth;
+  const T* a;
+  int64_t lda, rows;
+  const T* b;
+  int64_t ldb, cols;  // at most Kernels::vectors
+  T* c;
+  int64_t ldc;
 };
 
 // Whatever reads a tensor reads stored values and makes words, of `pair` values each (1 unless words are pairs).
@@ -186,7 +213,11 @@ struct Kernels {
   // Words are made of neighbouring channels.
   void (*pack)(int64_t channels, int64_t taps, const T* plane, int64_t plane_stride, const Segment* segments,
                const int32_t* first, W* panel, int64_t width);
-  WinogradKernels<T> winograd[kWinograds];  // of float32 and the 16-bit types, the same ones
+  // The same of rows that are too short for runs, and for taps = 1: a row to each word of channels.
+  void (*shuffle)(int64_t channels, const T* plane, int64_t plane_stride, const Shuffle* first, const Shuffle* last,
+                  W* rows, int64_t width);
+  WinogradKernels<T> winograd[kWinograds];              // of float32 and the 16-bit types, the same ones
+  void (*winograd_product)(const WinogradProduct<T>&);  // of float32
   // to[c * to_step + r] = from[r * from_step + c],  r < rows, c < cols    words are made of neighbours in a row
   void (*transpose)(const T* from, int64_t from_step, int64_t rows, int64_t cols, W* to, int64_t to_step);
   // The same of float32 sums, rounded.

@@ -3,6 +3,9 @@
 #include "cpu/microkernels.h"
 
 #ifdef MYCONV_X86
+#if defined(__GNUC__) && !defined(__clang__)
+#pragma GCC diagnostic ignored "-Wstringop-overflow"  // where `bits` of the first of many 16-bit values is written to
+#endif
 #include <immintrin.h>
 #ifdef __clang__
 #pragma clang attribute push(__attribute__((target("avx2,fma,f16c"))), apply_to = function)

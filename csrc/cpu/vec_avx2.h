@@ -76,6 +76,12 @@ struct F32 {
     even = _mm256_shuffle_ps(low, high, 0x88);
     odd = _mm256_shuffle_ps(low, high, 0xdd);
   }
+  static void interleave(V even, V odd, V& a, V& b) {  // its inverse
+    const V low = _mm256_unpacklo_ps(even, odd), high = _mm256_unpackhi_ps(even, odd);
+    a = _mm256_permute2f128_ps(low, high, 0x20);
+    b = _mm256_permute2f128_ps(low, high, 0x31);
+  }
+  static V keep(V v, Mask m) { return _mm256_and_ps(v, _mm256_castsi256_ps(m)); }  // zero outside
   using Index = __m256i;
   static Index index(const int32_t* lanes) { return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(lanes)); }
   static V permute(V v, Index at) { return _mm256_permutevar8x32_ps(v, at); }  // lane l is v[at[l]]
@@ -134,6 +140,12 @@ struct F64 {
     even = _mm256_unpacklo_pd(low, high);
     odd = _mm256_unpackhi_pd(low, high);
   }
+  static void interleave(V even, V odd, V& a, V& b) {
+    const V low = _mm256_unpacklo_pd(even, odd), high = _mm256_unpackhi_pd(even, odd);
+    a = _mm256_permute2f128_pd(low, high, 0x20);
+    b = _mm256_permute2f128_pd(low, high, 0x31);
+  }
+  static V keep(V v, Mask m) { return _mm256_and_pd(v, _mm256_castsi256_pd(m)); }
   using Index = __m256i;  // of the 32-bit halves
   static Index index(const int32_t* lanes) {
     const __m256i low =

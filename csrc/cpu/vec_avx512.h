@@ -69,6 +69,12 @@ struct F32 {
     even = _mm512_permutex2var_ps(a, at, b);
     odd = _mm512_permutex2var_ps(a, _mm512_add_epi32(at, _mm512_set1_epi32(1)), b);
   }
+  static void interleave(V even, V odd, V& a, V& b) {  // its inverse
+    const __m512i at = _mm512_setr_epi32(0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
+    a = _mm512_permutex2var_ps(even, at, odd);
+    b = _mm512_permutex2var_ps(even, _mm512_add_epi32(at, _mm512_set1_epi32(8)), odd);
+  }
+  static V keep(V v, Mask m) { return _mm512_maskz_mov_ps(m, v); }  // zero outside
   using Index = __m512i;
   static Index index(const int32_t* lanes) { return _mm512_loadu_si512(lanes); }
   static V permute(V v, Index at) { return _mm512_permutexvar_ps(at, v); }               // lane l is v[at[l]]
@@ -125,6 +131,12 @@ struct F64 {
     even = _mm512_permutex2var_pd(a, at, b);
     odd = _mm512_permutex2var_pd(a, _mm512_add_epi64(at, _mm512_set1_epi64(1)), b);
   }
+  static void interleave(V even, V odd, V& a, V& b) {
+    const __m512i at = _mm512_setr_epi64(0, 8, 1, 9, 2, 10, 3, 11);
+    a = _mm512_permutex2var_pd(even, at, odd);
+    b = _mm512_permutex2var_pd(even, _mm512_add_epi64(at, _mm512_set1_epi64(4)), odd);
+  }
+  static V keep(V v, Mask m) { return _mm512_maskz_mov_pd(m, v); }
   using Index = __m512i;
   static Index index(const int32_t* lanes) {
     return _mm512_cvtepi32_epi64(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(lanes)));

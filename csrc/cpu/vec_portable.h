@@ -44,6 +44,17 @@ struct Vec {
       odd[i] = i < kLanes / 2 ? a[at + 1] : b[at + 1];
     }
   }
+  static void interleave(V even, V odd, V& a, V& b) {  // its inverse
+    for (int i = 0; i < kLanes; ++i) {
+      a[i] = (i % 2 ? odd : even)[i / 2];
+      b[i] = (i % 2 ? odd : even)[(kLanes + i) / 2];
+    }
+  }
+  static V keep(V v, Mask m) {  // zero outside
+    V kept{};
+    for (int64_t i = m.first; i < m.last; ++i) kept[i] = v[i];
+    return kept;
+  }
   using Index = const int32_t*;
   static Index index(const int32_t* lanes) { return lanes; }
   static V permute(V v, Index at) { return permute(v, v, at); }  // lane l is v[at[l]]

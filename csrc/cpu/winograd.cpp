@@ -26,14 +26,12 @@
 // A tile with a result that is not finite is computed again without transforms, in which an infinity would spread.
 // 16-bit types are float32 from the transforms of what is read to those of what is written, and rounded there.
 // Declines: other kernels, strides and types. Yields where direct computation or the other tile size takes less time.
-#include <algorithm>
 #include <cmath>
 
 #include "cpu/algorithms.h"
-#include "cpu/gather.h"
-#include "cpu/gemm_blocks.h"
 #include "cpu/isa.h"
 #include "cpu/parallel.h"
+#include "cpu/winograd_tiles.h"
 
 namespace myconv::cpu {
 namespace {
@@ -46,67 +44,19 @@ constexpr int64_t kInputBytes = 12 << 20;   // bytes of V of all threads
 constexpr int64_t kAllWeights = 32 << 20;   // and bytes of U, or of V, that all threads have of their own
 constexpr int64_t kColumnsPerThread = 64;   // from which on all tiles' transforms are little beside the products
 constexpr int64_t kFewChannels = 16;        // whose transforms are not shared by enough products
+constexpr int64_t kFewTogether = 40;        // in and out channels, of which what a tile takes besides is most
 constexpr int64_t kMostTiles = 64;          // of a block
 constexpr int64_t kMostTaps = 25;           // of a kernel
-constexpr int64_t kMostPixels = 81;         // that a tile reads
 constexpr int64_t kMostResults = 16;        // of a tile
 constexpr int64_t kMostFrames = 64;         // taps of the third axis
-constexpr int64_t kStripChannels = 64;      // NCHW: channels that are transposed at a time
 constexpr int64_t kWeightChannels = 64;     // whose taps are packed at a time
-
-// The source of each position of an axis, from the first pixel of the first tile on; -1 is a zero.
-using Sources = c10::SmallVector<int64_t, 128>;
-
-// Tiles along an axis, and what they read. Positions count from the first one that is read.
-struct Axis {
-  int64_t out, in, stride, count;       // results of a tile, positions it reads; results of the axis
-  int64_t dilation;                     // between the results of a tile, and between what it reads
-  c10::SmallVector<int64_t, 64> first;  // result of each tile
-  Sources source;                       // of each position; -1 is a zero
-  c10::SmallVector<int64_t, 8> tap;     // of the weight, in the order of positions
-
-  // Tiles of different remainders by the dilation overlap: in_order has them follow each other by their first result,
-  // else tiles of one remainder follow each other.
-  Axis(const GatherAxis& a, int64_t results, int64_t reads, bool in_order)
-      : out(results), in(reads), stride(a.from_step), count(a.count), dilation(1), tap(a.tap) {
-    if (a.taps() > 1) dilation = std::abs(a.offset[1] - a.offset[0]);
-    const int64_t low = std::min(a.offset.front(), a.offset.back());
-    if (low < a.offset.front()) std::reverse(tap.begin(), tap.end());
-    const int64_t remainders = std::min(dilation, count);
-    if (in_order) {
-      for (int64_t start = 0; start < count; start += out * dilation)
-        for (int64_t r = 0; r < remainders && start + r < count; ++r) first.push_back(start + r);
-    } else {
-      for (int64_t r = 0; r < remainders; ++r)
-        for (int64_t start = r; start < count; start += out * dilation) first.push_back(start);
-    }
-    const int64_t last = *std::max_element(first.begin(), first.end());
-    for (int64_t p = 0; p <= position(last, in - 1); ++p) {
-      const int64_t at = padded_index(p + low, a.from_extent, a.mode);
-      // The last tile may reach further than any result, and than any padding mode.
-      source.push_back(at >= 0 && at < a.from_extent ? at : -1);
-    }
-  }
-  int64_t tiles() const { return static_cast<int64_t>(first.size()); }
-  int64_t result(int64_t first_result, int64_t i) const { return first_result + i * dilation; }
-  int64_t position(int64_t first_result, int64_t j) const { return first_result * stride + j * dilation; }
-  // Positions that a tile shares with the one before.
-  int64_t shared(int64_t tile) const {
-    if (tile == 0 || tile >= tiles() || first[tile] - first[tile - 1] != out * dilation) return 0;
-    return std::max<int64_t>(0, in - out * stride);
-  }
-};
-
-// From one position to the next. A line is added: steps that are powers of two would put all positions into the same few
-// sets of the cache.
-constexpr int64_t step(int64_t elements) { return elements + 16; }
 
 // What is computed. Frames are the results' positions on the third axis: each is an image of its own.
 struct Problem {
   Gather gather;
   const GatherPhase& phase;
   const WinogradKernels<float>& transforms;
-  Axis h, w;
+  TileAxis h, w;
   int64_t depth;           // of the products: taps of the third axis times channels
   int64_t tiles_of_image;  // or frame
   int64_t tiles;
@@ -161,30 +111,18 @@ struct Plan {
     if (split_columns && whole_u)
       chunk = std::clamp<int64_t>(kInputBytes / (own_input ? threads : 1) / (bytes * depth), block, p.tiles);
     u_channels = split_columns && chunk <= block ? std::min(depth, kBlock) : depth;
-    u = positions * step(u_channels * width) * (split_columns ? 1 : panels);
-    v = positions * step(chunk * depth), m = positions * step(block * width);
+    u = positions * position_step(u_channels * width) * (split_columns ? 1 : panels);
+    v = positions * position_step(chunk * depth), m = positions * position_step(block * width);
     strip = result_strip = 0;
     if (!channels_last) {
-      // Whole tile rows, or a piece of one.
-      const int64_t columns = std::min(block, p.w.tiles()), rows = std::min(ceil_div(block, columns), p.h.tiles());
-      int64_t span = 0;  // between the first results of a row's first and last tile
-      for (int64_t i = columns - 1; i < p.w.tiles(); ++i)
-        span = std::max(span, p.w.first[i] - p.w.first[i - columns + 1]);
-      const int64_t lines = rows * p.h.in - (p.h.dilation == 1 ? (rows - 1) * p.h.shared(1) : 0);
-      strip = lines * (p.w.position(span, p.w.in - 1) + 1) * std::min(from, kStripChannels);
-      result_strip = rows * p.h.out * (p.w.result(span, p.w.out - 1) + 1) * width;
+      strip = TileReader<float>::strip_size(p.h, p.w, block, from);
+      result_strip = TileReader<float>::strip_size(p.h.of_results(), p.w.of_results(), block, width);
     }
     taps = kWeightChannels * p.transforms.taps[0] * p.transforms.taps[1] * width;
     // Besides: a row of zeros to read from (shared) and one to write to.
     shared = from + (own_input ? 0 : v);
     of_thread = round_up(u + (own_input ? v : 0) + m + strip + result_strip + taps + width, 16);
   }
-};
-
-// A rectangle of tiles of one image.
-struct Tiles {
-  int64_t image, frame, h0, h1, w0, w1;
-  int64_t count() const { return (h1 - h0) * (w1 - w0); }
 };
 
 template <typename T>
@@ -304,7 +242,7 @@ class Winograd {
                 panel_columns(panel), packed);
       for (int64_t i = 0; i < channels; ++i)
         t_.weight(packed + i * taps * width, offsets, width / kernels_.lanes, u + (d - d0 + i) * width,
-                  step(plan_.u_channels * width));
+                  position_step(plan_.u_channels * width));
       d += channels;
     }
   }
@@ -328,25 +266,20 @@ class Winograd {
                   columns, packed + t * width, taps * width);
   }
 
-  // Calls f(rectangle, tiles before it) for the rectangles that tiles [first, last) are made of.
-  template <typename F>
-  void each_rectangle(int64_t first, int64_t last, const F& f) const {
-    const int64_t tiles_w = p_.w.tiles();
-    for (int64_t tile = first; tile < last;) {
-      const int64_t image = tile / p_.tiles_of_image, in_image = tile % p_.tiles_of_image;
-      const int64_t h = in_image / tiles_w, w = in_image % tiles_w, left = last - tile;
-      Tiles r{image / p_.frames(), image % p_.frames(), h, h + 1, w, std::min(tiles_w, w + left)};
-      if (w == 0 && left >= tiles_w) r.h1 = h + std::min(left / tiles_w, p_.h.tiles() - h);
-      f(r, tile - first);
-      tile += r.count();
-    }
-  }
-
   // v[position][tile - first][depth]
   void transform_input(int64_t group, int64_t first, int64_t last, const Scratch& s, float* v, int64_t v_tiles) const {
-    const int64_t from = g_.from_per_group, depth = p_.depth, v_step = step(v_tiles * depth);
+    const int64_t from = g_.from_per_group, depth = p_.depth, v_step = position_step(v_tiles * depth);
     const GatherAxis& third = p_.phase.axis[0];
-    each_rectangle(first, last, [&](const Tiles& r, int64_t before) {
+    const TileReader<T> reader{p_.h,
+                               p_.w,
+                               stored_.winograd[variant_].input,
+                               t_.input,
+                               stored_,
+                               channels_last_,
+                               g_.from_stride.axis,
+                               g_.from_stride.channel,
+                               zeros_};
+    each_rectangle(p_.h, p_.w, p_.frames(), first, last, [&](const TileRectangle& r, int64_t before) {
       for (int64_t tap = 0; tap < third.taps(); ++tap) {
         const int64_t frame = third.source(r.frame, tap);
         if (frame < 0) {
@@ -357,66 +290,9 @@ class Winograd {
         }
         const T* const image = from_ + r.image * g_.from_stride.batch + frame * g_.from_stride.axis[0] +
                                group * from * g_.from_stride.channel;
-        const int64_t most = channels_last_ ? from : kStripChannels;
-        for (int64_t c = 0; c < from; c += most)
-          transform_rectangle(r, image + c * g_.from_stride.channel, std::min(most, from - c), s.strip,
-                              v + before * depth + tap * from + c, v_step);
+        reader.read(r, image, from, s.strip, {v + before * depth + tap * from, from, 0, v_step, depth});
       }
     });
-  }
-
-  void transform_rectangle(const Tiles& r, const T* image, int64_t channels, float* strip, float* v,
-                           int64_t v_step) const {
-    const Axis &h = p_.h, &w = p_.w;
-    const int64_t low = w.position(w.first[r.w0], 0),
-                  pitch = (w.position(w.first[r.w1 - 1], w.in - 1) + 1 - low) * channels;
-    if (!channels_last_) fill_strip(r, image, channels, strip);
-    const float* line = strip;  // of the first one that the tile row reads
-    for (int64_t th = r.h0; th < r.h1; ++th) {
-      if (th > r.h0) line += (h.in - h.shared(th)) * pitch;
-      for (int64_t tw = r.w0; tw < r.w1; ++tw, v += p_.depth)
-        if (channels_last_)
-          transform_tile(stored_, channels, v, v_step, [&](int64_t i, int64_t j) {
-            const int64_t at_h = h.source[h.position(h.first[th], i)], at_w = w.source[w.position(w.first[tw], j)];
-            return at_h < 0 || at_w < 0 ? zeros_
-                                        : image + at_h * g_.from_stride.axis[1] + at_w * g_.from_stride.axis[2];
-          });
-        else
-          transform_tile(kernels_, channels, v, v_step, [&](int64_t i, int64_t j) {
-            return line + i * pitch + (w.position(w.first[tw], j) - low) * channels;
-          });
-    }
-  }
-
-  // One tile, whose pixel (i, j) lies at pixel(i, j): stored values, or float32 of a strip.
-  template <typename P, typename At>
-  void transform_tile(const Kernels<P>& kernels, int64_t channels, float* v, int64_t v_step, const At& pixel) const {
-    const P* pixels[kMostPixels];
-    for (int64_t i = 0; i < p_.h.in; ++i)
-      for (int64_t j = 0; j < p_.w.in; ++j) pixels[i * p_.w.in + j] = pixel(i, j);
-    kernels.winograd[variant_].input(pixels, channels, v, v_step);
-  }
-
-  // strip[line][pixel][channel] of what the tiles of r read, with its padding.
-  void fill_strip(const Tiles& r, const T* planes, int64_t channels, float* strip) const {
-    const Axis &h = p_.h, &w = p_.w;
-    const int64_t plane = g_.from_stride.channel;
-    const int64_t w0 = w.position(w.first[r.w0], 0), w1 = w.position(w.first[r.w1 - 1], w.in - 1) + 1;
-    for (int64_t tile = r.h0; tile < r.h1; ++tile)
-      for (int64_t i = tile > r.h0 ? h.shared(tile) : 0; i < h.in; ++i, strip += (w1 - w0) * channels) {
-        const int64_t at_h = h.source[h.position(h.first[tile], i)], line = at_h * g_.from_stride.axis[1];
-        for (int64_t at = w0; at < w1;) {  // runs of pixels that lie side by side
-          const int64_t first = at_h < 0 ? -1 : w.source[at];
-          int64_t end = at + 1;
-          while (end < w1 && (first < 0 ? at_h < 0 || w.source[end] < 0 : w.source[end] == first + end - at)) ++end;
-          float* const target = strip + (at - w0) * channels;
-          if (first < 0)
-            std::fill_n(target, (end - at) * channels, 0.0f);
-          else
-            stored_.transpose(planes + line + first, plane, channels, end - at, target, channels);
-          at = end;
-        }
-      }
   }
 
   // m[position][tile][column] += sum over [d0, d1) of v[position][tile][d] * u[position][d - d0][column]; from 0 on, m
@@ -431,15 +307,15 @@ class Winograd {
         for (int64_t i = 0; i < row_tiles; ++i) {
           const int64_t row = tiles * i / row_tiles, rows = tiles * (i + 1) / row_tiles - row;
           for (int64_t r = 0; r < rows; ++r) {
-            a[r] = v + position * step(v_tiles * depth) + (row + r) * depth + d;
-            c[r] = m + position * step(tiles * width) + (row + r) * width;
+            a[r] = v + position * position_step(v_tiles * depth) + (row + r) * depth + d;
+            c[r] = m + position * position_step(tiles * width) + (row + r) * width;
           }
           kernels_.gemm[rows - 1]({.taps = 1,
                                    .depth = std::min(kBlock, d1 - d),
                                    .a = a,
                                    .a_offset = 0,
                                    .a_step = 1,
-                                   .b = u + position * step(plan_.u_channels * width) + (d - d0) * width,
+                                   .b = u + position * position_step(plan_.u_channels * width) + (d - d0) * width,
                                    .b_offsets = nullptr,
                                    .ldb = width,
                                    .c = c,
@@ -451,17 +327,17 @@ class Winograd {
   }
 
   void transform_output(int64_t group, int64_t panel, int64_t first, int64_t last, const Scratch& s) const {
-    const Axis &h = p_.h, &w = p_.w;
+    const TileAxis &h = p_.h, &w = p_.w;
     const int64_t width = plan_.width, k = group * g_.to_per_group + panel * width;
     const ActivationStrides& to_stride = g_.to_stride;
-    each_rectangle(first, last, [&](const Tiles& r, int64_t before) {
+    each_rectangle(p_.h, p_.w, p_.frames(), first, last, [&](const TileRectangle& r, int64_t before) {
       T* const image = to_ + r.image * to_stride.batch + r.frame * to_stride.axis[0] + k * to_stride.channel;
       const int64_t low = w.first[r.w0], pitch = strip_pixels(r) * width;
       const float* m = s.m + before * width;
       for (int64_t th = r.h0; th < r.h1; ++th)
         for (int64_t tw = r.w0; tw < r.w1; ++tw, m += width) {
           const Tile tile{group, panel, r.image, r.frame, h.first[th], w.first[tw]};
-          const int64_t m_step = step((last - first) * width);
+          const int64_t m_step = position_step((last - first) * width);
           if (channels_last_)
             finish_tile(stored_, tile, m, m_step, [&](int64_t i, int64_t j) {
               const int64_t at_h = h.result(tile.h, i), at_w = w.result(tile.w, j);
@@ -495,13 +371,13 @@ class Winograd {
   }
 
   // Pixels of a line of the strip of results.
-  int64_t strip_pixels(const Tiles& r) const {
+  int64_t strip_pixels(const TileRectangle& r) const {
     return p_.w.result(p_.w.first[r.w1 - 1], p_.w.out - 1) + 1 - p_.w.first[r.w0];
   }
 
   // Results go from the strip to their planes in runs: with a dilation other tiles may own those in between.
-  void empty_strip(const Tiles& r, const float* strip, int64_t columns, T* planes) const {
-    const Axis &h = p_.h, &w = p_.w;
+  void empty_strip(const TileRectangle& r, const float* strip, int64_t columns, T* planes) const {
+    const TileAxis &h = p_.h, &w = p_.w;
     const int64_t low = w.first[r.w0], pixels = strip_pixels(r), end = std::min(pixels, w.count - low);
     c10::SmallVector<bool, 256> own(pixels, w.dilation == 1);
     if (w.dilation > 1)
@@ -524,7 +400,7 @@ class Winograd {
   template <typename P>
   void compute_directly(const Kernels<P>& kernels, const Tile& tile, P* const* pixels) const {
     const GatherAxis* const a = p_.phase.axis;
-    const Axis &h = p_.h, &w = p_.w;
+    const TileAxis &h = p_.h, &w = p_.w;
     const int64_t from = g_.from_per_group;
     const T* const x = from_ + tile.image * g_.from_stride.batch + tile.group * from * g_.from_stride.channel;
     const auto value = [&](const T& stored) {
@@ -611,8 +487,9 @@ const char* decline(const ConvShape& s, Direction direction, bool small) {
 // step and 20 besides; a transform of one vector of channels takes about as long as its loads and stores.
 double product_cycles(double rows, double depth, double columns) { return rows / 8 * columns * (4 * depth + 20); }
 
+constexpr double kVector = 16;
+
 double winograd_cycles(const ConvShape& s, Direction direction, const WinogradKernels<float>& t) {
-  constexpr double kVector = 16;
   const bool forward = direction == Direction::kForward;
   const int64_t* const extent = forward ? s.out : s.in;
   const double from = forward ? s.in_per_group : s.out_per_group, to = forward ? s.out_per_group : s.in_per_group;
@@ -642,11 +519,25 @@ double direct_cycles(const ConvShape& s, Direction direction) {
   const auto pixels = static_cast<double>(forward ? s.out_pixels() : s.in_pixels());
   // What the direct way leaves out of the padding.
   const double inside = works_on_padding(s) ? dilated_share_inside(s) : 1;
-  return product_cycles(pixels * inside, static_cast<double>(s.taps()) * words, std::ceil(to / 16));
+  const double depth = static_cast<double>(s.taps()) * words;
+  if (s.channels_last()) return product_cycles(pixels * inside, depth, std::ceil(to / kVector));
+  // NCHW: vectors of pixels, of each line or of the lines of a strip joined. A vector of the strip takes 4 cycles.
+  const int64_t* const extent = forward ? s.out : s.in;
+  double strip = 1, line[3];
+  for (int d = 0; d < 3; ++d) {
+    const int64_t step = forward ? std::min(s.stride[d], s.kernel[d]) : 1;
+    line[d] = static_cast<double>(extent[d] + (s.kernel[d] - 1) * s.dilation[d] / (forward ? s.stride[d] : 1));
+    strip *= static_cast<double>(step) * line[d];
+  }
+  const auto lines = static_cast<double>(extent[0] * extent[1]), values = static_cast<double>(extent[2]);
+  const double joined = std::ceil(((lines - 1) * line[2] + values) / kVector);
+  const double vectors = std::min(joined, lines * std::ceil(values / kVector));
+  return product_cycles(to, depth, vectors * inside) + 4 * words * strip / kVector;
 }
 
 const char* yield(const ConvShape& s, Direction direction, bool small) {
-  if ((direction == Direction::kForward ? s.in_per_group : s.out_per_group) < kFewChannels) return "few channels";
+  const int64_t from = direction == Direction::kForward ? s.in_per_group : s.out_per_group;
+  if (from < kFewChannels || s.in_per_group + s.out_per_group < kFewTogether) return "few channels";
   const WinogradKernels<float>& t = *transforms(s, small);
   if (t.stride > 1 && t.positions * s.taps() / (s.kernel[1] * s.kernel[2]) * s.in_per_group * s.out_per_group >
                           kLargeWeights / static_cast<int64_t>(sizeof(float)))

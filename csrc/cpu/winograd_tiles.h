@@ -1,0 +1,192 @@
+// Tiles of Winograd's algorithms: where they lie along an axis, what they read, and its way into the transforms.
+#pragma once
+
+#include <algorithm>
+#include <cmath>
+
+#include "cpu/gather.h"
+#include "cpu/gemm_blocks.h"
+#include "cpu/microkernels.h"
+
+namespace myconv::cpu {
+
+inline constexpr int64_t kMostTilePixels = 81;  // that a tile reads
+inline constexpr int64_t kStripChannels = 64;   // NCHW: channels that are transposed at a time
+
+// Tiles along an axis, and what they read. Positions count from the first one that is read.
+struct TileAxis {
+  int64_t out, in, stride, count;         // results of a tile, positions it reads; results of the axis
+  int64_t dilation;                       // between the results of a tile, and between what it reads
+  c10::SmallVector<int64_t, 64> first;    // result of each tile
+  c10::SmallVector<int64_t, 128> source;  // of each position; -1 is a zero
+  c10::SmallVector<int64_t, 8> tap;       // of the weight, in the order of positions
+
+  // Tiles of different remainders by the dilation overlap: in_order has them follow each other by their first result,
+  // else tiles of one remainder follow each other.
+  TileAxis(const GatherAxis& a, int64_t results, int64_t reads, bool in_order)
+      : out(results), in(reads), stride(a.from_step), count(a.count), dilation(1), tap(a.tap) {
+    if (a.taps() > 1) dilation = std::abs(a.offset[1] - a.offset[0]);
+    const int64_t low = std::min(a.offset.front(), a.offset.back());
+    if (low < a.offset.front()) std::reverse(tap.begin(), tap.end());
+    const int64_t remainders = std::min(dilation, count);
+    if (in_order) {
+      for (int64_t start = 0; start < count; start += out * dilation)
+        for (int64_t r = 0; r < remainders && start + r < count; ++r) first.push_back(start + r);
+    } else {
+      for (int64_t r = 0; r < remainders; ++r)
+        for (int64_t start = r; start < count; start += out * dilation) first.push_back(start);
+    }
+    const int64_t last = *std::max_element(first.begin(), first.end());
+    for (int64_t p = 0; p <= position(last, in - 1); ++p) {
+      const int64_t at = padded_index(p + low, a.from_extent, a.mode);
+      // The last tile may reach further than any result, and than any padding mode.
+      source.push_back(at >= 0 && at < a.from_extent ? at : -1);
+    }
+  }
+  // The same tiles, that read what are their results here.
+  TileAxis of_results() const {
+    TileAxis axis = *this;
+    axis.in = out, axis.stride = 1;
+    axis.source.clear();
+    const int64_t last = *std::max_element(first.begin(), first.end());
+    for (int64_t p = 0; p <= axis.position(last, out - 1); ++p) axis.source.push_back(p < count ? p : -1);
+    return axis;
+  }
+  int64_t tiles() const { return static_cast<int64_t>(first.size()); }
+  int64_t result(int64_t first_result, int64_t i) const { return first_result + i * dilation; }
+  int64_t position(int64_t first_result, int64_t j) const { return first_result * stride + j * dilation; }
+  // Positions that a tile shares with the one before.
+  int64_t shared(int64_t tile) const {
+    if (tile == 0 || tile >= tiles() || first[tile] - first[tile - 1] != out * dilation) return 0;
+    return std::max<int64_t>(0, in - out * stride);
+  }
+};
+
+// From one position to the next. A line is added: steps that are powers of two would put all positions into the same few
+// sets of the cache.
+constexpr int64_t position_step(int64_t elements) { return elements + 16; }
+
+// A rectangle of tiles of one frame of one image.
+struct TileRectangle {
+  int64_t image, frame, h0, h1, w0, w1;
+  int64_t count() const { return (h1 - h0) * (w1 - w0); }
+};
+
+// Calls f(rectangle, tiles before it) for the rectangles that tiles [first, last) of all images are made of.
+template <typename F>
+void each_rectangle(const TileAxis& h, const TileAxis& w, int64_t frames, int64_t first, int64_t last, const F& f) {
+  const int64_t tiles_w = w.tiles(), of_frame = h.tiles() * tiles_w;
+  for (int64_t tile = first; tile < last;) {
+    const int64_t frame = tile / of_frame, in_frame = tile % of_frame;
+    const int64_t row = in_frame / tiles_w, column = in_frame % tiles_w, left = last - tile;
+    TileRectangle r{frame / frames, frame % frames, row, row + 1, column, std::min(tiles_w, column + left)};
+    if (column == 0 && left >= tiles_w) r.h1 = row + std::min(left / tiles_w, h.tiles() - row);
+    f(r, tile - first);
+    tile += r.count();
+  }
+}
+
+// A tile's transform, of values as they lie or of float32 ones in a strip.
+template <typename T>
+using TileTransform = void (*)(const T* const* pixels, int64_t channels, float* to, int64_t position_step);
+
+// data[channel / panel][position][tile][channel % panel]
+struct TransformedTiles {
+  float* data;
+  int64_t panel, panel_step, position_step, tile_step;
+};
+
+template <typename T>
+struct TileReader {
+  const TileAxis &h, &w;
+  TileTransform<T> of_stored;
+  TileTransform<float> of_strip;
+  const Kernels<T>& stored;
+  bool channels_last;
+  const int64_t (&stride)[3];  // of the pixels
+  int64_t plane;               // from one channel to the next
+  const T* zeros;
+
+  // Elements of the strip that up to `tiles` tiles take: whole tile rows, or a piece of one.
+  static int64_t strip_size(const TileAxis& h, const TileAxis& w, int64_t tiles, int64_t channels) {
+    const int64_t columns = std::min(tiles, w.tiles()), rows = std::min(ceil_div(tiles, columns), h.tiles());
+    int64_t span = 0;  // between the first results of a row's first and last tile
+    for (int64_t i = columns - 1; i < w.tiles(); ++i) span = std::max(span, w.first[i] - w.first[i - columns + 1]);
+    const int64_t lines = rows * h.in - (h.dilation == 1 ? (rows - 1) * h.shared(1) : 0);
+    return lines * (w.position(span, w.in - 1) + 1) * std::min(channels, kStripChannels);
+  }
+
+  // The tiles of r, whose channel 0 lies at `image`.
+  void read(const TileRectangle& r, const T* image, int64_t channels, float* strip, const TransformedTiles& to) const {
+    if (channels_last) {
+      each_tile(r, to, [&](int64_t th, int64_t tw, TransformedTiles tile) {
+        const T* pixels[kMostTilePixels];
+        const int64_t count = h.in * w.in;
+        for (int64_t i = 0; i < h.in; ++i) {
+          const int64_t at_h = h.source[h.position(h.first[th], i)];
+          for (int64_t j = 0; j < w.in; ++j) {
+            const int64_t at_w = w.source[w.position(w.first[tw], j)];
+            pixels[i * w.in + j] = at_h < 0 || at_w < 0 ? zeros : image + at_h * stride[1] + at_w * stride[2];
+          }
+        }
+        for (int64_t c = 0; c < channels; c += to.panel) {
+          of_stored(pixels, std::min(to.panel, channels - c), tile.data, to.position_step);
+          for (int64_t i = 0; i < count; ++i) pixels[i] += to.panel;
+          tile.data += to.panel_step;
+        }
+      });
+      return;
+    }
+    for (int64_t c = 0; c < channels;) {
+      const int64_t in_panel = c % to.panel, most = std::min({channels - c, to.panel - in_panel, kStripChannels});
+      TransformedTiles part = to;
+      part.data += c / to.panel * to.panel_step + in_panel;
+      read_planes(r, image + c * plane, most, strip, part);
+      c += most;
+    }
+  }
+
+  void read_planes(const TileRectangle& r, const T* planes, int64_t channels, float* strip,
+                   const TransformedTiles& to) const {
+    const int64_t low = w.position(w.first[r.w0], 0),
+                  pitch = (w.position(w.first[r.w1 - 1], w.in - 1) + 1 - low) * channels;
+    fill_strip(r, planes, channels, strip);
+    const float* line = strip;  // of the first one that the tile row reads
+    each_tile(r, to, [&](int64_t th, int64_t tw, const TransformedTiles& tile) {
+      if (th > r.h0 && tw == r.w0) line += (h.in - h.shared(th)) * pitch;
+      const float* pixels[kMostTilePixels];
+      for (int64_t i = 0; i < h.in; ++i)
+        for (int64_t j = 0; j < w.in; ++j)
+          pixels[i * w.in + j] = line + i * pitch + (w.position(w.first[tw], j) - low) * channels;
+      of_strip(pixels, channels, tile.data, to.position_step);
+    });
+  }
+
+  template <typename F>
+  void each_tile(const TileRectangle& r, TransformedTiles to, const F& f) const {
+    for (int64_t th = r.h0; th < r.h1; ++th)
+      for (int64_t tw = r.w0; tw < r.w1; ++tw, to.data += to.tile_step) f(th, tw, to);
+  }
+
+  // strip[line][pixel][channel] of what the tiles of r read, with its padding.
+  void fill_strip(const TileRectangle& r, const T* planes, int64_t channels, float* strip) const {
+    const int64_t w0 = w.position(w.first[r.w0], 0), w1 = w.position(w.first[r.w1 - 1], w.in - 1) + 1;
+    for (int64_t tile = r.h0; tile < r.h1; ++tile)
+      for (int64_t i = tile > r.h0 ? h.shared(tile) : 0; i < h.in; ++i, strip += (w1 - w0) * channels) {
+        const int64_t at_h = h.source[h.position(h.first[tile], i)], line = at_h * stride[1];
+        for (int64_t at = w0; at < w1;) {  // runs of pixels that lie side by side
+          const int64_t first = at_h < 0 ? -1 : w.source[at];
+          int64_t end = at + 1;
+          while (end < w1 && (first < 0 ? at_h < 0 || w.source[end] < 0 : w.source[end] == first + end - at)) ++end;
+          float* const target = strip + (at - w0) * channels;
+          if (first < 0)
+            std::fill_n(target, (end - at) * channels, 0.0f);
+          else
+            stored.transpose(planes + line + first, plane, channels, end - at, target, channels);
+          at = end;
+        }
+      }
+  }
+};
+
+}  // namespace myconv::cpu
