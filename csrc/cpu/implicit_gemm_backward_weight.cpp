@@ -60,9 +60,9 @@ struct Problem {
       if (s.channels_last()) s.batch = 1;
       for (int d = 0; d < 3; ++d) s.in[d] = s.out[d] = d < 2 ? 1 : pixels;
     }
-    exchanged =
-        pointwise && cost(s.out_per_group, s.in_per_group, s.weight_stride[1], tile_rows, lanes, vectors, !merges) <
-                         cost(s.in_per_group, s.out_per_group, s.weight_stride[0], tile_rows, lanes, vectors, false);
+    exchanged = pointwise && (s.groups == 1 || 2 * std::min(s.in_per_group, s.out_per_group) > lanes) &&
+                cost(s.out_per_group, s.in_per_group, s.weight_stride[1], tile_rows, lanes, vectors, !merges) <
+                    cost(s.in_per_group, s.out_per_group, s.weight_stride[0], tile_rows, lanes, vectors, false);
     columns = activation_strides(s.layout, s.out_channels(), s.out);
     if (!exchanged) return;
     strided = !merges;
