@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import myconv
-from cases import CHANNELS_LAST, Case
+from cases import CHANNELS_LAST, DIRECTIONS, Case
 from checking import isas
 
 LAYERS = json.loads((Path(__file__).parents[1] / "benchmarks" / "layers.json").read_text())
@@ -27,7 +27,7 @@ CASES = [as_case(layer) for layer in LAYERS]
 @pytest.mark.parametrize("isa", [isa for isa in isas("cpu") if isa != "portable"])
 @pytest.mark.parametrize("channels_last", [False, True], ids=["contiguous", "channels_last"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("direction", ["forward", "backward_input"])
+@pytest.mark.parametrize("direction", DIRECTIONS)
 def test_no_layer_runs_on_the_reference(direction, dtype, channels_last, isa):
     slow = []
     with myconv.flags.isa(isa):
