@@ -32,7 +32,7 @@ class NotBuilt(Exception):
     """There is no ninja or no compiler, or it refused."""
 
 
-def native(name: str, sources: Sequence[str | Path]) -> ctypes.CDLL:
+def native(name: str, sources: Sequence[str | Path], flags: Sequence[str] = ()) -> ctypes.CDLL:
     """Compiles and loads a library. Its functions release Python's lock."""
     from torch.utils.cpp_extension import load
 
@@ -45,7 +45,7 @@ def native(name: str, sources: Sequence[str | Path]) -> ctypes.CDLL:
         library = load(
             name=name,
             sources=[str(ROOT / source) for source in sources],
-            extra_cflags=FLAGS,
+            extra_cflags=[*FLAGS, *flags],
             extra_include_paths=[str(ROOT / "csrc")],
             build_directory=str(folder),
             is_python_module=False,

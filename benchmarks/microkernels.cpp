@@ -48,24 +48,6 @@ void gemm(const Kernels<T>& k, int rows, int cols, int depth, const T* a, const 
   for (int64_t i = 0; i < times; ++i) k.gemm[rows - 1](tile);
 }
 
-// C [rows][cols] += A [depth][rows], transposed, * B [depth][cols]
-template <typename T>
-void outer(const Kernels<T>& k, int rows, int cols, int depth, const T* a, const T* b, T* c, int64_t times) {
-  constexpr int kMaxDepth = 4096;
-  const T* b_rows[kMaxDepth];
-  if (depth > kMaxDepth) return;
-  for (int p = 0; p < depth; ++p) b_rows[p] = b + p * cols;
-  OuterTile<T> tile{};
-  tile.depth = depth;
-  tile.a = a;
-  tile.lda = rows;
-  tile.b = b_rows;
-  tile.c = c;
-  tile.ldc = cols;
-  tile.cols = cols;
-  for (int64_t i = 0; i < times; ++i) k.outer[rows - 1](tile);
-}
-
 // As gemm, through lists of terms and of vectors. B is read in whole vectors.
 template <typename T>
 void strip(const Kernels<T>& k, int rows, int cols, int depth, const T* a, const T* b, T* c, int64_t times) {
@@ -237,7 +219,6 @@ void tile_of(const char* isa, bool is_double, int* tile) {
     is_double ? run(find(isa)->f64) : run(find(isa)->f32);                                                          \
   }
 EXPORT(gemm)
-EXPORT(outer)
 EXPORT(strip)
 EXPORT(dot)
 EXPORT(lines)

@@ -23,7 +23,6 @@ import torch
 import torch.nn.functional as F
 from ceilings import Loop, NotBuilt, long_enough, loops, native
 from common import (
-    ROOT,
     check,
     describe,
     exit_status,
@@ -39,10 +38,11 @@ from common import (
 from torch import Tensor
 
 import myconv
+from myconv import _build
 
 # Kernels that are reported together.
 FAMILIES = {
-    "matrix product": ("gemm", "outer", "strip", "dot", "brgemm"),
+    "matrix product": ("gemm", "strip", "dot", "brgemm"),
     "depthwise": ("lines", "lines_stride_2", "pixels", "pixels_stride_2"),
     "Winograd's transforms": ("winograd_input", "winograd_weight", "winograd_output"),
 }
@@ -87,8 +87,10 @@ def parse_arguments() -> argparse.Namespace:
 
 @cache
 def library() -> ctypes.CDLL:
-    kernels = sorted((ROOT / "csrc" / "cpu").glob("microkernels_*.cpp"))
-    found = native("microkernels", ["benchmarks/microkernels.cpp", *kernels])
+    # The microkernels are those of the package: what Python has loaded is made visible to what is loaded next.
+    ctypes.CDLL(myconv._C.__file__, mode=ctypes.RTLD_GLOBAL)
+    portable = ["-DMYCONV_PORTABLE_ONLY"] if _build.ISA_BUILD == "portable" else []
+    found = native("microkernels", ["benchmarks/microkernels.cpp"], portable)
     found.run_brgemm.restype = ctypes.c_bool
     return found
 
@@ -105,7 +107,7 @@ def loop_of(isa: str, dtype: str) -> Loop | None:
 
 
 def sizes(kernel: str, isa: str, dtype: str, arguments: argparse.Namespace) -> Iterator[tuple[int, int, int]]:
-    """Rows, cols and depth: of gemm and outer every number of rows and vectors that there is."""
+    """Rows, cols and depth: of gemm every number of rows and vectors that there is."""
     most_rows, lanes, vectors = register_tile(isa, dtype)
     if arguments.tail >= lanes:
         return iter(())
@@ -158,17 +160,15 @@ class Problem(NamedTuple):
 def matrix_product(tile: Tile, draw: Callable[..., Tensor]) -> Problem:
     a, b = draw(tile.rows, tile.depth), draw(tile.depth, tile.cols)
     c = torch.zeros(tile.rows, tile.cols, dtype=torch.float32 if tile.dtype == "bfloat16" else a.dtype)
-    ours_a, ours_b = a, b
-    if tile.kernel == "outer":
-        ours_a = a.t().contiguous()
-    elif tile.kernel == "dot":
+    ours_b = b
+    if tile.kernel == "dot":
         ours_b = b.t().contiguous()
     elif tile.kernel == "strip":  # its last vector is read whole
         ours_b = torch.cat([b.flatten(), b.new_zeros(64)])
     elif tile.dtype == "bfloat16":  # pairs of rows side by side
         ours_b = b.view(tile.depth // 2, 2, tile.cols).transpose(1, 2).contiguous()
     flops = 2 * tile.rows * tile.cols * tile.depth
-    return Problem(function_of(tile, ours_a, ours_b, c), c, lambda dtype: a.to(dtype) @ b.to(dtype), flops)
+    return Problem(function_of(tile, a, ours_b, c), c, lambda dtype: a.to(dtype) @ b.to(dtype), flops)
 
 
 def depthwise(tile: Tile, draw: Callable[..., Tensor]) -> Problem:
