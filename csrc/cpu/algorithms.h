@@ -58,6 +58,7 @@ const char* depthwise_backward_input_decline(const ConvShape&);
 int64_t depthwise_backward_input_workspace(const ConvShape&, int threads);
 void depthwise_backward_input(const ConvShape&, const ConvPointers&, void* workspace, int threads);
 const char* depthwise_backward_weight_decline(const ConvShape&);
+const char* depthwise_backward_weight_yield(const ConvShape&);
 int64_t depthwise_backward_weight_workspace(const ConvShape&, int threads);
 void depthwise_backward_weight(const ConvShape&, const ConvPointers&, void* workspace, int threads);
 

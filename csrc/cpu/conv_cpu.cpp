@@ -55,7 +55,7 @@ const Algorithm kBackwardInput[] = {
 };
 const Algorithm kBackwardWeight[] = {
     {"depthwise", depthwise_backward_weight_decline, depthwise_backward_weight_workspace, depthwise_backward_weight,
-     kDepthwisePacks},
+     kDepthwisePacks, depthwise_backward_weight_yield},
     winograd_backward_weight(),
     {"implicit_gemm", implicit_gemm_backward_weight_decline, implicit_gemm_backward_weight_workspace,
      implicit_gemm_backward_weight, kGemmWeightPacks},

@@ -1076,6 +1076,10 @@ const char* depthwise_backward_input_decline(const ConvShape& s) { return declin
 const char* depthwise_backward_weight_decline(const ConvShape& s) {
   return s.batch == 0 ? "nothing to sum over" : decline(s, Direction::kBackwardWeight);
 }
+const char* depthwise_backward_weight_yield(const ConvShape& s) {
+  constexpr int64_t kVectorFilters = 16;
+  return s.groups == 1 && s.out_per_group >= kVectorFilters ? "one channel, filters enough for a vector" : nullptr;
+}
 
 int64_t depthwise_forward_workspace(const ConvShape& s, int threads) {
   return gather_workspace(s, Direction::kForward, threads);
