@@ -32,8 +32,10 @@ class NotBuilt(Exception):
     """There is no ninja or no compiler, or it refused."""
 
 
-def native(name: str, sources: Sequence[str | Path], flags: Sequence[str] = ()) -> ctypes.CDLL:
-    """Compiles and loads a library. Its functions release Python's lock."""
+def native(
+    name: str, sources: Sequence[str | Path], flags: Sequence[str] = (), libraries: Sequence[str] = ()
+) -> ctypes.CDLL:
+    """Compiles and loads a library, linked with others. Its functions release Python's lock."""
     from torch.utils.cpp_extension import load
 
     # The `ninja` package puts its program beside python: not on PATH unless the venv is activated.
@@ -46,6 +48,7 @@ def native(name: str, sources: Sequence[str | Path], flags: Sequence[str] = ()) 
             name=name,
             sources=[str(ROOT / source) for source in sources],
             extra_cflags=[*FLAGS, *flags],
+            extra_ldflags=list(libraries),
             extra_include_paths=[str(ROOT / "csrc")],
             build_directory=str(folder),
             is_python_module=False,

@@ -87,10 +87,10 @@ def parse_arguments() -> argparse.Namespace:
 
 @cache
 def library() -> ctypes.CDLL:
-    # The microkernels are those of the package: what Python has loaded is made visible to what is loaded next.
-    ctypes.CDLL(myconv._C.__file__, mode=ctypes.RTLD_GLOBAL)
     portable = ["-DMYCONV_PORTABLE_ONLY"] if _build.ISA_BUILD == "portable" else []
-    found = native("microkernels", ["benchmarks/microkernels.cpp"], portable)
+    # The microkernels are those of the package. Linked, not loaded with RTLD_GLOBAL, which would offer its symbols to
+    # every library of the process.
+    found = native("microkernels", ["benchmarks/microkernels.cpp"], portable, [myconv._C.__file__])
     found.run_brgemm.restype = ctypes.c_bool
     return found
 

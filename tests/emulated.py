@@ -89,7 +89,8 @@ def library(*sources: str, edits: Sequence[Edit] = (), options: Sequence[str] = 
     objects = [build("kernels.o", [edited(first, edits)], ["-c", *options, "-x", "c++"])]
     for path in ("tests/emulator/emulator.cpp", *others):
         objects.append(build(f"{pathlib.Path(path).stem}.o", [path], ["-c", "-x", "c++"]))
-    loaded = ctypes.CDLL(str(build("kernels.so", objects, ["-shared"])))
+    # Its symbols are its own, whatever else of this process has the same names: myconv._C does.
+    loaded = ctypes.CDLL(str(build("kernels.so", objects, ["-shared", "-Wl,-Bsymbolic"])))
     loaded.emulator_error.restype = ctypes.c_char_p
     return loaded
 
