@@ -9,7 +9,8 @@
 //
 // A matrix product of result channels (rows) and pixels (columns). A vector of columns lies anywhere (StripVector):
 // each line has its own vectors, or lines are joined at the pitch of the strip and what lies between is dropped.
-// backward_input has one such product for each phase of the stride (gather.h).
+// backward_input has one such product for each phase of the stride (gather.h). All of a block read the same strips, and
+// their results are interleaved on the way out: strips are packed once, and every line is written once.
 //
 // Where much of the work would be on zeros of the padding and all weights are finite, each block leaves out the taps
 // that read nothing else for its results; adding 0 changes nothing.
@@ -43,6 +44,7 @@ constexpr int64_t kLeastShuffled = 16;      // channels of a sample, for which t
 constexpr int64_t kSlack = 16;              // behind the strips: vectors are read whole
 constexpr int64_t kMostWeights = 48 << 20;  // bytes of packed weights
 constexpr int64_t kMaxPhases = 65536;       // of backward_input: each costs a little set-up
+constexpr int64_t kMostTogether = 16;       // phases that share strips
 
 // One axis of a strip: planes of equal length. Position i of plane p holds source position base[p] + i * step, counted
 // from what the block's first result reads. Taps share planes, one for each residue of their offsets, or where they
@@ -74,6 +76,7 @@ struct StripAxis {
   int64_t length(int64_t block) const { return shared(block) ? block + extra : block; }
   int64_t values(int64_t block) const { return planes(block) * length(block); }
   int64_t plane_base(int64_t p, int64_t block) const { return shared(block) ? base[p] : axis.offset[p]; }
+  int64_t tap(int64_t offset) const { return std::find(axis.offset.begin(), axis.offset.end(), offset) - axis.offset.begin(); }
   // Where tap t reads for the block's first result: its plane and the position there.
   int64_t plane(int64_t t, int64_t block) const {
     if (!shared(block)) return t;
@@ -83,7 +86,59 @@ struct StripAxis {
   int64_t shift(int64_t t, int64_t block) const { return shared(block) ? (axis.offset[t] - low) / axis.from_step : 0; }
 };
 
-// How one phase is cut. Scratch of each thread, in elements: the strips of a chunk of channels, result rows in the
+// Phases that share strips, [h][w]: of one residue along D. `shared` has the taps of all of them, by what they read, and
+// the most positions; it is no phase itself unless it is the only one.
+struct Family {
+  GatherPhase shared;
+  c10::SmallVector<const GatherPhase*, 1> phases;
+  int64_t along_w = 1, most_taps = 0, all_taps = 0;
+
+  explicit Family(const GatherPhase& phase) : shared(phase) { add(phase); }
+  Family(const GatherPhase* first, int64_t count, int64_t phases_w) : shared(*first), along_w(phases_w) {
+    for (int64_t i = 0; i < count; ++i) add(first[i]);
+    for (int d = 1; d < 3; ++d) {
+      c10::SmallVector<int64_t, 8>& offset = shared.axis[d].offset;
+      offset.clear();
+      for (const GatherPhase* phase : phases)
+        offset.insert(offset.end(), phase->axis[d].offset.begin(), phase->axis[d].offset.end());
+      std::sort(offset.begin(), offset.end());
+      offset.erase(std::unique(offset.begin(), offset.end()), offset.end());
+      shared.axis[d].tap.resize(offset.size());  // numbers of no weights
+      std::iota(shared.axis[d].tap.begin(), shared.axis[d].tap.end(), 0);
+    }
+  }
+  int64_t size() const { return static_cast<int64_t>(phases.size()); }
+  int64_t lines() const { return size() / along_w; }
+
+ private:
+  void add(const GatherPhase& phase) {
+    phases.push_back(&phase);
+    most_taps = std::max(most_taps, phase.taps()), all_taps += phase.taps();
+  }
+};
+
+using Families = c10::SmallVector<Family, 1>;
+
+Families families(const Gather& g) {
+  const auto count = static_cast<int64_t>(g.phases.size());
+  const auto phases_of = [&](int d) { return std::min(g.phases[0].axis[d].to_step, g.to_extent[d]); };
+  const int64_t along_w = phases_of(2), plane = phases_of(1) * along_w;
+  int64_t most_taps = 0;
+  for (const GatherPhase& phase : g.phases) most_taps = std::max(most_taps, phase.taps());
+  const int64_t together = most_taps > kSumLength     ? 1
+                           : plane <= kMostTogether   ? plane
+                           : along_w <= kMostTogether ? along_w
+                                                      : 1;
+  Families found;
+  for (int64_t i = 0; i < count; i += together)
+    if (together == 1)
+      found.emplace_back(g.phases[i]);
+    else
+      found.emplace_back(&g.phases[i], together, along_w);
+  return found;
+}
+
+// How a family is cut. Scratch of each thread, in elements: the strips of a chunk of channels, result rows in the
 // making.
 struct Plan {
   StripAxis axis[3];
@@ -94,13 +149,13 @@ struct Plan {
   int64_t kept_rows, splits;
   bool joined, keep, keep_all;  // lines are joined to one run of columns; results go through scratch rows, all at once
 
-  Plan(const Gather& g, const GatherPhase& phase, int64_t lanes, int64_t element_size, bool half, int threads,
+  Plan(const Gather& g, const Family& family, int64_t lanes, int64_t element_size, bool half, int threads,
        bool line_per_tap)
-      : axis{StripAxis(phase.axis[0]), StripAxis(phase.axis[1]), StripAxis(phase.axis[2])} {
-    const GatherAxis* a = phase.axis;
+      : axis{StripAxis(family.shared.axis[0]), StripAxis(family.shared.axis[1]), StripAxis(family.shared.axis[2])} {
+    const GatherAxis* a = family.shared.axis;
     axis[2].per_tap = line_per_tap;
     const bool nhwc = g.to_stride.channel == 1 && g.to_stride.axis[2] != 1;
-    const Blocks sums = reduction_blocks(g.from_per_group, phase.taps(), /*taps_inside=*/true);
+    const Blocks sums = reduction_blocks(g.from_per_group, family.most_taps, /*taps_inside=*/true);
     if (nhwc)
       groups_at_once = std::clamp<int64_t>(
           (half ? 2 : 1) * kChannelsAtOnce / std::max(g.from_per_group, g.to_per_group), 1, g.groups);
@@ -115,7 +170,7 @@ struct Plan {
     while (block[2] > 1 && !fits(block[1], block[2])) block[2] /= 2;
     const auto values = [&] { return axis[0].values(1) * axis[1].values(block[1]) * axis[2].values(block[2]); };
     const int64_t fit = std::max<int64_t>(1, budget / std::max<int64_t>(1, values()));
-    chunk = phase.taps() == 0 ? g.from_per_group : std::min(g.from_per_group, sums[0].channels * fit);
+    chunk = family.most_taps == 0 ? g.from_per_group : std::min(g.from_per_group, sums[0].channels * fit);
     if (chunk < g.from_per_group) groups_at_once = 1;
     if (chunk == g.from_per_group) {
       const int64_t all = kStripsBytes / element_size / std::max<int64_t>(1, groups_at_once * chunk);
@@ -155,13 +210,14 @@ struct Plan {
     if (groups_at_once > 1) splits = 1;
     keep_all = keep && (nhwc || chunk < g.from_per_group);
     if (keep_all)
-      splits = std::max(splits, ceil_div(rows, std::max<int64_t>(kMaxRows, kKeptBytes / element_size / columns)));
+      splits = std::max(splits, ceil_div(rows, std::max<int64_t>(kMaxRows, kKeptBytes / element_size / columns /
+                                                                               family.size())));
     splits = std::min(splits, ceil_div(rows, kMaxRows));
-    kept_rows = keep_all ? groups_at_once * ceil_div(rows, splits) : keep ? kMaxRows : 0;
+    kept_rows = keep_all ? groups_at_once * ceil_div(rows, splits) * family.size() : keep ? kMaxRows * family.along_w : 0;
   }
   // About how many cycles one image and group take.
-  double cost(const Gather& g, const GatherPhase& phase) const {
-    const double products = 0.5 * vectors * phase.taps() * round_up(g.to_per_group, kMaxRows), copies = 0.7 * size;
+  double cost(const Gather& g, const Family& family) const {
+    const double products = 0.5 * vectors * family.all_taps * round_up(g.to_per_group, kMaxRows), copies = 0.7 * size;
     return (products + copies) * g.from_per_group * blocks[0] * blocks[1] * blocks[2];
   }
   int64_t strips() const { return groups_at_once * chunk * size + kSlack; }
@@ -332,10 +388,10 @@ struct Terms {
                int64_t channels, bool skip_zeros) {
     list.clear(), taps.clear();
     const int64_t* const block = plan.block;
-    const GatherAxis* a = phase.axis;
     const auto alive = [&](int d, int64_t t) {
-      return !skip_zeros || std::max(start[d], a[d].first_inside(t)) <
-                                std::min({start[d] + block[d], a[d].count, a[d].last_inside(t)});
+      const GatherAxis& a = plan.axis[d].axis;
+      return !skip_zeros ||
+             std::max(start[d], a.first_inside(t)) < std::min({start[d] + block[d], a.count, a.last_inside(t)});
     };
     // Where a tap reads is a sum over the axes.
     c10::SmallVector<int64_t, 8> at[3];
@@ -343,8 +399,10 @@ struct Terms {
     for (int d = 0; d < 3; ++d) plane *= plan.axis[d].length(block[d]);
     for (int d = 2; d >= 0; --d) {
       const StripAxis& axis = plan.axis[d];
-      for (int64_t t = 0; t < a[d].taps(); ++t)
+      for (const int64_t offset : phase.axis[d].offset) {
+        const int64_t t = axis.tap(offset);
         at[d].push_back(alive(d, t) ? axis.plane(t, block[d]) * plane + axis.shift(t, block[d]) * pixel : -1);
+      }
       plane *= axis.planes(block[d]), pixel *= axis.length(block[d]);
     }
     int64_t t = 0;
@@ -401,92 +459,147 @@ int64_t packed_weights(const Gather& g, const GatherPhase& phase, const Kernels<
 }
 
 template <typename T>
-void run_phase(const Gather& g, const GatherPhase& phase, const Plan& plan, const Kernels<T>& kernels, const T* from,
-               const T* weight, const Word<T>* bias, T* to, Word<T>* workspace, int threads, bool skip_zeros) {
+void run_family(const Gather& g, const Family& family, const Plan& plan, const Kernels<T>& kernels, const T* from,
+                const T* weight, const Word<T>* bias, T* to, Word<T>* workspace, int threads, bool skip_zeros) {
   using W = Word<T>;
-  const GatherAxis* a = phase.axis;
-  const int64_t taps = phase.taps(), channels = g.to_per_group, pair = kernels.pair;
-  const int64_t from_words = ceil_div(g.from_per_group, pair);
-  const Blocks sums = reduction_blocks(from_words, taps, /*taps_inside=*/true);
-  const Weights weights(g, phase, pair, kIsHalf<T>);
-  const W* words = as_words(weight);
-  if constexpr (kIsHalf<T>) {
-    pack_weights(g, phase, kernels, weight, weights, workspace);
-    words = workspace;
-    workspace += packed_weights(g, phase, kernels);
+  const GatherAxis* a = family.shared.axis;
+  const int64_t channels = g.to_per_group, pair = kernels.pair, from_words = ceil_div(g.from_per_group, pair);
+  const Blocks sums = reduction_blocks(from_words, family.most_taps, /*taps_inside=*/true);
+  c10::SmallVector<Weights, 1> weights;
+  c10::SmallVector<const W*, 4> words;  // of each phase
+  for (const GatherPhase* phase : family.phases) {
+    weights.emplace_back(g, *phase, pair, kIsHalf<T>);
+    if constexpr (kIsHalf<T>) {
+      pack_weights(g, *phase, kernels, weight, weights.back(), workspace);
+      words.push_back(workspace);
+      workspace += packed_weights(g, *phase, kernels);
+    } else {
+      words.push_back(weight);
+    }
   }
-  const int64_t splits = plan.splits, gathers = ceil_div(g.groups, plan.groups_at_once);
+  const int64_t splits = plan.splits, gathers = ceil_div(g.groups, plan.groups_at_once), along_w = family.along_w;
   const int64_t problems = plan.blocks[0] * plan.blocks[1] * plan.blocks[2] * g.batch * gathers;
   const bool nhwc = g.to_stride.axis[2] != 1, chunked = plan.chunk < from_words;
-  const double macs = static_cast<double>(plan.columns) * taps * from_words * plan.groups_at_once * channels;
+  const double macs = static_cast<double>(plan.columns) * family.all_taps * from_words * plan.groups_at_once * channels;
   parallel_tasks(problems * splits, macs / splits, [&](int64_t begin, int64_t end) {
     W* const strips = workspace + at::get_thread_num() * (plan.strips() + plan.kept_rows * plan.columns);
     W* const kept = strips + plan.strips();
     Runs runs;
     Shuffles shuffles;
-    Terms terms;
+    c10::SmallVector<Terms, 1> terms(family.size());
     c10::SmallVector<StripVector, 32> vectors;
-    int64_t prepared = -1, vectors_of = -1, filled = -1;
+    int64_t prepared = -1, filled = -1;
     for (int64_t i = begin; i < end; ++i) {
       const int64_t split = i % splits, problem = i / splits, gather = problem % gathers;
       const int64_t n = problem / gathers % g.batch, at = problem / gathers / g.batch;
       const int64_t start[3] = {at / (plan.blocks[1] * plan.blocks[2]) * plan.block[0],
                                 at / plan.blocks[2] % plan.blocks[1] * plan.block[1],
                                 at % plan.blocks[2] * plan.block[2]};
+      const int64_t lines = std::min(plan.block[1], a[1].count - start[1]);
+      const int64_t line = std::min(plan.block[2], a[2].count - start[2]);
+      const int64_t line_step = a[1].to_step * g.to_stride.axis[1], pixel_step = a[2].to_step * g.to_stride.axis[2];
       if (prepared != at) {
         strip_runs(plan, start, runs);
         if (!nhwc && g.groups * g.from_per_group >= kLeastShuffled) strip_shuffles(plan, runs, kernels.lanes, shuffles);
-        terms.prepare(weights, phase, plan, start, sums[0].channels, skip_zeros);
-        prepared = at;
-      }
-      const int64_t lines = std::min(plan.block[1], a[1].count - start[1]);
-      const int64_t line = std::min(plan.block[2], a[2].count - start[2]);
-      const int64_t first_group = gather * plan.groups_at_once;
-      const int64_t groups = std::min(plan.groups_at_once, g.groups - first_group);
-      const int64_t row0 = channels * split / splits, row1 = channels * (split + 1) / splits;
-      const int64_t tiles = ceil_div(row1 - row0, kernels.rows);
-      T* const result = to + n * g.to_stride.batch + first_group * channels * g.to_stride.channel +
-                        (a[0].to_start + start[0] * a[0].to_step) * g.to_stride.axis[0] +
-                        (a[1].to_start + start[1] * a[1].to_step) * g.to_stride.axis[1] +
-                        (a[2].to_start + start[2] * a[2].to_step) * g.to_stride.axis[2];
-      const int64_t line_step = a[1].to_step * g.to_stride.axis[1], pixel_step = a[2].to_step * g.to_stride.axis[2];
-
-      // Rows [row, row + rows) of the group go from scratch to the result.
-      const auto deliver = [&](const W* source, int64_t first, int64_t rows) {
-        if (nhwc) {
-          for (int64_t h = 0; h < lines; ++h)
-            kernels.store_transposed(source + h * plan.pitch, plan.columns, rows, line, result + h * line_step + first,
-                                     pixel_step);
-          return;
-        }
-        for (int64_t r = 0; r < rows; ++r) {
-          T* const target = result + (first + r) * g.to_stride.channel;
-          const W* const row = source + r * plan.columns;
-          if (pixel_step == 1) {
-            kernels.store_rows(row, plan.pitch, lines, line, target, line_step);
-            continue;
-          }
-          for (int64_t h = 0; h < lines; ++h) {
-            T stored[kMostColumns];
-            kernels.store_rows(row + h * plan.pitch, 0, 1, line, stored, 0);
-            for (int64_t j = 0; j < line; ++j) target[h * line_step + j * pixel_step] = stored[j];
-          }
-        }
-      };
-
-      if (vectors_of != at) {
+        for (int64_t f = 0; f < family.size(); ++f)
+          terms[f].prepare(weights[f], *family.phases[f], plan, start, sums[0].channels, skip_zeros);
         vectors.clear();
         const int64_t c_line = plan.keep ? plan.pitch : line_step;
         const int64_t length = plan.joined ? (lines - 1) * plan.pitch + line : line;
         for (int64_t h = 0; h < (plan.joined ? 1 : lines); ++h)
           for (int64_t j = 0; j < length; j += kernels.lanes)
             vectors.push_back({h * plan.pitch + j, h * c_line + j, std::min<int64_t>(kernels.lanes, length - j)});
-        vectors_of = at;
+        prepared = at;
       }
-      const auto vector_count = static_cast<int64_t>(vectors.size()), panels = ceil_div(vector_count, kernels.vectors);
+      const int64_t first_group = gather * plan.groups_at_once;
+      const int64_t groups = std::min(plan.groups_at_once, g.groups - first_group);
+      const int64_t row0 = channels * split / splits, row1 = channels * (split + 1) / splits;
+      const int64_t tiles = ceil_div(row1 - row0, kernels.rows);
+      T* const result = to + n * g.to_stride.batch + first_group * channels * g.to_stride.channel +
+                        (a[0].to_start + start[0] * a[0].to_step) * g.to_stride.axis[0] + start[1] * line_step +
+                        start[2] * pixel_step;
+      // Of the phases of a line: where they begin, and how many lines they have.
+      const auto begin_of = [&](int64_t h) {
+        return result + family.phases[h * along_w]->axis[1].to_start * g.to_stride.axis[1];
+      };
+      const auto lines_of = [&](int64_t h) {
+        return std::min(lines, family.phases[h * along_w]->axis[1].count - start[1]);
+      };
+
+      // Rows [first, first + rows) of the group go from scratch to the result: those of all phases of a line, which lie
+      // at one distance from each other.
+      const auto deliver = [&](int64_t h_phase, const W* source, int64_t distance, int64_t first, int64_t rows) {
+        T* const target = begin_of(h_phase) + first * g.to_stride.channel;
+        const int64_t count = lines_of(h_phase);
+        if (along_w > 1 && !nhwc) {
+          const int64_t values = std::min(line * along_w, g.to_extent[2] - start[2] * a[2].to_step);
+          for (int64_t r = 0; r < rows; ++r)
+            for (int64_t h = 0; h < count; ++h)
+              kernels.interleave(source + r * plan.columns + h * plan.pitch, distance, along_w, values,
+                                 target + r * g.to_stride.channel + h * line_step);
+          return;
+        }
+        for (int64_t w = 0; w < along_w; ++w, source += distance) {
+          const GatherAxis& axis = family.phases[h_phase * along_w + w]->axis[2];
+          const int64_t length = std::min(line, axis.count - start[2]);
+          T* const to_phase = target + axis.to_start * g.to_stride.axis[2];
+          if (nhwc)
+            for (int64_t h = 0; h < count; ++h)
+              kernels.store_transposed(source + h * plan.pitch, plan.columns, rows, length, to_phase + h * line_step,
+                                       pixel_step);
+          else if (pixel_step == 1)
+            for (int64_t r = 0; r < rows; ++r)
+              kernels.store_rows(source + r * plan.columns, plan.pitch, count, length,
+                                 to_phase + r * g.to_stride.channel, line_step);
+          else
+            for (int64_t r = 0; r < rows; ++r)
+              for (int64_t h = 0; h < count; ++h) {
+                T stored[kMostColumns];
+                kernels.store_rows(source + r * plan.columns + h * plan.pitch, 0, 1, length, stored, 0);
+                T* const to_line = to_phase + r * g.to_stride.channel + h * line_step;
+                for (int64_t j = 0; j < length; ++j) to_line[j * pixel_step] = stored[j];
+              }
+        }
+      };
+
+      // Rows of a tile of one phase: the products with the strips of channels [c0, c1).
+      const auto multiply = [&](int64_t f, int64_t group, int64_t row, int64_t rows, int64_t c0, int64_t c1, W* sums_at) {
+        const int64_t in_group = first_group + group, h = f / along_w;
+        auto vector_count = static_cast<int64_t>(vectors.size());
+        if (!plan.keep && !plan.joined) vector_count = vector_count / lines * lines_of(h);
+        const int64_t panels = ceil_div(vector_count, kernels.vectors);
+        T* c = nullptr;  // of 16-bit types, only sums in scratch rows
+        if constexpr (!kIsHalf<T>) c = plan.keep ? sums_at : begin_of(h) + row * g.to_stride.channel;
+        const int64_t c_row = plan.keep ? plan.columns : g.to_stride.channel;
+        for (const Block& sum : sums) {
+          if (sum.channel < c0 || (sum.channel >= c1 && sum.channels > 0)) continue;
+          const auto [term, count] = terms[f].of(sum, family.most_taps);
+          const W* const w = words[f] + in_group * weights[f].group_stride + row * weights[f].to_stride +
+                             sum.channel * weights[f].from_stride;
+          const W* const b = strips + (group * (c1 - c0) + sum.channel - c0) * plan.size;
+          for (int64_t panel = 0; panel < panels; ++panel) {
+            const int64_t v0 = vector_count * panel / panels, v1 = vector_count * (panel + 1) / panels;
+            kernels.strip[rows - 1]({.terms = count,
+                                     .term = term,
+                                     .a = w,
+                                     .a_row = weights[f].to_stride,
+                                     .b = b,
+                                     .c = c,
+                                     .c_row = c_row,
+                                     .vectors = static_cast<int>(v1 - v0),
+                                     .vector = vectors.data() + v0,
+                                     .row_bias = bias ? bias + in_group * channels + row : nullptr,
+                                     .column_bias = nullptr,
+                                     .accumulate = sum.start > 0,
+                                     .partial = sums_at});
+          }
+        }
+      };
+
+      const int64_t kept_of_phase = plan.keep_all ? groups * channels - channels + row1 - row0 : kMaxRows;
       for (int64_t c0 = 0; c0 == 0 || c0 < from_words; c0 += plan.chunk) {
         const int64_t c1 = std::min(from_words, c0 + plan.chunk);
-        if (taps > 0 && (chunked || filled != problem)) {
+        if (family.most_taps > 0 && (chunked || filled != problem)) {
           // Groups together, unless a word would hold values of two.
           const int64_t values = std::min((c1 - c0) * pair, g.from_per_group - c0 * pair);
           const int64_t together = values % pair == 0 ? groups : 1;
@@ -499,56 +612,38 @@ void run_phase(const Gather& g, const GatherPhase& phase, const Plan& plan, cons
           filled = problem;
         }
         for (int64_t group = 0; group < groups; ++group)
-          for (int64_t tile = 0; tile < tiles; ++tile) {
-            const int64_t row = row0 + (row1 - row0) * tile / tiles;
-            const int64_t rows = row0 + (row1 - row0) * (tile + 1) / tiles - row;
-            const int64_t in_group = first_group + group;
-            W* const sums_at = plan.keep_all ? kept + (group * channels + row - row0) * plan.columns : kept;
-            T* c = nullptr;  // of 16-bit types, only sums in scratch rows
-            if constexpr (!kIsHalf<T>) c = plan.keep ? sums_at : result + row * g.to_stride.channel;
-            const int64_t c_row = plan.keep ? plan.columns : g.to_stride.channel;
-            for (const Block& sum : sums) {
-              if (sum.channel < c0 || (sum.channel >= c1 && sum.channels > 0)) continue;
-              const auto [term, count] = terms.of(sum, taps);
-              const W* const w =
-                  words + in_group * weights.group_stride + row * weights.to_stride + sum.channel * weights.from_stride;
-              const W* const b = strips + (group * (c1 - c0) + sum.channel - c0) * plan.size;
-              for (int64_t panel = 0; panel < panels; ++panel) {
-                const int64_t v0 = vector_count * panel / panels, v1 = vector_count * (panel + 1) / panels;
-                kernels.strip[rows - 1]({.terms = count,
-                                         .term = term,
-                                         .a = w,
-                                         .a_row = weights.to_stride,
-                                         .b = b,
-                                         .c = c,
-                                         .c_row = c_row,
-                                         .vectors = static_cast<int>(v1 - v0),
-                                         .vector = vectors.data() + v0,
-                                         .row_bias = bias ? bias + in_group * channels + row : nullptr,
-                                         .column_bias = nullptr,
-                                         .accumulate = sum.start > 0,
-                                         .partial = sums_at});
+          for (int64_t h = 0; h < family.lines(); ++h)
+            for (int64_t tile = 0; lines_of(h) > 0 && tile < tiles; ++tile) {
+              const int64_t row = row0 + (row1 - row0) * tile / tiles;
+              const int64_t rows = row0 + (row1 - row0) * (tile + 1) / tiles - row;
+              for (int64_t w = 0; w < along_w; ++w) {
+                const int64_t f = h * along_w + w;
+                const int64_t kept_row = plan.keep_all ? f * kept_of_phase + group * channels + row - row0 : w * kMaxRows;
+                multiply(f, group, row, rows, c0, c1, kept + kept_row * plan.columns);
               }
+              if (plan.keep && !plan.keep_all)
+                deliver(h, kept, kMaxRows * plan.columns, group * channels + row, rows);
             }
-            if (plan.keep && !plan.keep_all) deliver(kept, group * channels + row, rows);
-          }
       }
-      if (plan.keep_all) deliver(kept, row0, (groups - 1) * channels + row1 - row0);
+      if (plan.keep_all)
+        for (int64_t h = 0; h < family.lines(); ++h)
+          deliver(h, kept + h * along_w * kept_of_phase * plan.columns, kept_of_phase * plan.columns, row0,
+                  (groups - 1) * channels + row1 - row0);
     }
   });
 }
 
 template <typename T>
-Plan plan_for(const Gather& g, const GatherPhase& phase, const Kernels<T>& kernels, int threads) {
+Plan plan_for(const Gather& g, const Family& family, const Kernels<T>& kernels, int threads) {
   Gather words = g;
   words.from_per_group = ceil_div(g.from_per_group, kernels.pair);
   const auto plan = [&](bool line_per_tap) {
-    return Plan(words, phase, kernels.lanes, sizeof(Word<T>), kIsHalf<T>, threads, line_per_tap);
+    return Plan(words, family, kernels.lanes, sizeof(Word<T>), kIsHalf<T>, threads, line_per_tap);
   };
   Plan shared = plan(false);
-  if (phase.axis[2].taps() <= 1) return shared;
+  if (family.shared.axis[2].taps() <= 1) return shared;
   Plan per_tap = plan(true);
-  return per_tap.cost(words, phase) < shared.cost(words, phase) ? per_tap : shared;
+  return per_tap.cost(words, family) < shared.cost(words, family) ? per_tap : shared;
 }
 
 template <typename T>
@@ -560,9 +655,9 @@ void run(const ConvShape& s, Direction direction, const void* from, const ConvPo
   const bool skip_zeros = works_on_padding(s) && all_finite(s, weight);
   if (skip_zeros) drop_idle_taps(g);
   const Bias<T> bias(microkernels(), p.bias, g.groups * g.to_per_group);
-  for (const GatherPhase& phase : g.phases)
-    run_phase(g, phase, plan_for(g, phase, kernels, threads), kernels, static_cast<const T*>(from), weight, bias.get(),
-              static_cast<T*>(p.result), static_cast<Word<T>*>(workspace), threads, skip_zeros);
+  for (const Family& family : families(g))
+    run_family(g, family, plan_for(g, family, kernels, threads), kernels, static_cast<const T*>(from), weight,
+               bias.get(), static_cast<T*>(p.result), static_cast<Word<T>*>(workspace), threads, skip_zeros);
 }
 
 const char* decline(const ConvShape& s, Direction direction) {
@@ -583,16 +678,18 @@ const char* decline(const ConvShape& s, Direction direction) {
   return nullptr;
 }
 
-// Phases follow each other in the same scratch.
+// Families follow each other in the same scratch.
 template <typename T>
 int64_t workspace_bytes(const ConvShape& s, Direction direction, int threads) {
   Gather g = make_gather(s, direction);
   const Kernels<T>& kernels = dense_kernels<T>();
   int64_t words = 0;
   const auto add = [&] {
-    for (const GatherPhase& phase : g.phases)
-      words =
-          std::max(words, packed_weights(g, phase, kernels) + plan_for(g, phase, kernels, threads).elements(threads));
+    for (const Family& family : families(g)) {
+      int64_t packed = 0;
+      for (const GatherPhase* phase : family.phases) packed += packed_weights(g, *phase, kernels);
+      words = std::max(words, packed + plan_for(g, family, kernels, threads).elements(threads));
+    }
   };
   add();
   if (works_on_padding(s)) {

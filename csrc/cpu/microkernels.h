@@ -206,6 +206,8 @@ struct Kernels {
   void (*copy_channels)(const T* from, int64_t from_step, int64_t count, int64_t length, W* to, int64_t to_step);
   // to[r * to_step][0, length) = round(from[r * from_step][0, length))    of float32 sums, whatever words are
   void (*store_rows)(const W* from, int64_t from_step, int64_t count, int64_t length, T* to, int64_t to_step);
+  // to[j * phases + f] = round(from[f * from_step + j]), values of them in all: float32 sums, as in store_rows
+  void (*interleave)(const W* from, int64_t from_step, int64_t phases, int64_t values, T* to);
   void (*add_row)(T* sums, const T* row, int64_t length);  // sums[i] += row[i]
   T (*sum_row)(const T* row, int64_t length);
   bool (*all_finite)(const W* row, int64_t length);
