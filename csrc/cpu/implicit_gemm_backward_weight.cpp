@@ -37,6 +37,8 @@ constexpr int64_t kFoldedPointers = 64 << 10;  // to the rows of a chunk; above 
 constexpr int64_t kStripBytes = 512 << 10;     // copied lines of a chunk, aimed at
 constexpr int64_t kMaxCopied = 64 << 10;       // with a padding mode other than zeros lines are copied whole
 constexpr int64_t kPanelBytes = 2 << 20;       // gy of a chunk, packed
+constexpr int64_t kTileBytes = 256 << 10;      // x of a chunk, packed
+constexpr int64_t kConflict = 2 << 10;         // where pixels are multiples of it apart
 constexpr int64_t kTotalBytes = 16 << 20;      // totals of all threads together, unless one tile of each is more
 constexpr int64_t kMostSlabs = 16;
 constexpr int64_t kLeastSlabPixels = 512;
@@ -80,7 +82,10 @@ struct Problem {
     const double packing = gaps ? s.channels_last() ? 3 : 40 : in_place ? 0.5 : 5;
     const double tile = 0.5 * std::max(panels.width == lanes ? 1.3 : 1.0, 8.0 / tile_rows);
     const double pixels = static_cast<double>(s.batch * s.out_pixels()), writing = weight_step == 1 ? 2 : 10;
-    return static_cast<double>(panels.vectors) * (pixels * (tile * rows + packing) + writing * rows);
+    // Columns are fetched ahead in the order of memory; rows that lie far apart come back from far away for each panel.
+    const double again = in_place && panels.count > 1 ? 0.3 : 0;
+    return static_cast<double>(panels.vectors) * (pixels * (tile * rows + packing) + writing * rows) +
+           pixels * rows * again;
   }
 };
 
@@ -95,7 +100,7 @@ struct Chunk {
 // How the sum is cut, and how its operands are reached: by the shape and the width of a vector.
 struct Plan {
   bool folded, lanes;                        // rows of several taps; lanes of several groups
-  bool copies, packs;                        // x is copied by lines; gy is packed
+  bool copies, packs, tiles;                 // x is copied by lines; gy is packed; so is x, a tile of rows at a time
   int64_t groups, rows, taps, columns;       // rows and columns of a group; with lanes, all columns are one group
   int64_t unit;                              // columns of a vector
   int64_t lines, line_length;                // of gy
@@ -154,6 +159,9 @@ struct Plan {
     }
     slabs = std::min(slabs, chunks);
     copies = padded() || half;
+    // Pixels at such distances meet in few sets of the second cache.
+    tiles = !copies && s.channels_last() && taps == 1 && lines == 1 && s.in_channels() * word_size % kConflict == 0 &&
+            columns >= 2 * vector;
     // Neighbouring lines share those they touch, inside a sample.
     const int64_t reach_h = std::min((s.kernel[1] - 1) * std::min(s.dilation[1], s.in[1]) + 1, s.in[1]);
     const int64_t planes = std::min(lines_per_chunk, (lines_per_chunk - 1) / s.out[1] + 2);
@@ -220,10 +228,12 @@ struct Split {
       settle(row_parts, column_parts);
     }
     block = plan.lanes ? lanes / s.out_per_group * s.in_per_group : rows;
+    if (plan.tiles)
+      block = std::min(rows, round_up(std::max<int64_t>(kTileBytes / word_size / plan.pixels(), 1), tile_rows));
     if (plan.copies && !plan.padded())
       block = std::clamp<int64_t>(kStripBytes / word_size / (plan.strip_lines * plan.strip_length), 1, block);
     panels = plan.packs ? plan.pixels() * (plan.lanes ? 1 : ceil_div(columns, lanes)) * vector : 0;
-    strip = plan.copies ? plan.strip_lines * plan.strip_length * block : 0;
+    strip = plan.copies ? plan.strip_lines * plan.strip_length * block : plan.tiles ? block * plan.pixels() : 0;
     totals = totals_of();
     slab = plan.slabs > 1 ? plan.groups * plan.rows * plan.taps * plan.columns : 0;
   }
@@ -543,6 +553,25 @@ void run(const ConvShape& shape, const void* grad_output, const void* input, T* 
           b_offsets.resize(chunk.lines());
           for (int64_t l = 0; l < chunk.lines(); ++l) b_offsets[l] = l * length;
 
+          if constexpr (!kIsHalf<T>)
+            if (plan.tiles) {
+              // [tile][pixel][row of the tile], read in the order of memory.
+              const T* const first = origins[0] + chunk.begin * step;
+              constexpr int64_t kAtOnce = 16;
+              for (int64_t p = 0; p < pixels; p += kAtOnce)
+                each_tile(block, kernels.rows, [&](int64_t row, int64_t height) {
+                  kernels.copy_rows(first + p * step + row, step, std::min(kAtOnce, pixels - p), height,
+                                    strip + row * pixels + p * height, height);
+                });
+              const T* pointers_of_tile[kMaxRows];
+              for (int64_t r = 0; r < kMaxRows; ++r) pointers_of_tile[r] = strip + r;
+              for (int64_t j = 0; j < panels.count; ++j)
+                each_tile(block, kernels.rows, [&](int64_t row, int64_t height) {
+                  multiply(height, 1, pixels, pointers_of_tile, row * pixels, height, b_offsets.data(),
+                           totals + (b0 + row) * row_step * ld, row_step * ld, !first_chunk, j);
+                });
+              continue;
+            }
           if (plan.lanes) {
             pointers.resize(chunk.lines() * taps);
             for (int64_t l = 0; l < chunk.lines(); ++l)
