@@ -31,8 +31,10 @@ constexpr int64_t kWideChunkBytes = 256 << 10;  // NHWC: and where the panels co
 constexpr int64_t kPanelsInL2 = 512 << 10;      // up to here each thread packs all panels for itself
 constexpr int64_t kLongRow = 256;               // NHWC: from here on the next rows are fetched ahead
 constexpr int64_t kConvertedTiles = 2;          // NHWC: tiles whose rows are packed at a time, if they have to be
+constexpr int64_t kMostTilesOfBlock = 4;        // NCHW, backward_input
+constexpr int64_t kPlaneBytes = 512 << 10;      // NCHW, backward_input: pixels of a block of a sum that stay in L2
 constexpr int64_t kMostChannels = 8192;         // NCHW: of a panel that holds all, which 16-bit types need
-constexpr int64_t kInPlaceRowTiles = 2;         // NCHW: up to so many uses a panel of pixels is not worth packing
+constexpr int64_t kInPlaceRowTiles = 2;         // up to so many uses a panel is not worth packing
 
 // Seen from either direction: "from" is what is read, "to" what is written.
 struct Product {
@@ -56,6 +58,12 @@ struct Product {
   }
   // A sample of at most kDotPixels pixels, whose channels are contiguous, against weights that lie as [to][from].
   bool is_dot(bool channels_last) const { return pixels <= kDotPixels && (channels_last || pixels == 1) && in_rows(); }
+  // Of one pixel both layouts are the same.
+  bool is_rows(bool channels_last) const { return channels_last || pixels == 1; }
+  // NCHW: weights that are not transposed, against planes that are not packed.
+  bool is_few_pixels() const {
+    return !half && !in_rows() && to_stride == 1 && std::min(depth, kSumLength) * pixels * static_cast<int64_t>(sizeof(float)) <= kPlaneBytes;
+  }
   // How many of the last pixels of a plane are better off as dot products (NCHW). For each result channel a vector, full
   // or not, takes 0.5 to 0.7 cycles a step; a dot product takes 1/32 cycle a step and about 5 to add its lanes up.
   int64_t tail(int64_t lanes) const {
@@ -85,6 +93,7 @@ struct RowPlan {
   int64_t rows, tiles;      // all pixels of the batch
   Panels panels;            // of a group
   bool split_columns;       // each thread packs the panels of its own columns
+  bool panels_lie;          // as they are: then too few rows would share a packed one
   bool own_panels;          // or all panels for itself: to fetch them from another thread costs more
   int64_t chunk;            // tiles that meet all panels at a time
   int64_t sums, converted;  // 16-bit types, of a thread: rows of sums in the making, words of a tile's rows
@@ -100,6 +109,7 @@ struct RowPlan {
       const double cost = static_cast<double>(tiles) * ceil_div(p.groups * narrower.count, threads) * tile_cost(v);
       if (cost <= best) best = cost, panels = narrower, split_columns = true;
     }
+    panels_lie = split_columns && !p.half && p.to_stride == 1 && tiles <= kInPlaceRowTiles;
     own_panels = p.groups * panels.count * unit(p) * word_size <= kPanelsInL2;
     const int64_t block = std::min(p.depth, kSumLength);
     chunk = std::max<int64_t>(1, (own_panels ? kChunkBytes : kWideChunkBytes) / (tile_rows * block * word_size));
@@ -138,7 +148,7 @@ void rows_are_pixels(const Product& p, const Operands<T>& o, const Kernels<T>& k
                 width);
   };
   const Term one_run{0, 0};
-  const auto multiply = [&](int64_t unit, const Block& block, const W* b, int64_t tile0, int64_t tile1,
+  const auto multiply = [&](int64_t unit, const Block& block, const W* b, int64_t ldb, int64_t tile0, int64_t tile1,
                             bool from_afar) {
     const int64_t group = unit / panels.count, column = group * p.to + panels.begin(unit % panels.count);
     const int64_t row0 = plan.rows * tile0 / plan.tiles, row1 = plan.rows * tile1 / plan.tiles;
@@ -158,7 +168,7 @@ void rows_are_pixels(const Product& p, const Operands<T>& o, const Kernels<T>& k
                      .a = in_place ? as_words(source) : converted,
                      .a_row = in_place ? from_channels / pair : block.channels,
                      .b = b,
-                     .ldb = width,
+                     .ldb = ldb,
                      .c = o.to + row * to_channels + column,
                      .c_row = to_channels,
                      .cols = columns_of(unit),
@@ -179,8 +189,13 @@ void rows_are_pixels(const Product& p, const Operands<T>& o, const Kernels<T>& k
       W* const packed = workspace + at::get_thread_num() * std::min(p.depth, kSumLength) * width;
       for (int64_t unit = begin; unit < end; ++unit)
         for (const Block& block : blocks) {
-          pack(unit, block, packed);
-          multiply(unit, block, packed, 0, plan.tiles, false);
+          if (!plan.panels_lie) {
+            pack(unit, block, packed);
+            multiply(unit, block, packed, width, 0, plan.tiles, false);
+            continue;
+          }
+          const T* const weight = o.weight + unit / panels.count * p.group_stride + panels.begin(unit % panels.count);
+          multiply(unit, block, as_words(weight + block.channel * p.from_stride), p.from_stride, 0, plan.tiles, false);
         }
     });
     return;
@@ -204,7 +219,7 @@ void rows_are_pixels(const Product& p, const Operands<T>& o, const Kernels<T>& k
           // All panels for a block; sums that are rounded at their end, all blocks for a panel.
           const int64_t i = p.half ? j / block_count : j % count;
           const Block& block = blocks[p.half ? j % block_count : j / count];
-          multiply(first + i, block, packed + i * plan.unit(p) + block.start * width, tile,
+          multiply(first + i, block, packed + i * plan.unit(p) + block.start * width, width, tile,
                    std::min(end, tile + plan.chunk), ahead && i == 0);
         }
     });
@@ -388,6 +403,135 @@ void columns_are_pixels(const Product& p, const Operands<T>& o, const Kernels<T>
   }
 }
 
+// --- NCHW, weights that lie as [channel read][result channel]: backward_input ----------------------------------------
+//
+// A row of the weights has the values of neighbouring result channels, so that a tile of them is packed without being
+// transposed: [tile][channel][row of the tile]. Threads take blocks of tiles, each for some samples, and pixels are read
+// where they lie, as long as those of a block of a sum stay in L2. The last pixels of the planes, if they are too few for
+// a vector, change sides: they are rows, and result channels the columns, of weights as they lie.
+
+struct BlockPlan {
+  int64_t rows, blocks, parts;  // result channels of a block; parts of the batch
+  int64_t tail;                 // last pixels of a plane
+
+  BlockPlan(const Product& p, int64_t tile_rows, int64_t lanes, int threads)
+      : tail(4 * (p.pixels % lanes) <= lanes ? p.pixels % lanes : 0) {
+    double best = -1;
+    for (int64_t tiles = kMostTilesOfBlock; tiles >= 1; --tiles)
+      for (int64_t n = 1; n <= std::min<int64_t>(p.batch, threads); ++n) {
+        const int64_t count = ceil_div(p.to, tiles * tile_rows);
+        // Packing a vector of weights takes about as long as multiplying it four times.
+        const double of_task = static_cast<double>(ceil_div(p.pixels - tail, lanes) * ceil_div(p.batch, n)) + 0.25;
+        const double cost = static_cast<double>(ceil_div(p.groups * count * n, threads) * tiles) * of_task;
+        if (best < 0 || cost < 0.97 * best) best = cost, rows = tiles * tile_rows, blocks = count, parts = n;
+      }
+  }
+  int64_t packed(const Product& p) const { return rows * std::min(p.depth, kSumLength); }  // of a thread
+};
+
+template <typename T>
+void columns_are_few_pixels(const Product& p, const Operands<T>& o, const Kernels<T>& kernels, T* workspace,
+                            int threads) {
+  const BlockPlan plan(p, kernels.rows, kernels.lanes, threads);
+  const Blocks sums = reduction_blocks(p.depth, 1, /*taps_inside=*/true);
+  const Panels panels(p.pixels - plan.tail, kernels.lanes, kernels.vectors);
+  const int64_t tasks = p.groups * plan.blocks * plan.parts, tail = plan.tail;
+  const double macs = static_cast<double>(p.batch * p.groups * p.to) * p.depth * panels.vectors * kernels.lanes;
+  parallel_tasks(tasks, macs / tasks, [&](int64_t begin, int64_t end) {
+    T* const packed = workspace + at::get_thread_num() * plan.packed(p);
+    const T* a[kMaxRows];
+    T* c[kMaxRows];
+    for (int64_t task = begin; task < end; ++task) {
+      const int64_t part = task % plan.parts, block = task / plan.parts % plan.blocks;
+      const int64_t group = task / (plan.parts * plan.blocks), row0 = block * plan.rows;
+      const int64_t rows = std::min(plan.rows, p.to - row0), tiles = ceil_div(rows, kernels.rows);
+      const int64_t n0 = p.batch * part / plan.parts, n1 = p.batch * (part + 1) / plan.parts;
+      const T* const weight = o.weight + group * p.group_stride + row0;
+      const int64_t steps = (n1 - n0) * panels.count * tiles;
+      const T* const bias = o.bias ? o.bias + group * p.to + row0 : nullptr;
+      for (const Block& sum : sums) {
+        constexpr int64_t kAtOnce = 16;  // channels: their values are read in the order of memory
+        const T* const values = weight + sum.channel * p.from_stride;
+        for (int64_t k = 0; k < sum.channels; k += kAtOnce)
+          for (int64_t row = 0; row < rows; row += kernels.rows) {
+            const int64_t height = std::min<int64_t>(kernels.rows, rows - row);
+            kernels.copy_rows(values + k * p.from_stride + row, p.from_stride, std::min(kAtOnce, sum.channels - k),
+                              height, packed + row * sum.channels + k * height, height);
+          }
+        // Meanwhile the weights that come next are fetched into L2: too far apart for the machine to see them coming.
+        const bool last = &sum == sums.end() - 1;
+        const T* const next = last ? weight + plan.rows : (&sum + 1)->channel * p.from_stride + weight;
+        const int64_t next_channels = last ? (block + 1 < plan.blocks ? sums[0].channels : 0) : (&sum + 1)->channels;
+        int64_t step = 0;
+        for (int64_t n = n0; n < n1; ++n) {
+          const int64_t product = n * p.groups + group;
+          const T* const plane = o.from + (product * p.from + sum.channel) * p.pixels;
+          for (int64_t j = 0; j < panels.count; ++j)
+            for (int64_t row = 0; row < rows; row += kernels.rows, ++step) {
+              for (int64_t k = next_channels * step / steps; k < next_channels * (step + 1) / steps; ++k)
+                for (int64_t r = 0; r < rows; r += 64 / static_cast<int64_t>(sizeof(T)))
+                  __builtin_prefetch(next + k * p.from_stride + r, 0, 2);
+              const int64_t height = std::min<int64_t>(kernels.rows, rows - row);
+              for (int64_t r = 0; r < height; ++r) {
+                a[r] = packed + row * sum.channels + r;
+                c[r] = o.to + (product * p.to + row0 + row + r) * p.pixels + panels.begin(j);
+              }
+              kernels.gemm[height - 1]({.taps = 1,
+                                        .depth = sum.channels,
+                                        .a = a,
+                                        .a_offset = 0,
+                                        .a_step = height,
+                                        .b = plane + panels.begin(j),
+                                        .b_offsets = nullptr,
+                                        .ldb = p.pixels,
+                                        .c = c,
+                                        .cols = panels.size(j),
+                                        .row_bias = bias ? bias + row : nullptr,
+                                        .column_bias = nullptr,
+                                        .accumulate = sum.start > 0});
+            }
+        }
+        const auto pixel_of = [&](int64_t t) {  // the plane and place of a last pixel, in what is read
+          return std::pair{(n0 + t / tail) * p.groups + group, p.pixels - tail + t % tail};
+        };
+        T results[kMaxRows * kMostTilesOfBlock * kMaxRows];
+        for (int64_t t0 = 0, count; t0 < (n1 - n0) * tail; t0 += count) {
+          count = std::min<int64_t>(kernels.rows, (n1 - n0) * tail - t0);
+          const auto each_result = [&](const auto& f) {
+            for (int64_t t = 0; t < count; ++t) {
+              const auto [product, pixel] = pixel_of(t0 + t);
+              T* const to = o.to + (product * p.to + row0) * p.pixels + pixel;
+              for (int64_t r = 0; r < rows; ++r) f(results[t * rows + r], to[r * p.pixels]);
+            }
+          };
+          if (sum.start > 0) each_result([](T& sum_so_far, const T& to) { sum_so_far = to; });
+          for (int64_t t = 0; t < count; ++t) {
+            const auto [product, pixel] = pixel_of(t0 + t);
+            a[t] = o.from + (product * p.from + sum.channel) * p.pixels + pixel;
+          }
+          for (int64_t column = 0; column < rows; column += kernels.vectors * kernels.lanes) {
+            for (int64_t t = 0; t < count; ++t) c[t] = results + t * rows + column;
+            kernels.gemm[count - 1]({.taps = 1,
+                                     .depth = sum.channels,
+                                     .a = a,
+                                     .a_offset = 0,
+                                     .a_step = p.pixels,
+                                     .b = values + column,
+                                     .b_offsets = nullptr,
+                                     .ldb = p.from_stride,
+                                     .c = c,
+                                     .cols = std::min<int64_t>(kernels.vectors * kernels.lanes, rows - column),
+                                     .row_bias = nullptr,
+                                     .column_bias = bias ? bias + column : nullptr,
+                                     .accumulate = sum.start > 0});
+          }
+          each_result([](const T& result, T& to) { to = result; });
+        }
+      }
+    }
+  });
+}
+
 // --- few pixels ------------------------------------------------------------------------------------------------------
 
 template <typename T>
@@ -424,7 +568,10 @@ void run(const ConvShape& s, Direction direction, const void* from, const ConvPo
   const Operands<T> o{static_cast<const T*>(from), static_cast<const T*>(pointers.weight), bias.get(),
                       static_cast<T*>(pointers.result)};
   if (p.is_dot(s.channels_last())) return dot_products(p, o, kernels);
-  (s.channels_last() ? rows_are_pixels<T> : columns_are_pixels<T>)(p, o, kernels, static_cast<Word<T>*>(workspace),
+  if constexpr (!kIsHalf<T>)
+    if (!p.is_rows(s.channels_last()) && p.is_few_pixels())
+      return columns_are_few_pixels(p, o, kernels, static_cast<T*>(workspace), threads);
+  (p.is_rows(s.channels_last()) ? rows_are_pixels<T> : columns_are_pixels<T>)(p, o, kernels, static_cast<Word<T>*>(workspace),
                                                                    threads);
 }
 
@@ -435,10 +582,11 @@ int64_t workspace_bytes(const ConvShape& s, Direction direction, int threads) {
   const Product p(s, direction, k.pair);
   const bool in_place = reads_in_place(k, p.from);
   if (p.is_dot(s.channels_last())) return 0;
-  if (s.channels_last()) {
+  if (p.is_rows(s.channels_last())) {
     const RowPlan plan(p, k.rows, k.lanes, k.vectors, size, in_place, threads);
     return (plan.packed(p, size, threads) + threads * plan.of_thread()) * size;
   }
+  if (p.is_few_pixels()) return threads * BlockPlan(p, k.rows, k.lanes, threads).packed(p) * size;
   const ColumnPlan plan(p, k.rows, k.lanes, k.vectors, size, p.rows_in_place(k.pair), threads);
   return (plan.packed(p) + threads * plan.scratch(p, k.lanes * k.vectors)) * size;
 }
