@@ -45,6 +45,9 @@ struct AlgorithmTable {
 // acceptor. Defined with the flags in selection.cpp.
 const Algorithm& first_match(const AlgorithmTable& table, Direction direction, const ConvShape& shape);
 
+// The row that takes `shape` by itself, whatever is forced; nullptr: only the last one does. For rows that run others.
+const Algorithm* first_fast(const AlgorithmTable& table, const ConvShape& shape);
+
 // Every row of the table and why it does not take `shape` ("": it does).
 std::vector<std::pair<std::string, std::string>> reasons(const AlgorithmTable& table, const ConvShape& shape);
 // Every row of the table and why it cannot, even if forced ("": it can).

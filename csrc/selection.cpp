@@ -72,9 +72,14 @@ const Algorithm& first_match(const AlgorithmTable& table, Direction direction, c
     }
     TORCH_CHECK(false, "algorithm '", name, "' was forced but this device has no such row");
   }
+  const Algorithm* row = first_fast(table, shape);
+  return row ? *row : table.rows[table.size - 1];
+}
+
+const Algorithm* first_fast(const AlgorithmTable& table, const ConvShape& shape) {
   for (int i = 0; i < table.size - 1; ++i)
-    if (!reason_against(table, table.rows[i], shape)) return table.rows[i];
-  return table.rows[table.size - 1];
+    if (!reason_against(table, table.rows[i], shape)) return &table.rows[i];
+  return nullptr;
 }
 
 std::vector<std::pair<std::string, std::string>> reasons(const AlgorithmTable& table, const ConvShape& shape) {

@@ -26,6 +26,8 @@ constexpr Packing kDirectPacks{"lines of what is read, into padded strips",
 constexpr Packing kGemmPacks{"nothing", "weights, into panels"};
 constexpr Packing kPointwisePacks{"pixels of what is read, into panels, and weights, unless they lie as they are used",
                                   "weights, into panels"};
+constexpr Packing kBordersPacks{"as the row that runs; borders are computed beside the result",
+                                "as the row that runs; borders are computed beside the result"};
 constexpr Packing kGemmWeightPacks{"gradient, transposed into panels, and padded lines where in channels are few",
                                    "gradient, into panels if wide, and padded lines where in channels are few"};
 
@@ -50,6 +52,7 @@ const Algorithm kBackwardInput[] = {
     {"direct", direct_backward_input_decline, direct_backward_input_workspace, direct_backward_input, kDirectPacks},
     {"implicit_gemm", implicit_gemm_backward_input_decline, implicit_gemm_backward_input_workspace,
      implicit_gemm_backward_input, kGemmPacks},
+    {"padding_adjoint", padding_adjoint_decline, padding_adjoint_workspace, padding_adjoint, kBordersPacks},
     widened<Direction::kBackwardInput>(),
     {"reference", accept_all, no_workspace, reference_backward_input},
 };

@@ -4,7 +4,8 @@
 //     for each slab:  from' = float(what the slab reads)   to' = convolution(from', float(w), float(bias))   to = round(to')
 //
 // A slab of lines is a convolution of its own: the same taps over the lines that it reads, with another pad along H. In
-// forward these lines hold their padding, so that every padding mode works; in backward_input there is none.
+// forward these lines hold their padding, so that every padding mode works; in backward_input there is none, and a sample in
+// a padding mode is not cut.
 //
 // Slabs of about kSlabBytes stay in the cache. Sums: those of the float32 row. How many samples a slab has does not
 // change them, and how many lines it has depends on a sample alone. Declines: other types, and what no float32 row but
@@ -68,17 +69,12 @@ int64_t bytes(const ConvShape& f) { return (in_elements(f) + out_elements(f)) * 
 
 int64_t lines_of_slab(const ConvShape& s, Direction direction) {
   int64_t lines = direction == Direction::kForward ? s.out[1] : s.in[1];
+  if (direction == Direction::kBackwardInput && s.padding_mode != PaddingMode::kZeros) return lines;
   while (lines > 1 && bytes(make_slab(s, direction, 1, 0, lines).shape) > kLinesBytes) lines = ceil_div(lines, 2);
   return lines;
 }
 
-// The row that computes a float32 problem, whatever is forced for the problem at hand.
-const Algorithm* float32_row(const ConvShape& f, Direction direction) {
-  const AlgorithmTable& rows = table(direction);
-  for (const Algorithm* row = rows.rows; row < rows.rows + rows.size - 1; ++row)
-    if (!row->decline(f) && !(row->yield && row->yield(f))) return row;
-  return nullptr;
-}
+const Algorithm* float32_row(const ConvShape& f, Direction direction) { return first_fast(table(direction), f); }
 
 // How a problem is cut, and the float32 scratch of one slab, in elements.
 struct Plan {
@@ -95,7 +91,11 @@ struct Plan {
       const ConvShape f = make_slab(s, direction, samples, first, std::min(lines, all_lines - first)).shape;
       from = std::max(from, forward ? in_elements(f) : out_elements(f));
       to = std::max(to, forward ? out_elements(f) : in_elements(f));
-      row = std::max(row, ceil_div(float32_row(f, direction)->workspace(f, threads), sizeof(float)));
+      for (const int64_t n : {samples, s.batch % samples}) {
+        if (n == 0) continue;
+        const ConvShape slab = make_slab(s, direction, n, first, std::min(lines, all_lines - first)).shape;
+        row = std::max(row, ceil_div(float32_row(slab, direction)->workspace(slab, threads), sizeof(float)));
+      }
     }
     weight = s.out_channels() * s.in_per_group * s.taps();
     bias = forward ? s.out_channels() : s.in_channels();
@@ -189,6 +189,9 @@ const char* decline(const ConvShape& s, Direction direction) {
   if (s.in_per_group == 0 || s.out_per_group == 0 || s.in_pixels() == 0 || s.out_pixels() == 0)
     return "nothing to sum over";
   const int64_t all_lines = direction == Direction::kForward ? s.out[1] : s.in[1];
+  if (bytes(make_slab(s, direction, 1, 0, lines_of_slab(s, direction)).shape) > kLinesBytes &&
+      lines_of_slab(s, direction) == all_lines && all_lines > 1)
+    return "the adjoint of a padding mode, of samples above 24 MiB";
   for (int64_t lines : {all_lines, lines_of_slab(s, direction)})
     if (!float32_row(make_slab(s, direction, 1, 0, lines).shape, direction)) return "no fast row in float32";
   return nullptr;
