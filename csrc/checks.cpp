@@ -303,6 +303,28 @@ Dtype dtype_of(at::ScalarType type) {
 
 }  // namespace
 
+namespace {
+
+// Patches that lie side by side in channels_last (kernel = stride, no padding; or one patch, the whole axis) are pixels
+// of more channels: memory is the same, and so are the sums. A row of 16x16 patches has 48 channels of 16 taps instead
+// of 3 of 256. Inner axes first: an outer one is folded if nothing is left of them.
+void fold_patches(ConvShape& s) {
+  if (!s.channels_last() || s.groups != 1) return;
+  for (int d = 2; d >= 0; --d) {
+    const bool side_by_side = s.kernel[d] == s.stride[d] && s.in[d] == s.out[d] * s.stride[d];
+    const bool whole = s.out[d] == 1 && s.in[d] == s.kernel[d];
+    const bool contiguous = s.in_per_group == 1 || s.weight_stride[d + 2] == s.in_per_group * s.weight_stride[1];
+    if (s.kernel[d] > 1 && s.pad[d] == 0 && s.dilation[d] == 1 && (side_by_side || whole) && contiguous) {
+      if (s.in_per_group == 1) s.weight_stride[1] = s.weight_stride[d + 2];
+      s.in_per_group *= s.kernel[d];
+      s.in[d] = s.out[d], s.kernel[d] = s.stride[d] = 1;
+    }
+    if (s.in[d] != 1 || s.kernel[d] != 1) return;
+  }
+}
+
+}  // namespace
+
 ConvShape make_conv_shape(const OperatorCall<int64_t>& call, c10::IntArrayRef weight_strides, at::ScalarType dtype,
                           bool channels_last) {
   const int axes = static_cast<int>(call.weight.size()) - 2;
@@ -330,6 +352,7 @@ ConvShape make_conv_shape(const OperatorCall<int64_t>& call, c10::IntArrayRef we
   s.dtype = dtype_of(dtype);
   s.layout = channels_last ? Layout::kChannelsLast : Layout::kChannelsFirst;
   s.padding_mode = static_cast<PaddingMode>(call.padding_mode);
+  fold_patches(s);
   return s;
 }
 
