@@ -65,6 +65,16 @@ inline bool is_dense(const Tensor& t, bool channels_last) {
   return true;
 }
 
+// Contiguous to the letter: is_contiguous() leaves out the strides of extents of 1, which a gradient is to have, too.
+inline bool has_contiguous_strides(const Tensor& t) {
+  int64_t expected = 1;
+  for (int64_t i = t.dim() - 1; i >= 0; --i) {
+    if (t.stride(i) != expected) return false;
+    expected *= std::max<int64_t>(t.size(i), 1);
+  }
+  return true;
+}
+
 inline void note_copy(const char* name, const Tensor& t) {
   if (Recording* r = recording()) r->copies.emplace_back(name, static_cast<int64_t>(t.nbytes()));
 }
@@ -246,7 +256,7 @@ struct Operators {
     if (output_mask[0])
       gx = backward_input(gy, w, std::nullopt, x.sizes().slice(2), stride, padding, dilation, groups, padding_mode);
     if (output_mask[1]) {
-      gw = w.is_contiguous() ? Device::empty(w, w.sizes(), false) : at::empty_like(w);
+      gw = has_contiguous_strides(w) ? Device::empty(w, w.sizes(), false) : at::empty_like(w);
       // Here gy is at hand in the layout of the computation.
       if (output_mask[2] && Device::sums_bias(w.scalar_type())) gb = Device::empty(gy, {gy.size(1)}, false);
       if (gw.is_complex())
