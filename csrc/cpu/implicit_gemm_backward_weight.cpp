@@ -524,6 +524,19 @@ void run(const ConvShape& shape, const void* grad_output, const void* input, T* 
           if (ahead) ahead += count * depth * height;
         };
 
+        // Tiles of rows with panels of columns: a panel is used for all tiles, unless so few pixels are summed that the
+        // time goes into writing; then lines of the result are written from beginning to end.
+        constexpr int64_t kFewBytesOfColumns = 16 << 10;
+        const bool by_rows = pixels * columns * static_cast<int64_t>(sizeof(W)) <= kFewBytesOfColumns;
+        const auto each_product = [&](int64_t all_rows, const auto& f) {
+          if (by_rows)
+            return each_tile(all_rows, kernels.rows, [&](int64_t row, int64_t height) {
+              for (int64_t j = 0; j < panels.count; ++j) f(row, height, j);
+            });
+          for (int64_t j = 0; j < panels.count; ++j)
+            each_tile(all_rows, kernels.rows, [&](int64_t row, int64_t height) { f(row, height, j); });
+        };
+
         // Lanes: panel by panel. Else blocks of rows.
         for (int64_t b0 = 0, b1; b0 < (plan.lanes ? panels.count : rows); b0 = b1) {
           b1 = plan.lanes ? b0 + 1 : std::min(rows, b0 + split.block);
@@ -565,11 +578,10 @@ void run(const ConvShape& shape, const void* grad_output, const void* input, T* 
                 });
               const T* pointers_of_tile[kMaxRows];
               for (int64_t r = 0; r < kMaxRows; ++r) pointers_of_tile[r] = strip + r;
-              for (int64_t j = 0; j < panels.count; ++j)
-                each_tile(block, kernels.rows, [&](int64_t row, int64_t height) {
-                  multiply(height, 1, pixels, pointers_of_tile, row * pixels, height, b_offsets.data(),
-                           totals + (b0 + row) * row_step * ld, row_step * ld, !first_chunk, j);
-                });
+              each_product(block, [&](int64_t row, int64_t height, int64_t j) {
+                multiply(height, 1, pixels, pointers_of_tile, row * pixels, height, b_offsets.data(),
+                         totals + (b0 + row) * row_step * ld, row_step * ld, !first_chunk, j);
+              });
               continue;
             }
           if (plan.lanes) {
@@ -611,11 +623,10 @@ void run(const ConvShape& shape, const void* grad_output, const void* input, T* 
                   list[l * height + r] = origins[l * line_taps + t / s.kernel[2]] + at;
               }
             });
-            for (int64_t j = 0; j < panels.count; ++j)
-              each_tile(all, kernels.rows, [&](int64_t row, int64_t height) {
-                multiply(height, chunk.lines(), length, pointers.data() + row * chunk.lines(), 0, step,
-                         b_offsets.data(), totals + row * ld, ld, !first_chunk, j);
-              });
+            each_product(all, [&](int64_t row, int64_t height, int64_t j) {
+              multiply(height, chunk.lines(), length, pointers.data() + row * chunk.lines(), 0, step, b_offsets.data(),
+                       totals + row * ld, ld, !first_chunk, j);
+            });
             continue;
           }
 
@@ -651,11 +662,10 @@ void run(const ConvShape& shape, const void* grad_output, const void* input, T* 
             const W* const* const of_low = pointers.data();
             const W* const* const of_high = of_low + chunk.lines() * low;
             if (runs > 0)
-              for (int64_t j = 0; j < panels.count; ++j)
-                each_tile(block, kernels.rows, [&](int64_t row, int64_t height) {
-                  multiply(height, count, depth, height == low ? of_low : of_high, row * x_lines.row, step,
-                           b_offsets.data(), of_tap + row * row_step * ld, row_step * ld, !first_chunk, j);
-                });
+              each_product(block, [&](int64_t row, int64_t height, int64_t j) {
+                multiply(height, count, depth, height == low ? of_low : of_high, row * x_lines.row, step,
+                         b_offsets.data(), of_tap + row * row_step * ld, row_step * ld, !first_chunk, j);
+              });
             if (complete) continue;
             // The pixels that read elsewhere, one by one.
             outside.clear(), outside_offsets.clear();
@@ -670,14 +680,13 @@ void run(const ConvShape& shape, const void* grad_output, const void* input, T* 
               }
             const auto pixels_outside = static_cast<int64_t>(outside_offsets.size());
             if (pixels_outside == 0) continue;
-            for (int64_t j = 0; j < panels.count; ++j)
-              each_tile(block, kernels.rows, [&](int64_t row, int64_t height) {
-                pointers.resize(pixels_outside * height);
-                for (int64_t p = 0; p < pixels_outside; ++p)
-                  std::copy_n(outside.data() + p * kernels.rows, height, pointers.data() + p * height);
-                multiply(height, pixels_outside, 1, pointers.data(), zeros ? 0 : row * x_lines.row, 1,
-                         outside_offsets.data(), of_tap + row * row_step * ld, row_step * ld, true, j);
-              });
+            each_product(block, [&](int64_t row, int64_t height, int64_t j) {
+              pointers.resize(pixels_outside * height);
+              for (int64_t p = 0; p < pixels_outside; ++p)
+                std::copy_n(outside.data() + p * kernels.rows, height, pointers.data() + p * height);
+              multiply(height, pixels_outside, 1, pointers.data(), zeros ? 0 : row * x_lines.row, 1,
+                       outside_offsets.data(), of_tap + row * row_step * ld, row_step * ld, true, j);
+            });
           }
         }
       }
