@@ -187,7 +187,9 @@ struct Operators {
     const ConvShape shape = make_conv_shape(call, w.strides(), gy.scalar_type(), computed);
     return with_result<Device>(gy, size, channels_last, computed, [&](const Tensor& gx) {
       const Tensor gyd = dense<Device>("grad_output", gy, computed);
-      const OptionalTensor b = bias ? OptionalTensor(bias->contiguous()) : std::nullopt;
+      OptionalTensor b = bias ? OptionalTensor(bias->contiguous()) : std::nullopt;
+      // Channels that stand for those of a patch (fold_patches).
+      if (b && b->numel() != shape.in_channels()) b = b->repeat({shape.in_channels() / b->numel()});
       run<Device>(Direction::kBackwardInput, shape,
                   {.weight = w.const_data_ptr(), .bias = data_of(b), .grad_output = gyd.const_data_ptr()}, gx);
     });

@@ -261,8 +261,13 @@ std::vector<std::pair<std::string, std::string>> selection(
     at::ScalarType dtype, bool channels_last, const std::string& device, bool may_yield) {
   IntList output{input_size.at(0), weight_size.at(0)}, weight_strides(weight_size.size(), 1);
   output.insert(output.end(), output_size.begin(), output_size.end());
-  for (int64_t d = static_cast<int64_t>(weight_size.size()) - 2; d >= 0; --d)
-    weight_strides[d] = weight_strides[d + 1] * weight_size[d + 1];
+  // The weight has the layout of the activations: dimensions from the innermost out.
+  const auto dimensions = static_cast<int64_t>(weight_size.size());
+  int64_t step = 1;
+  for (int64_t i = 0; i < dimensions; ++i) {
+    const int64_t last = dimensions - 1, d = i == last ? 0 : !channels_last ? last - i : i == 0 ? 1 : last - i + 1;
+    weight_strides[d] = step, step *= weight_size[d];
+  }
   const Direction d = direction_named(direction);
   const OperatorCall<int64_t> call{"selection", d,       input_size, weight_size, output,      std::nullopt,
                                    stride,      padding, dilation,   groups,      padding_mode};

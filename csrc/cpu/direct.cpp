@@ -1,4 +1,5 @@
-// Direct convolution on padded strips, forward and backward_input: NCHW, and NHWC with few channels a group.
+// Direct convolution on padded strips, forward and backward_input: NCHW, and NHWC with few channels a group or few result
+// channels.
 //
 // For a block of result lines, the lines of the in channels that it reads are copied once, with their padding, into
 // strips in L2, sorted such that what one tap reads for neighbouring results is contiguous; in NHWC they are transposed,
@@ -19,7 +20,7 @@
 // channels outermost; the bias with the first block. Threads split samples, groups, lines and result channels.
 // 16-bit types are multiplied as words (stored.h), in which channels and terms count: strips are packed as they are
 // copied, weights once a call, and results are float32 in scratch rows before they are rounded.
-// Declines: NHWC with more channels a group, types other than floating-point, empty sums, kernels above kMaxTaps,
+// Declines: NHWC with more channels, types other than floating-point, empty sums, kernels above kMaxTaps,
 // the adjoint of a padding mode.
 #include <numeric>
 #include <vector>
@@ -39,6 +40,7 @@ constexpr int64_t kKeptBytes = 256 << 10;    // result rows of a task that are i
 constexpr int64_t kLeastColumns = 384;       // of a block, if there are as many: a row tile of weights is read for all
 constexpr int64_t kMostColumns = 512;
 constexpr int64_t kFewChannels = 16;        // of a group: with fewer NHWC is transposed
+constexpr int64_t kFewResults = 9;          // or with so few result channels, which would leave most lanes empty
 constexpr int64_t kChannelsAtOnce = 16;     // of several groups that NHWC transposes together
 constexpr int64_t kLeastShuffled = 16;      // channels of a sample, for which the shuffles of a strip are worth finding
 constexpr int64_t kSlack = 16;              // behind the strips: vectors are read whole
@@ -664,8 +666,10 @@ const char* decline(const ConvShape& s, Direction direction) {
   if (!is_floating_point(s.dtype)) return "only floating-point types";
   if (s.in_per_group == 0 || s.out_per_group == 0 || s.in_pixels() == 0 || s.out_pixels() == 0)
     return "nothing to sum over";
-  if (s.channels_last() && (s.groups == 1 || std::max(s.in_per_group, s.out_per_group) >= kFewChannels))
-    return "NHWC with 16 channels a group or more, or one group";
+  const int64_t results = direction == Direction::kForward ? s.out_per_group : s.in_per_group;
+  if (s.channels_last() && s.groups > 1 && std::max(s.in_per_group, s.out_per_group) >= kFewChannels)
+    return "NHWC with 16 channels a group or more";
+  if (s.channels_last() && s.groups == 1 && results > kFewResults) return "NHWC with more than 9 result channels";
   if (s.taps() > kMaxTaps) return "more than 16384 taps";
   const int64_t words = s.in_channels() * s.out_per_group * s.taps();
   if (dtype_size(s.dtype) == 2 && words > kMostWeights / static_cast<int64_t>(sizeof(float)))

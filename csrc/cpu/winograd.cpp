@@ -45,6 +45,7 @@ constexpr int64_t kAllWeights = 32 << 20;   // and bytes of U, or of V, that all
 constexpr int64_t kColumnsPerThread = 64;   // from which on all tiles' transforms are little beside the products
 constexpr int64_t kFewChannels = 16;        // whose transforms are not shared by enough products
 constexpr int64_t kFewTogether = 40;        // in and out channels, of which what a tile takes besides is most
+constexpr int64_t kFewResults = 5;  // NHWC
 constexpr int64_t kMostTiles = 64;          // of a block
 constexpr int64_t kMostTaps = 25;           // of a kernel
 constexpr int64_t kMostResults = 16;        // of a tile
@@ -538,6 +539,8 @@ double direct_cycles(const ConvShape& s, Direction direction) {
 const char* yield(const ConvShape& s, Direction direction, bool small) {
   const int64_t from = direction == Direction::kForward ? s.in_per_group : s.out_per_group;
   if (from < kFewChannels || s.in_per_group + s.out_per_group < kFewTogether) return "few channels";
+  if (s.channels_last() && s.groups == 1 && s.in_per_group + s.out_per_group - from < kFewResults)
+    return "few result channels";  // they leave most lanes empty; `direct` turns them round
   const WinogradKernels<float>& t = *transforms(s, small);
   if (t.stride > 1 && t.positions * s.taps() / (s.kernel[1] * s.kernel[2]) * s.in_per_group * s.out_per_group >
                           kLargeWeights / static_cast<int64_t>(sizeof(float)))
