@@ -13,6 +13,9 @@
 // backward_input has one such product for each phase of the stride (gather.h). All of a block read the same strips, and
 // their results are interleaved on the way out: strips are packed once, and every line is written once.
 //
+// Where weights of neighbouring channels lie far apart (backward_input), they are packed once into tiles of rows: with the
+// taps of all phases, as they lie.
+//
 // Where much of the work would be on zeros of the padding and all weights are finite, each block leaves out the taps
 // that read nothing else for its results; adding 0 changes nothing.
 //
@@ -45,8 +48,10 @@ constexpr int64_t kChannelsAtOnce = 16;     // of several groups that NHWC trans
 constexpr int64_t kLeastShuffled = 16;      // channels of a sample, for which the shuffles of a strip are worth finding
 constexpr int64_t kSlack = 16;              // behind the strips: vectors are read whole
 constexpr int64_t kMostWeights = 48 << 20;  // bytes of packed weights
-constexpr int64_t kMaxPhases = 65536;       // of backward_input: each costs a little set-up
-constexpr int64_t kMostTogether = 16;       // phases that share strips
+constexpr int64_t kFarWeights =
+    2 << 10;                           // bytes between neighbouring channels of a row of weights: then they are packed
+constexpr int64_t kMaxPhases = 65536;  // of backward_input: each costs a little set-up
+constexpr int64_t kMostTogether = 16;  // phases that share strips
 
 // One axis of a strip: planes of equal length. Position i of plane p holds source position base[p] + i * step, counted
 // from what the block's first result reads. Taps share planes, one for each residue of their offsets, or where they
@@ -78,7 +83,9 @@ struct StripAxis {
   int64_t length(int64_t block) const { return shared(block) ? block + extra : block; }
   int64_t values(int64_t block) const { return planes(block) * length(block); }
   int64_t plane_base(int64_t p, int64_t block) const { return shared(block) ? base[p] : axis.offset[p]; }
-  int64_t tap(int64_t offset) const { return std::find(axis.offset.begin(), axis.offset.end(), offset) - axis.offset.begin(); }
+  int64_t tap(int64_t offset) const {
+    return std::find(axis.offset.begin(), axis.offset.end(), offset) - axis.offset.begin();
+  }
   // Where tap t reads for the block's first result: its plane and the position there.
   int64_t plane(int64_t t, int64_t block) const {
     if (!shared(block)) return t;
@@ -149,11 +156,14 @@ struct Plan {
   int64_t vectors;                    // of a block
   int64_t groups_at_once = 1, chunk;  // channels whose strips are in use at a time
   int64_t kept_rows, splits;
+  int64_t tile_rows;            // of the register tile
+  int64_t tile_weights = 0;     // weights of a channel of a packed tile; 0: they are read where they lie
   bool joined, keep, keep_all;  // lines are joined to one run of columns; results go through scratch rows, all at once
 
-  Plan(const Gather& g, const Family& family, int64_t lanes, int64_t element_size, bool half, int threads,
-       bool line_per_tap)
-      : axis{StripAxis(family.shared.axis[0]), StripAxis(family.shared.axis[1]), StripAxis(family.shared.axis[2])} {
+  Plan(const Gather& g, const Family& family, int64_t tile_rows, int64_t lanes, int64_t element_size, bool half,
+       int threads, bool line_per_tap)
+      : axis{StripAxis(family.shared.axis[0]), StripAxis(family.shared.axis[1]), StripAxis(family.shared.axis[2])},
+        tile_rows(tile_rows) {
     const GatherAxis* a = family.shared.axis;
     axis[2].per_tap = line_per_tap;
     const bool nhwc = g.to_stride.channel == 1 && g.to_stride.axis[2] != 1;
@@ -212,10 +222,17 @@ struct Plan {
     if (groups_at_once > 1) splits = 1;
     keep_all = keep && (nhwc || chunk < g.from_per_group);
     if (keep_all)
-      splits = std::max(splits, ceil_div(rows, std::max<int64_t>(kMaxRows, kKeptBytes / element_size / columns /
-                                                                               family.size())));
+      splits = std::max(
+          splits, ceil_div(rows, std::max<int64_t>(kMaxRows, kKeptBytes / element_size / columns / family.size())));
     splits = std::min(splits, ceil_div(rows, kMaxRows));
-    kept_rows = keep_all ? groups_at_once * ceil_div(rows, splits) * family.size() : keep ? kMaxRows * family.along_w : 0;
+    // Of backward_input: the weights of neighbouring rows lie together, those of the next channel far away.
+    const int64_t packed = g.groups * round_up(rows, tile_rows) * g.from_per_group * g.weight_to_stride;
+    if (!half && g.weight_to_stride == family.all_taps && g.weight_from_stride * element_size >= kFarWeights &&
+        packed * element_size <= kPackedBytes)
+      tile_weights = tile_rows * g.weight_to_stride;
+    const int64_t of_split =
+        tile_weights ? ceil_div(ceil_div(rows, tile_rows), splits) * tile_rows : ceil_div(rows, splits);
+    kept_rows = keep_all ? groups_at_once * of_split * family.size() : keep ? kMaxRows * family.along_w : 0;
   }
   // About how many cycles one image and group take.
   double cost(const Gather& g, const Family& family) const {
@@ -223,7 +240,11 @@ struct Plan {
     return (products + copies) * g.from_per_group * blocks[0] * blocks[1] * blocks[2];
   }
   int64_t strips() const { return groups_at_once * chunk * size + kSlack; }
-  int64_t elements(int threads) const { return threads * (strips() + kept_rows * columns); }
+  int64_t of_thread() const { return strips() + kept_rows * columns; }
+  int64_t packed_tiles(const Gather& g) const {
+    return round_up(g.groups * ceil_div(g.to_per_group, tile_rows) * g.from_per_group * tile_weights, 16);
+  }
+  int64_t elements(const Gather& g, int threads) const { return packed_tiles(g) + threads * of_thread(); }
 };
 
 // The runs that fill a strip for the block that begins at result (d, h, w). Sources are pixels.
@@ -381,6 +402,28 @@ void pack_weights(const Gather& g, const GatherPhase& phase, const Kernels<T>& k
   });
 }
 
+// Weights in tiles of rows, [group][tile][channel][row of the tile][tap], read in the order of memory.
+template <typename T>
+void pack_tiles(const Gather& g, int64_t tile_rows, int64_t tile_weights, const Kernels<T>& kernels, const T* weight,
+                T* packed) {
+  constexpr int64_t kAtOnce = 16;  // channels
+  const int64_t channels = g.from_per_group, pieces = ceil_div(channels, kAtOnce);
+  const int64_t rows = g.to_per_group, tiles = ceil_div(rows, tile_rows);
+  parallel_tasks(g.groups * pieces, 0.5 * static_cast<double>(kAtOnce * tiles * tile_weights),
+                 [&](int64_t begin, int64_t end) {
+                   for (int64_t i = begin; i < end; ++i) {
+                     const int64_t group = i / pieces, k = i % pieces * kAtOnce;
+                     const T* const source = weight + group * g.weight_group_stride + k * g.weight_from_stride;
+                     for (int64_t tile = 0; tile < tiles; ++tile) {
+                       const int64_t row = tile * tile_rows, height = std::min(tile_rows, rows - row);
+                       kernels.copy_rows(source + row * g.weight_to_stride, g.weight_from_stride,
+                                         std::min(kAtOnce, channels - k), height * g.weight_to_stride,
+                                         packed + ((group * tiles + tile) * channels + k) * tile_weights, tile_weights);
+                     }
+                   }
+                 });
+}
+
 // The terms of one sum block, a channel after the other, and the tap of each term of the first channel.
 struct Terms {
   c10::SmallVector<Term, 64> list;
@@ -471,6 +514,7 @@ void run_family(const Gather& g, const Family& family, const Plan& plan, const K
   c10::SmallVector<const W*, 4> words;  // of each phase
   for (const GatherPhase* phase : family.phases) {
     weights.emplace_back(g, *phase, pair, kIsHalf<T>);
+    if (plan.tile_weights) weights.back().from_stride = plan.tile_weights;
     if constexpr (kIsHalf<T>) {
       pack_weights(g, *phase, kernels, weight, weights.back(), workspace);
       words.push_back(workspace);
@@ -479,12 +523,17 @@ void run_family(const Gather& g, const Family& family, const Plan& plan, const K
       words.push_back(weight);
     }
   }
+  const int64_t all_tiles = ceil_div(channels, plan.tile_rows);
+  const W* const tiled = workspace;
+  if constexpr (!kIsHalf<T>)
+    if (plan.tile_weights) pack_tiles(g, plan.tile_rows, plan.tile_weights, kernels, weight, workspace);
+  workspace += plan.packed_tiles(g);
   const int64_t splits = plan.splits, gathers = ceil_div(g.groups, plan.groups_at_once), along_w = family.along_w;
   const int64_t problems = plan.blocks[0] * plan.blocks[1] * plan.blocks[2] * g.batch * gathers;
   const bool nhwc = g.to_stride.axis[2] != 1, chunked = plan.chunk < from_words;
   const double macs = static_cast<double>(plan.columns) * family.all_taps * from_words * plan.groups_at_once * channels;
   parallel_tasks(problems * splits, macs / splits, [&](int64_t begin, int64_t end) {
-    W* const strips = workspace + at::get_thread_num() * (plan.strips() + plan.kept_rows * plan.columns);
+    W* const strips = workspace + at::get_thread_num() * plan.of_thread();
     W* const kept = strips + plan.strips();
     Runs runs;
     Shuffles shuffles;
@@ -515,8 +564,12 @@ void run_family(const Gather& g, const Family& family, const Plan& plan, const K
       }
       const int64_t first_group = gather * plan.groups_at_once;
       const int64_t groups = std::min(plan.groups_at_once, g.groups - first_group);
-      const int64_t row0 = channels * split / splits, row1 = channels * (split + 1) / splits;
-      const int64_t tiles = ceil_div(row1 - row0, kernels.rows);
+      // Of packed tiles all but the last are whole; else they are of nearly equal height.
+      const auto first_row = [&](int64_t i) {
+        return plan.tile_weights ? std::min(channels, all_tiles * i / splits * plan.tile_rows) : channels * i / splits;
+      };
+      const int64_t row0 = first_row(split), row1 = first_row(split + 1);
+      const int64_t tiles = ceil_div(row1 - row0, plan.tile_rows);
       T* const result = to + n * g.to_stride.batch + first_group * channels * g.to_stride.channel +
                         (a[0].to_start + start[0] * a[0].to_step) * g.to_stride.axis[0] + start[1] * line_step +
                         start[2] * pixel_step;
@@ -565,7 +618,8 @@ void run_family(const Gather& g, const Family& family, const Plan& plan, const K
       };
 
       // Rows of a tile of one phase: the products with the strips of channels [c0, c1).
-      const auto multiply = [&](int64_t f, int64_t group, int64_t row, int64_t rows, int64_t c0, int64_t c1, W* sums_at) {
+      const auto multiply = [&](int64_t f, int64_t group, int64_t row, int64_t rows, int64_t c0, int64_t c1,
+                                W* sums_at) {
         const int64_t in_group = first_group + group, h = f / along_w;
         auto vector_count = static_cast<int64_t>(vectors.size());
         if (!plan.keep && !plan.joined) vector_count = vector_count / lines * lines_of(h);
@@ -576,8 +630,11 @@ void run_family(const Gather& g, const Family& family, const Plan& plan, const K
         for (const Block& sum : sums) {
           if (sum.channel < c0 || (sum.channel >= c1 && sum.channels > 0)) continue;
           const auto [term, count] = terms[f].of(sum, family.most_taps);
-          const W* const w = words[f] + in_group * weights[f].group_stride + row * weights[f].to_stride +
-                             sum.channel * weights[f].from_stride;
+          const W* const w = plan.tile_weights
+                                 ? tiled + ((in_group * all_tiles + row / plan.tile_rows) * from_words + sum.channel) *
+                                               plan.tile_weights
+                                 : words[f] + in_group * weights[f].group_stride + row * weights[f].to_stride +
+                                       sum.channel * weights[f].from_stride;
           const W* const b = strips + (group * (c1 - c0) + sum.channel - c0) * plan.size;
           for (int64_t panel = 0; panel < panels; ++panel) {
             const int64_t v0 = vector_count * panel / panels, v1 = vector_count * (panel + 1) / panels;
@@ -614,18 +671,22 @@ void run_family(const Gather& g, const Family& family, const Plan& plan, const K
           filled = problem;
         }
         for (int64_t group = 0; group < groups; ++group)
-          for (int64_t h = 0; h < family.lines(); ++h)
-            for (int64_t tile = 0; lines_of(h) > 0 && tile < tiles; ++tile) {
-              const int64_t row = row0 + (row1 - row0) * tile / tiles;
-              const int64_t rows = row0 + (row1 - row0) * (tile + 1) / tiles - row;
+          for (int64_t tile = 0; tile < tiles; ++tile) {
+            const auto begin_of_tile = [&](int64_t i) {
+              return plan.tile_weights ? std::min(row1, row0 + i * plan.tile_rows) : row0 + (row1 - row0) * i / tiles;
+            };
+            const int64_t row = begin_of_tile(tile), rows = begin_of_tile(tile + 1) - row;
+            for (int64_t h = 0; h < family.lines(); ++h) {
+              if (lines_of(h) <= 0) continue;
               for (int64_t w = 0; w < along_w; ++w) {
                 const int64_t f = h * along_w + w;
-                const int64_t kept_row = plan.keep_all ? f * kept_of_phase + group * channels + row - row0 : w * kMaxRows;
+                const int64_t kept_row =
+                    plan.keep_all ? f * kept_of_phase + group * channels + row - row0 : w * kMaxRows;
                 multiply(f, group, row, rows, c0, c1, kept + kept_row * plan.columns);
               }
-              if (plan.keep && !plan.keep_all)
-                deliver(h, kept, kMaxRows * plan.columns, group * channels + row, rows);
+              if (plan.keep && !plan.keep_all) deliver(h, kept, kMaxRows * plan.columns, group * channels + row, rows);
             }
+          }
       }
       if (plan.keep_all)
         for (int64_t h = 0; h < family.lines(); ++h)
@@ -640,7 +701,7 @@ Plan plan_for(const Gather& g, const Family& family, const Kernels<T>& kernels, 
   Gather words = g;
   words.from_per_group = ceil_div(g.from_per_group, kernels.pair);
   const auto plan = [&](bool line_per_tap) {
-    return Plan(words, family, kernels.lanes, sizeof(Word<T>), kIsHalf<T>, threads, line_per_tap);
+    return Plan(words, family, kernels.rows, kernels.lanes, sizeof(Word<T>), kIsHalf<T>, threads, line_per_tap);
   };
   Plan shared = plan(false);
   if (family.shared.axis[2].taps() <= 1) return shared;
@@ -692,7 +753,7 @@ int64_t workspace_bytes(const ConvShape& s, Direction direction, int threads) {
     for (const Family& family : families(g)) {
       int64_t packed = 0;
       for (const GatherPhase* phase : family.phases) packed += packed_weights(g, *phase, kernels);
-      words = std::max(words, packed + plan_for(g, family, kernels, threads).elements(threads));
+      words = std::max(words, packed + plan_for(g, family, kernels, threads).elements(g, threads));
     }
   };
   add();

@@ -91,27 +91,29 @@ void add_strip(const ConvShape& s, const Kernels<T>& kernels, const Border& bord
   // What lies inside along W is a run.
   const int64_t first = std::clamp<int64_t>(-border.begin[2], 0, border.size[2]);
   const int64_t last = std::clamp(s.in[2] - border.begin[2], first, border.size[2]);
-  parallel_tasks(samples * parts, 2.0 * static_cast<double>(border.pixels()) * together, [&](int64_t begin, int64_t end) {
-    for (int64_t task = begin; task < end; ++task) {
-      const int64_t n = task / parts, channel = task % parts * together, count = std::min(together, channels - channel);
-      const T* const source = strip + n * from.batch + channel * from.channel;
-      T* const result = gx + n * to.batch + channel * to.channel;
-      for (int64_t d = 0; d < border.size[0]; ++d)
-        for (int64_t h = 0; h < border.size[1]; ++h) {
-          const T* const line = source + d * from.axis[0] + h * from.axis[1];
-          T* const to_line = result + target(0, d) * to.axis[0] + target(1, h) * to.axis[1];
-          for (int64_t w = 0; w < border.size[2]; ++w) {
-            T* const sums = to_line + target(2, w) * to.axis[2];
-            if (w == first && !s.channels_last() && last > first) {
-              kernels.add_row(sums, line + w, last - first);
-              w = last - 1;
-              continue;
-            }
-            kernels.add_row(sums, line + w * from.axis[2], count);
-          }
-        }
-    }
-  });
+  parallel_tasks(samples * parts, 2.0 * static_cast<double>(border.pixels()) * together,
+                 [&](int64_t begin, int64_t end) {
+                   for (int64_t task = begin; task < end; ++task) {
+                     const int64_t n = task / parts, channel = task % parts * together,
+                                   count = std::min(together, channels - channel);
+                     const T* const source = strip + n * from.batch + channel * from.channel;
+                     T* const result = gx + n * to.batch + channel * to.channel;
+                     for (int64_t d = 0; d < border.size[0]; ++d)
+                       for (int64_t h = 0; h < border.size[1]; ++h) {
+                         const T* const line = source + d * from.axis[0] + h * from.axis[1];
+                         T* const to_line = result + target(0, d) * to.axis[0] + target(1, h) * to.axis[1];
+                         for (int64_t w = 0; w < border.size[2]; ++w) {
+                           T* const sums = to_line + target(2, w) * to.axis[2];
+                           if (w == first && !s.channels_last() && last > first) {
+                             kernels.add_row(sums, line + w, last - first);
+                             w = last - 1;
+                             continue;
+                           }
+                           kernels.add_row(sums, line + w * from.axis[2], count);
+                         }
+                       }
+                   }
+                 });
 }
 
 template <typename T>
@@ -129,8 +131,7 @@ void run(const ConvShape& s, const ConvPointers& p, void* workspace, int threads
       const int64_t samples = std::min(step, s.batch - n);
       const ConvShape shape = shape_of(s, border, samples);
       row_of(shape)->run(
-          shape,
-          {.weight = p.weight, .grad_output = static_cast<const T*>(p.grad_output) + n * of_gy, .result = strip},
+          shape, {.weight = p.weight, .grad_output = static_cast<const T*>(p.grad_output) + n * of_gy, .result = strip},
           scratch, threads);
       add_strip(s, kernels, border, samples, strip, static_cast<T*>(p.result) + n * of_gx);
     }

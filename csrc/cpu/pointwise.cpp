@@ -62,7 +62,8 @@ struct Product {
   bool is_rows(bool channels_last) const { return channels_last || pixels == 1; }
   // NCHW: weights that are not transposed, against planes that are not packed.
   bool is_few_pixels() const {
-    return !half && !in_rows() && to_stride == 1 && std::min(depth, kSumLength) * pixels * static_cast<int64_t>(sizeof(float)) <= kPlaneBytes;
+    return !half && !in_rows() && to_stride == 1 &&
+           std::min(depth, kSumLength) * pixels * static_cast<int64_t>(sizeof(float)) <= kPlaneBytes;
   }
   // How many of the last pixels of a plane are better off as dot products (NCHW). For each result channel a vector, full
   // or not, takes 0.5 to 0.7 cycles a step; a dot product takes 1/32 cycle a step and about 5 to add its lanes up.
@@ -571,8 +572,8 @@ void run(const ConvShape& s, Direction direction, const void* from, const ConvPo
   if constexpr (!kIsHalf<T>)
     if (!p.is_rows(s.channels_last()) && p.is_few_pixels())
       return columns_are_few_pixels(p, o, kernels, static_cast<T*>(workspace), threads);
-  (p.is_rows(s.channels_last()) ? rows_are_pixels<T> : columns_are_pixels<T>)(p, o, kernels, static_cast<Word<T>*>(workspace),
-                                                                   threads);
+  (p.is_rows(s.channels_last()) ? rows_are_pixels<T>
+                                : columns_are_pixels<T>)(p, o, kernels, static_cast<Word<T>*>(workspace), threads);
 }
 
 template <typename T>
