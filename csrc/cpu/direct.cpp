@@ -227,7 +227,10 @@ struct Plan {
     splits = std::min(splits, ceil_div(rows, kMaxRows));
     // Of backward_input: the weights of neighbouring rows lie together, those of the next channel far away.
     const int64_t packed = g.groups * round_up(rows, tile_rows) * g.from_per_group * g.weight_to_stride;
-    if (!half && g.weight_to_stride == family.all_taps && g.weight_from_stride * element_size >= kFarWeights &&
+    bool together = g.weight_to_stride == family.all_taps;
+    for (const GatherPhase* p : family.phases)
+      for (const int64_t offset : g.weight_tap_offsets(*p)) together = together && offset < g.weight_to_stride;
+    if (!half && together && g.weight_from_stride * element_size >= kFarWeights &&
         packed * element_size <= kPackedBytes)
       tile_weights = tile_rows * g.weight_to_stride;
     const int64_t of_split =
