@@ -305,11 +305,24 @@ Dtype dtype_of(at::ScalarType type) {
 
 namespace {
 
+// A kernel as large as the image, contiguous: the image is one pixel of more channels.
+void fold_image(ConvShape& s) {
+  int64_t step = 1;
+  for (int d = 2; d >= 0; step *= s.kernel[d--])
+    if (s.out[d] != 1 || s.in[d] != s.kernel[d] || s.pad[d] != 0 || (s.kernel[d] > 1 && s.dilation[d] != 1) ||
+        (s.kernel[d] > 1 && s.weight_stride[d + 2] != step))
+      return;
+  if (step == 1 || (s.in_per_group > 1 && s.weight_stride[1] != step)) return;
+  s.in_per_group *= step, s.weight_stride[1] = 1;
+  for (int d = 0; d < 3; ++d) s.in[d] = s.kernel[d] = s.stride[d] = 1;
+}
+
 // Patches that lie side by side in channels_last (kernel = stride, no padding; or one patch, the whole axis) are pixels
 // of more channels: memory is the same, and so are the sums. A row of 16x16 patches has 48 channels of 16 taps instead
 // of 3 of 256. Inner axes first: an outer one is folded if nothing is left of them.
 void fold_patches(ConvShape& s) {
-  if (!s.channels_last() || s.groups != 1) return;
+  if (s.groups != 1) return;
+  if (!s.channels_last()) return fold_image(s);
   for (int d = 2; d >= 0; --d) {
     const bool side_by_side = s.kernel[d] == s.stride[d] && s.in[d] == s.out[d] * s.stride[d];
     const bool whole = s.out[d] == 1 && s.in[d] == s.kernel[d];

@@ -189,7 +189,10 @@ struct Operators {
       const Tensor gyd = dense<Device>("grad_output", gy, computed);
       OptionalTensor b = bias ? OptionalTensor(bias->contiguous()) : std::nullopt;
       // Channels that stand for those of a patch (fold_patches).
-      if (b && b->numel() != shape.in_channels()) b = b->repeat({shape.in_channels() / b->numel()});
+      if (b && b->numel() != shape.in_channels()) {
+        const int64_t times = shape.in_channels() / b->numel();
+        b = computed ? b->repeat({times}) : b->repeat_interleave(times);
+      }
       run<Device>(Direction::kBackwardInput, shape,
                   {.weight = w.const_data_ptr(), .bias = data_of(b), .grad_output = gyd.const_data_ptr()}, gx);
     });
