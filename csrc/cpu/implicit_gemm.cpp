@@ -714,10 +714,26 @@ double pointer_cost(const Gather& g, const GatherPhase& phase, const Kernels<T>&
   return Tiles(g, phase, kernels.rows, skip_zeros).least + 16 / (vectors * channels);
 }
 
+// A phase that no tap reaches: its pixels are the bias, or zeros.
+template <typename T>
+void fill_phase(const Gather& g, const GatherPhase& phase, const Kernels<T>& kernels, const Word<T>* bias, T* to) {
+  const GatherAxis* a = phase.axis;
+  const int64_t channels = g.groups * g.to_per_group, lines = g.batch * a[0].count * a[1].count;
+  const std::vector<Word<T>> zeros(bias ? 0 : channels);
+  parallel_tasks(lines, static_cast<double>(a[2].count * channels), [&](int64_t begin, int64_t end) {
+    for (int64_t line = begin; line < end; ++line) {
+      const Pixel first{line / (a[0].count * a[1].count), line / a[1].count % a[0].count, line % a[1].count, 0};
+      kernels.store_rows(bias ? bias : zeros.data(), 0, a[2].count, channels, result_pixel(g, phase, first, to),
+                         a[2].to_step * g.to_stride.axis[2]);
+    }
+  });
+}
+
 template <typename T>
 void run_phase(const Gather& g, const GatherPhase& phase, const Kernels<T>& kernels, const T* from, const T* weight,
                const Word<T>* bias, T* to, const Workspace& sizes, Word<T>* workspace, int threads, bool skip_zeros) {
   using W = Word<T>;
+  if (phase.taps() == 0) return fill_phase(g, phase, kernels, bias, to);
   const GatherAxis* a = phase.axis;
   const int64_t channels = ceil_div(g.from_per_group, kernels.pair), depth = phase.taps() * channels;
   const Blocks blocks = reduction_blocks(channels, phase.taps(), /*taps_inside=*/false);
