@@ -214,6 +214,7 @@ KERNELS = [
     Case("1x1", "conv2d", (2, 16, 7, 9), 24, 1),
     Case("1x1_1101_channels", "conv2d", (2, 1101, 3, 7), 20, 1),
     Case("1x1_1100_channels", "conv2d", (2, 1100, 5, 9), 50, 1),
+    Case("1x1_600_channels_7x7", "conv2d", (3, 40, 7, 7), 600, 1),  # and one pixel more than three vectors
     Case("1x1_no_bias", "conv2d", (2, 33, 5, 5), 17, 1, bias=False),
     Case("1x1_stride_2", "conv2d", (2, 8, 8, 9), 16, 1, stride=2),
     Case("1x1_padded", "conv2d", (2, 5, 4, 4), 6, 1, padding=1),
@@ -229,6 +230,9 @@ KERNELS = [
     Case("2x2", "conv2d", (2, 6, 7, 8), 8, 2, padding=1),
     Case("4x4_stride_2", "conv2d", (2, 4, 9, 10), 6, 4, stride=2, padding=1),
     Case("6x3", "conv2d", (2, 4, 9, 8), 6, (6, 3), padding=(2, 1)),
+    Case("patches", "conv2d", (2, 3, 16, 12), 8, 4, stride=4),
+    Case("patches_with_leftover", "conv2d", (2, 3, 18, 17), 8, 4, stride=4),
+    Case("patches_of_whole_lines", "conv2d", (2, 5, 6, 4), 7, (2, 4), stride=(2, 1)),
     Case("kernel_is_input", "conv2d", (2, 8, 6, 5), 12, (6, 5)),
     Case("same_even", "conv2d", (2, 4, 6, 7), 6, (4, 2), padding="same"),
     Case("same_even_dilated", "conv2d", (2, 4, 8, 7), 6, (2, 4), padding="same", dilation=(3, 1)),
@@ -308,6 +312,8 @@ NETWORKS = [  # real layers with fewer channels and pixels
 ]
 
 TRANSPOSED = [
+    Case("transposed_of_1x1", "conv_transpose2d", (3, 10, 1, 1), 6, 4),
+    Case("transposed_patches", "conv_transpose2d", (2, 6, 3, 4), 5, (2, 3), stride=(2, 3)),
     Case("transposed_1d", "conv_transpose1d", (2, 5, 9), 7, 3),
     Case("transposed_1d_stride_3", "conv_transpose1d", (2, 6, 9), 8, 5, 3, 1, output_padding=2),
     Case("transposed_2d", "conv_transpose2d", (2, 6, 5, 6), 7, 3, padding=1),

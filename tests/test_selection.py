@@ -14,11 +14,11 @@ LAYERS = json.loads((Path(__file__).parents[1] / "benchmarks" / "layers.json").r
 FIELDS = ("out_channels", "kernel_size", "stride", "padding", "dilation", "groups", "bias", "output_padding")
 
 
-def as_case(layer):
+def as_case(layer, **other):
     fields = {name: layer[name] for name in FIELDS if name in layer}
     fields = {name: tuple(value) if isinstance(value, list) else value for name, value in fields.items()}
     function = "conv" + "_transpose" * layer["op"].startswith("ConvTranspose") + layer["op"][-2:]
-    return Case(layer["id"], function, tuple(layer["input"]), **fields)
+    return Case(layer["id"], function, tuple(layer["input"]), **fields, **other)
 
 
 CASES = [as_case(layer) for layer in LAYERS]
@@ -38,6 +38,24 @@ def test_no_layer_runs_on_the_reference(direction, dtype, channels_last, isa):
             if next(row for row, reason in rows if not reason) == "reference":
                 slow.append(case.name)
     assert not slow, f"{len(slow)} on the reference: {slow[:10]}"
+
+
+@pytest.mark.parametrize("channels_last", [False, True], ids=["contiguous", "channels_last"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)  # docs/limits.md has the other types
+@pytest.mark.parametrize("direction", DIRECTIONS)
+def test_no_layer_runs_on_the_reference_in_a_padding_mode(direction, dtype, channels_last):
+    slow, tried = [], 0
+    for layer in LAYERS:
+        padding = layer["padding"]
+        if layer["op"] != "Conv2d" or not any(padding) or max(padding) >= min(layer["input"][2:]):
+            continue
+        for mode in ("reflect", "replicate", "circular"):
+            case = as_case(layer, padding_mode=mode)
+            rows = myconv._C.selection(direction, *case.problem, dtype, channels_last, may_yield=True)
+            tried += 1
+            if next(row for row, reason in rows if not reason) == "reference":
+                slow.append(f"{mode} {case.name}")
+    assert tried > 300 and not slow, f"{len(slow)} of {tried} on the reference: {slow[:10]}"
 
 
 @pytest.mark.parametrize("rows", [{"winograd", "winograd_2x2"}])

@@ -8,13 +8,14 @@
 //                      gx[padded_index(position)] += strip[position]
 //
 // The borders of an axis are as long as the extended input along the axes behind it and as the image along those before
-// it, so that each position outside belongs to one of them. A border is a problem of its own: the same taps and the same
-// gy, told another size and pad (its first position r is i = 0: o * stride + t * dilation = i + pad + r).
+// it, so that each position outside belongs to one of them; what takes more than kStripBytes a sample is cut into pieces.
+// A border is a problem of its own: the same taps and the same gy, told another size and pad (its first position r is
+// i = 0: o * stride + t * dilation = i + pad + r).
 //
 // Sums: those of the rows that run, then the borders in order. Samples are taken a few at a time, as many as have borders
 // of kStripBytes; that changes no sum. Zeros mode multiplies what it reads outside gy by the weights, which is nothing
 // only if they are finite; if not, the reference computes all of it.
-// Declines: zeros mode, types other than float32 and float64, borders of more than kStripBytes a sample.
+// Declines: zeros mode, types other than float32 and float64, extended inputs of more than kMostExtended.
 #include "cpu/algorithms.h"
 #include "cpu/finite.h"
 #include "cpu/gemm_blocks.h"
@@ -26,6 +27,7 @@ namespace myconv::cpu {
 namespace {
 
 constexpr int64_t kStripBytes = 8 << 20;
+constexpr double kMostExtended = 2e9;     // bytes
 constexpr int64_t kChannelsOfTask = 256;  // NHWC
 
 ConvShape in_zeros_mode(const ConvShape& s) {
@@ -40,6 +42,19 @@ struct Border {
   int64_t pixels() const { return size[0] * size[1] * size[2]; }
 };
 using Borders = c10::SmallVector<Border, 6>;
+
+// In pieces of which a sample takes kStripBytes at most.
+void add_pieces(const ConvShape& s, Border border, Borders& found) {
+  if (border.pixels() == 0) return;
+  const int axis = static_cast<int>(std::max_element(border.size, border.size + 3) - border.size);
+  if (s.in_channels() * border.pixels() * dtype_size(s.dtype) <= kStripBytes || border.size[axis] == 1)
+    return found.push_back(border);
+  Border rest = border;
+  border.size[axis] /= 2;
+  rest.begin[axis] += border.size[axis], rest.size[axis] -= border.size[axis];
+  add_pieces(s, border, found);
+  add_pieces(s, rest, found);
+}
 
 Borders borders(const ConvShape& s) {
   int64_t low[3], high[3];  // positions below 0, and beyond the input
@@ -57,7 +72,7 @@ Borders borders(const ConvShape& s) {
         border.size[e] = e < d ? s.in[e] : low[e] + s.in[e] + high[e];
       }
       border.begin[d] = is_high ? s.in[d] : -low[d], border.size[d] = is_high ? high[d] : low[d];
-      if (border.pixels() > 0) found.push_back(border);
+      add_pieces(s, border, found);
     }
   return found;
 }
@@ -146,15 +161,15 @@ const char* padding_adjoint_decline(const ConvShape& s) {
   if (s.in_per_group == 0 || s.out_per_group == 0 || s.in_pixels() == 0 || s.out_pixels() == 0)
     return "nothing to sum over";
   // The lengths first: a product of them may not fit.
+  double extended = static_cast<double>(s.in_channels() * dtype_size(s.dtype));
   for (int d = 0; d < 3; ++d)
-    if (static_cast<double>(s.pad[d]) > 1e6 ||
-        static_cast<double>(s.out[d]) * s.stride[d] + static_cast<double>(s.kernel[d]) * s.dilation[d] > 1e9)
-      return "borders of more than 8 MiB a sample";
+    extended *= static_cast<double>(s.pad[d] + s.in[d]) +
+                static_cast<double>(s.out[d]) * static_cast<double>(s.stride[d]) +
+                static_cast<double>(s.kernel[d]) * static_cast<double>(s.dilation[d]);
+  if (extended > kMostExtended) return "an extended input of more than 2 GiB a sample";
   if (!row_of(in_zeros_mode(s))) return "no fast row in zeros mode";
   for (const Border& border : borders(s)) {
-    double values = static_cast<double>(s.in_channels());
-    for (const int64_t size : border.size) values *= static_cast<double>(size);
-    if (values * static_cast<double>(dtype_size(s.dtype)) > kStripBytes) return "borders of more than 8 MiB a sample";
+    if (strip_values(s, border) * dtype_size(s.dtype) > kStripBytes) return "pixels of more than 8 MiB";
     if (!row_of(shape_of(s, border, 1))) return "no fast row for a border";
   }
   return nullptr;
