@@ -181,6 +181,17 @@ def test_networks(tmp_path):
     assert all(row["convolutions"] > 20 for row in record["rows"])
 
 
+@pytest.mark.parametrize("step", ["training", "penalty"])
+def test_steps_of_networks(tmp_path, step):
+    arguments = ("--step", step, "--model", "mobilenet_v2", "--size", 32, "--batch", 2, "--layout", "nhwc")
+    record, output = record_of(tmp_path / "record.json", "models.py", *arguments)
+    (row,) = record["rows"]
+    assert record["step"] == step and row["ratio"] > 0 and not row["failed"]
+    assert ("plain_ms" in row) == ("penalty / plain" in output) == (step == "penalty")
+    if sys.platform == "linux":
+        assert row["ours_peak_bytes"] > 1e6 and "peak MiB" in output
+
+
 def test_a_wrong_network_has_no_ratio(monkeypatch):
     swap = myconv.replace
 

@@ -48,10 +48,9 @@ constexpr int64_t kChannelsAtOnce = 16;     // of several groups that NHWC trans
 constexpr int64_t kLeastShuffled = 16;      // channels of a sample, for which the shuffles of a strip are worth finding
 constexpr int64_t kSlack = 16;              // behind the strips: vectors are read whole
 constexpr int64_t kMostWeights = 48 << 20;  // bytes of packed weights
-constexpr int64_t kFarWeights =
-    2 << 10;                           // bytes between neighbouring channels of a row of weights: then they are packed
-constexpr int64_t kMaxPhases = 65536;  // of backward_input: each costs a little set-up
-constexpr int64_t kMostTogether = 16;  // phases that share strips
+constexpr int64_t kFarWeights = 2 << 10;    // bytes from a row's weight to its next channel's: then they are packed
+constexpr int64_t kMaxPhases = 65536;       // of backward_input: each costs a little set-up
+constexpr int64_t kMostTogether = 16;       // phases that share strips
 
 // One axis of a strip: planes of equal length. Position i of plane p holds source position base[p] + i * step, counted
 // from what the block's first result reads. Taps share planes, one for each residue of their offsets, or where they
