@@ -588,11 +588,13 @@ struct Workspace {
   int64_t elements(int threads) const { return zeros + (own_panels ? threads : 1) * packed + threads * of_thread; }
 };
 
-// How threads share result lines and units: as many pieces of either as together make one for each thread.
+// How threads share result lines and units: as many pieces of either as together make one for each thread. Units rather
+// than lines, if both leave them equal work, where packed weights are more than what is read: then each thread packs its
+// own, and nothing passes between threads, whose caches may be far apart.
 struct Split {
   int64_t lines = 1, units = 1;
 
-  Split(int64_t all_lines, int64_t all_units, int threads) {
+  Split(int64_t all_lines, int64_t all_units, bool units_first, int threads) {
     const auto cost = [](int64_t all, int64_t pieces) {
       return static_cast<double>(ceil_div(all, pieces)) * static_cast<double>(pieces) / static_cast<double>(all);
     };
@@ -601,7 +603,7 @@ struct Split {
       const int64_t l = std::clamp<int64_t>(all_lines, 1, threads / u);
       const double idle = static_cast<double>(threads) / static_cast<double>(l * u);
       const double now = cost(all_lines, l) * cost(all_units, u) * idle;
-      if (best < 0 || now < best) best = now, lines = l, units = u;
+      if (best < 0 || now < best || (units_first && now == best)) best = now, lines = l, units = u;
     }
   }
 };
@@ -770,7 +772,7 @@ void run_phase(const Gather& g, const GatherPhase& phase, const Kernels<T>& kern
   const int64_t units_per_pass = std::clamp<int64_t>(sizes.packed / std::max<int64_t>(unit_size, 1), 1, units);
   for (int64_t first = 0; first < units; first += units_per_pass) {
     const int64_t count = std::min(units_per_pass, units - first);
-    const Split split(lines, count, threads);
+    const Split split(lines, count, count * unit_size > g.batch * g.from_pixels() * g.groups * channels, threads);
     const bool own = by_rectangles && (split.lines == 1 || sizes.own_panels);
     std::atomic<bool> all_finite = true;
     if (!own)
