@@ -437,7 +437,7 @@ void columns_are_few_pixels(const Product& p, const Operands<T>& o, const Kernel
   const Blocks sums = reduction_blocks(p.depth, 1, /*taps_inside=*/true);
   const Panels panels(p.pixels - plan.tail, kernels.lanes, kernels.vectors);
   const int64_t tasks = p.groups * plan.blocks * plan.parts, tail = plan.tail;
-  const double macs = static_cast<double>(p.batch * p.groups * p.to) * p.depth * panels.vectors * kernels.lanes;
+  const double macs = static_cast<double>(p.batch * p.groups * p.to) * p.depth * p.pixels;
   parallel_tasks(tasks, macs / tasks, [&](int64_t begin, int64_t end) {
     T* const packed = workspace + at::get_thread_num() * plan.packed(p);
     const T* a[kMaxRows];
