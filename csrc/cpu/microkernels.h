@@ -135,7 +135,7 @@ struct DotTile {
   int64_t c_step;
 };
 
-inline constexpr int kWinograds = 11;
+inline constexpr int kWinograds = 13;
 
 // A run of one packed row: length elements to target; those in [first, last) come from the plane at source + i * step,
 // the others are zero.
@@ -161,8 +161,8 @@ struct WinogradKernels {
   using W = Word<T>;
   int out[2], taps[2], in[2];  // results of a tile, taps of the kernel, pixels that are read
   int positions;
-  int stride;  // of the axes with more than one tap
-  bool exact;  // on small integers
+  int stride, result_stride;  // of the axes with more than one tap, where they read and where they write
+  bool exact;                 // on small integers
   // v[position][channel], from pixels[in * in] that each point to the channels of one
   void (*input)(const T* const* pixels, int64_t channels, W* v, int64_t position_step);
   // u[position][lane], from taps[tap_offsets[taps * taps]][lane], for a number of whole vectors

@@ -12,7 +12,8 @@
 //
 //     3x3          tiles of 4x4 2.25 of 9, 2x2 4 of 9            1x3, 3x1   tiles of 4: 1.5 of 3
 //     3x3 stride 2 tiles of 4x4 5.1 of 9, 2x2 6.25 of 9          1x5, 5x1   tiles of 4: 2 of 5
-//     5x5          tiles of 2x2 9 of 25                          1x7, 7x1   tiles of 2: 4 of 7
+//       adjoint    tiles of 8x8 1.3 of 2.25, 4x4 1.6 of 2.25     1x7, 7x1   tiles of 2: 4 of 7
+//     5x5          tiles of 2x2 9 of 25
 //
 // With a dilation the results of a tile, like the pixels it reads, lie that far apart. Of a third axis every tap is a
 // block of channels of its own.
@@ -48,14 +49,14 @@ constexpr int64_t kFewTogether = 40;        // in and out channels, of which wha
 constexpr int64_t kFewResults = 5;          // NHWC
 constexpr int64_t kMostTiles = 64;          // of a block
 constexpr int64_t kMostTaps = 25;           // of a kernel
-constexpr int64_t kMostResults = 16;        // of a tile
+constexpr int64_t kMostResults = 64;        // of a tile
 constexpr int64_t kMostFrames = 64;         // taps of the third axis
 constexpr int64_t kWeightChannels = 64;     // whose taps are packed at a time
 
 // What is computed. Frames are the results' positions on the third axis: each is an image of its own.
 struct Problem {
   Gather gather;
-  const GatherPhase& phase;
+  const GatherPhase& phase;  // of a stride, the first one: the third axis is the same in all
   const WinogradKernels<float>& transforms;
   TileAxis h, w;
   int64_t depth;           // of the products: taps of the third axis times channels
@@ -66,14 +67,20 @@ struct Problem {
       : gather(make_gather(s, direction)),
         phase(gather.phases[0]),
         transforms(t),
-        h(phase.axis[1], t.out[0], t.in[0], /*in_order=*/false),
-        w(phase.axis[2], t.out[1], t.in[1], /*in_order=*/true),
+        h(tiles_of(s, phase, t, 1)),
+        w(tiles_of(s, phase, t, 2)),
         depth(phase.axis[0].taps() * gather.from_per_group),
         tiles_of_image(h.tiles() * w.tiles()),
         tiles(gather.batch * frames() * tiles_of_image) {}
   Problem(const Problem&) = delete;
   Problem& operator=(const Problem&) = delete;
   int64_t frames() const { return phase.axis[0].count; }
+
+ private:
+  static TileAxis tiles_of(const ConvShape& s, const GatherPhase& phase, const WinogradKernels<float>& t, int d) {
+    return t.result_stride == 2 ? TileAxis::of_stride(s, d, t.out[d - 1], t.in[d - 1])
+                                : TileAxis(phase.axis[d], t.out[d - 1], t.in[d - 1], /*in_order=*/d == 2);
+  }
 };
 
 // Sizes, in elements.
@@ -342,8 +349,9 @@ class Winograd {
           if (channels_last_)
             finish_tile(stored_, tile, m, m_step, [&](int64_t i, int64_t j) {
               const int64_t at_h = h.result(tile.h, i), at_w = w.result(tile.w, j);
-              return at_h >= h.count || at_w >= w.count ? reinterpret_cast<T*>(s.trash)
-                                                        : image + at_h * to_stride.axis[1] + at_w * to_stride.axis[2];
+              return h.is_result(at_h) && w.is_result(at_w)
+                         ? image + at_h * to_stride.axis[1] + at_w * to_stride.axis[2]
+                         : reinterpret_cast<T*>(s.trash);
             });
           else
             finish_tile(kernels_, tile, m, m_step, [&](int64_t i, int64_t j) {
@@ -387,8 +395,8 @@ class Winograd {
     for (int64_t tile = r.h0; tile < r.h1; ++tile)
       for (int64_t i = 0; i < h.out; ++i, strip += pixels * plan_.width) {
         const int64_t line = h.result(h.first[tile], i);
-        if (line >= h.count) continue;
-        for (int64_t at = 0, next; at < end; at = next) {
+        if (!h.is_result(line)) continue;
+        for (int64_t at = std::max<int64_t>(0, -low), next; at < end; at = next) {
           for (next = at + 1; next < end && own[next] == own[at];) ++next;
           if (own[at])
             stored_.store_transposed(strip + at * plan_.width, plan_.width, next - at, columns,
@@ -400,7 +408,6 @@ class Winograd {
   // The results of a tile from their definition.
   template <typename P>
   void compute_directly(const Kernels<P>& kernels, const Tile& tile, P* const* pixels) const {
-    const GatherAxis* const a = p_.phase.axis;
     const TileAxis &h = p_.h, &w = p_.w;
     const int64_t from = g_.from_per_group;
     const T* const x = from_ + tile.image * g_.from_stride.batch + tile.group * from * g_.from_stride.channel;
@@ -412,18 +419,20 @@ class Winograd {
     for (int64_t i = 0; i < h.out; ++i)
       for (int64_t j = 0; j < w.out; ++j) {
         const int64_t out_h = h.result(tile.h, i), out_w = w.result(tile.w, j);
-        if (out_h >= h.count || out_w >= w.count) continue;
+        if (!h.is_result(out_h) || !w.is_result(out_w)) continue;
+        const GatherPhase& phase = phase_of(out_h, out_w);
+        const GatherAxis* const a = phase.axis;
         for (int64_t k = 0; k < panel_columns(tile.panel); ++k) {
           const int64_t to = tile.panel * plan_.width + k;
           const T* const g = weight_ + tile.group * g_.weight_group_stride + to * g_.weight_to_stride;
           double sum = 0;
-          for (int64_t t = 0; t < p_.phase.taps(); ++t) {
+          for (int64_t t = 0; t < phase.taps(); ++t) {
             const int64_t td = t / (a[1].taps() * a[2].taps()), th = t / a[2].taps() % a[1].taps(),
                           tw = t % a[2].taps();
-            const int64_t at_d = a[0].source(tile.frame, td), at_h = a[1].source(out_h, th),
-                          at_w = a[2].source(out_w, tw);
+            const int64_t at_d = a[0].source(tile.frame, td), at_h = a[1].source(out_h / a[1].to_step, th),
+                          at_w = a[2].source(out_w / a[2].to_step, tw);
             const bool zero = at_d < 0 || at_h < 0 || at_w < 0;
-            const T* const tap = g + g_.weight_tap_offset(p_.phase, t);
+            const T* const tap = g + g_.weight_tap_offset(phase, t);
             const T* const pixel =
                 x + at_d * g_.from_stride.axis[0] + at_h * g_.from_stride.axis[1] + at_w * g_.from_stride.axis[2];
             for (int64_t c = 0; c < from; ++c)
@@ -434,6 +443,12 @@ class Winograd {
           kernels.store_rows(&single, 0, 1, 1, pixels[i * w.out + j] + k, 0);
         }
       }
+  }
+
+  const GatherPhase& phase_of(int64_t h, int64_t w) const {
+    const GatherAxis* const a = p_.phase.axis;
+    const int64_t phases_w = std::min(a[2].to_step, g_.to_extent[2]);
+    return g_.phases[h % a[1].to_step * phases_w + w % a[2].to_step];
   }
 
   const Problem& p_;
@@ -454,28 +469,20 @@ class Winograd {
   const int threads_;
 };
 
-// The transforms for a shape, of small tiles or of large ones; nullptr if there are none.
-const WinogradKernels<float>* transforms(const ConvShape& s, bool small) {
-  for (const WinogradKernels<float>& t : microkernels().f32.winograd) {
-    bool fits = t.exact == small;
-    for (int d = 0; d < 2; ++d)
-      fits &= t.taps[d] == s.kernel[d + 1] &&
-              (t.taps[d] == 1 || (t.stride == s.stride[d + 1] && (t.stride == 1 || s.dilation[d + 1] == 1)));
-    if (fits) return &t;
-  }
-  return nullptr;
+const WinogradKernels<float>* transforms(const ConvShape& s, Direction direction, bool small) {
+  return find_transforms(microkernels().f32, s, direction, small);
 }
 
 const char* decline(const ConvShape& s, Direction direction, bool small) {
   if (!is_floating_point(s.dtype) || s.dtype == Dtype::kFloat64) return "only float32 and 16-bit types";
   if (s.in_per_group == 0 || s.out_per_group == 0 || s.in_pixels() == 0 || s.out_pixels() == 0)
     return "nothing to sum over";
-  const WinogradKernels<float>* const t = transforms(s, small);
+  const WinogradKernels<float>* const t = transforms(s, direction, small);
   if (t == nullptr) return small ? "only 3x3 kernels, strides 1 and 2" : "no tiles for this kernel, stride or dilation";
   const int64_t* const extent = direction == Direction::kForward ? s.out : s.in;
   if (direction != Direction::kForward) {
     if (s.padding_mode != PaddingMode::kZeros) return "the adjoint of a padding mode";
-    if (std::max({s.stride[0], s.stride[1], s.stride[2]}) > 1) return "a stride";
+    if (s.stride[0] > 1) return "a stride in depth";
   }
   if (s.kernel[0] > kMostFrames) return "more than 64 taps in depth";
   // Its rounding errors are those of a whole tile, whatever part of it is wanted.
@@ -496,7 +503,8 @@ double winograd_cycles(const ConvShape& s, Direction direction, const WinogradKe
   const double from = forward ? s.in_per_group : s.out_per_group, to = forward ? s.out_per_group : s.in_per_group;
   const auto tiles_of = [&](int d) {
     const int64_t dilation = s.kernel[d] > 1 ? std::min(s.dilation[d], extent[d]) : 1;
-    const int64_t longer = extent[d] % dilation, length = extent[d] / dilation, out = t.out[d - 1];
+    const int64_t before = t.result_stride == 2 && s.pad[d] % 2 == 0;  // a tile begins before the first result
+    const int64_t longer = extent[d] % dilation, length = extent[d] / dilation + before, out = t.out[d - 1];
     return static_cast<double>(longer * ceil_div(length + 1, out) + (dilation - longer) * ceil_div(length, out));
   };
   const double tiles = static_cast<double>(extent[0]) * tiles_of(1) * tiles_of(2), taps_d = s.kernel[0];
@@ -504,7 +512,7 @@ double winograd_cycles(const ConvShape& s, Direction direction, const WinogradKe
   // NCHW transposes what a tile reads and writes.
   double out = 1, read = 1;
   for (int d = 0; d < 2; ++d)
-    out *= t.out[d], read *= t.out[d] * static_cast<double>(s.kernel[d + 1] > 1 ? t.stride : 1);
+    out *= t.out[d], read *= s.kernel[d + 1] > 1 ? t.out[d] / t.result_stride * t.stride : 1;
   const double moved = s.channels_last() ? 0 : 0.5 * kVector * (1.5 * taps_d * read + out);
   const double transforms = 3 * positions * (tiles * (rows * taps_d + columns) + 0.6 * from * taps_d * columns);
   // With more than 36 positions operands come from beyond L2.
@@ -517,23 +525,26 @@ double direct_cycles(const ConvShape& s, Direction direction) {
   const bool forward = direction == Direction::kForward;
   const double from = forward ? s.in_per_group : s.out_per_group, to = forward ? s.out_per_group : s.in_per_group;
   const double words = std::ceil(from / (s.dtype == Dtype::kBFloat16 ? dense_kernels<bfloat16>().pair : 1));
-  const auto pixels = static_cast<double>(forward ? s.out_pixels() : s.in_pixels());
+  // backward_input has a product for each phase of the stride, with its share of the taps.
+  const double phases = forward ? 1 : static_cast<double>(s.stride[1] * s.stride[2]);
+  const auto pixels = static_cast<double>(forward ? s.out_pixels() : s.in_pixels()) / phases;
   // What the direct way leaves out of the padding.
   const double inside = works_on_padding(s) ? dilated_share_inside(s) : 1;
-  const double depth = static_cast<double>(s.taps()) * words;
-  if (s.channels_last()) return product_cycles(pixels * inside, depth, std::ceil(to / kVector));
+  const double depth = static_cast<double>(s.taps()) * words / phases;
+  if (s.channels_last()) return phases * product_cycles(pixels * inside, depth, std::ceil(to / kVector));
   // NCHW: vectors of pixels, of each line or of the lines of a strip joined. A vector of the strip takes 4 cycles.
   const int64_t* const extent = forward ? s.out : s.in;
-  double strip = 1, line[3];
+  double strip = 1, line[3], count[3];  // pixels of a strip and of its result, along each axis
   for (int d = 0; d < 3; ++d) {
     const int64_t step = forward ? std::min(s.stride[d], s.kernel[d]) : 1;
-    line[d] = static_cast<double>(extent[d] + (s.kernel[d] - 1) * s.dilation[d] / (forward ? s.stride[d] : 1));
+    count[d] = static_cast<double>(forward ? extent[d] : ceil_div(extent[d], s.stride[d]));
+    line[d] = count[d] + static_cast<double>((s.kernel[d] - 1) * s.dilation[d] / s.stride[d]);
     strip *= static_cast<double>(step) * line[d];
   }
-  const auto lines = static_cast<double>(extent[0] * extent[1]), values = static_cast<double>(extent[2]);
+  const double lines = count[0] * count[1], values = count[2];
   const double joined = std::ceil(((lines - 1) * line[2] + values) / kVector);
   const double vectors = std::min(joined, lines * std::ceil(values / kVector));
-  return product_cycles(to, depth, vectors * inside) + 4 * words * strip / kVector;
+  return phases * product_cycles(to, depth, vectors * inside) + 4 * words * strip / kVector;
 }
 
 const char* yield(const ConvShape& s, Direction direction, bool small) {
@@ -541,12 +552,12 @@ const char* yield(const ConvShape& s, Direction direction, bool small) {
   if (from < kFewChannels || s.in_per_group + s.out_per_group < kFewTogether) return "few channels";
   if (s.channels_last() && s.groups == 1 && s.in_per_group + s.out_per_group - from < kFewResults)
     return "few result channels";  // they leave most lanes empty; `direct` turns them round
-  const WinogradKernels<float>& t = *transforms(s, small);
-  if (t.stride > 1 && t.positions * s.taps() / (s.kernel[1] * s.kernel[2]) * s.in_per_group * s.out_per_group >
+  const WinogradKernels<float>& t = *transforms(s, direction, small);
+  if (t.stride * t.result_stride > 1 && t.positions * s.taps() / (s.kernel[1] * s.kernel[2]) * s.in_per_group * s.out_per_group >
                           kLargeWeights / static_cast<int64_t>(sizeof(float)))
     return "weights too large for all positions";
   const double cycles = winograd_cycles(s, direction, t);
-  if (decline(s, direction, !small) == nullptr && winograd_cycles(s, direction, *transforms(s, !small)) < cycles)
+  if (decline(s, direction, !small) == nullptr && winograd_cycles(s, direction, *transforms(s, direction, !small)) < cycles)
     return small ? "larger tiles take less" : "smaller tiles take less";
   if (direct_cycles(s, direction) < cycles) return "the transforms cost more than they save";
   return nullptr;
@@ -554,7 +565,7 @@ const char* yield(const ConvShape& s, Direction direction, bool small) {
 
 int64_t workspace(const ConvShape& s, Direction direction, bool small, int threads) {
   const Kernels<float>& k = microkernels().f32;
-  const Problem problem(s, direction, *transforms(s, small));
+  const Problem problem(s, direction, *transforms(s, direction, small));
   const Plan plan(problem, s.channels_last(), k.lanes, k.vectors, threads);
   return (plan.shared + threads * plan.of_thread) * static_cast<int64_t>(sizeof(float));
 }
@@ -563,7 +574,7 @@ template <Direction direction, bool small>
 void run(const ConvShape& s, const ConvPointers& p, void* workspace, int threads) {
   const void* const from = direction == Direction::kForward ? p.input : p.grad_output;
   const Kernels<float>& k = microkernels().f32;
-  const Problem problem(s, direction, *transforms(s, small));
+  const Problem problem(s, direction, *transforms(s, direction, small));
   const Plan plan(problem, s.channels_last(), k.lanes, k.vectors, threads);
   auto* const scratch = static_cast<float*>(workspace);
   if (s.dtype == Dtype::kBFloat16) return Winograd<bfloat16>(problem, plan, s, from, p, scratch, threads).run();

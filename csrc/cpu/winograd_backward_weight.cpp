@@ -290,14 +290,7 @@ class WeightGradient {
 
 // The transforms for a shape: of large tiles.
 const WinogradKernels<float>* transforms(const ConvShape& s) {
-  for (const WinogradKernels<float>& t : microkernels().f32.winograd) {
-    bool fits = !t.exact;
-    for (int d = 0; d < 2; ++d)
-      fits &= t.taps[d] == s.kernel[d + 1] &&
-              (t.taps[d] == 1 || (t.stride == s.stride[d + 1] && (t.stride == 1 || s.dilation[d + 1] == 1)));
-    if (fits) return &t;
-  }
-  return nullptr;
+  return find_transforms(microkernels().f32, s, Direction::kBackwardWeight, /*small=*/false);
 }
 
 const char* decline(const ConvShape& s) {

@@ -13,9 +13,28 @@ namespace myconv::cpu {
 inline constexpr int64_t kMostTilePixels = 81;  // that a tile reads
 inline constexpr int64_t kStripChannels = 64;   // NCHW: channels that are transposed at a time
 
+// The transforms for a shape, of small tiles or of large ones; nullptr if there are none. Those of the gradient of the
+// weight are the forward ones.
+inline const WinogradKernels<float>* find_transforms(const Kernels<float>& kernels, const ConvShape& s,
+                                                     Direction direction, bool small) {
+  const bool adjoint = direction == Direction::kBackwardInput;
+  for (const WinogradKernels<float>& t : kernels.winograd) {
+    bool fits = t.exact == small;
+    for (int d = 0; d < 2; ++d) {
+      const int64_t stride = s.stride[d + 1], read = adjoint ? 1 : stride, written = adjoint ? stride : 1;
+      fits &= t.taps[d] == s.kernel[d + 1];
+      fits &= t.taps[d] == 1 ? written == 1
+                             : t.stride == read && t.result_stride == written && (stride == 1 || s.dilation[d + 1] == 1);
+    }
+    if (fits) return &t;
+  }
+  return nullptr;
+}
+
 // Tiles along an axis, and what they read. Positions count from the first one that is read.
 struct TileAxis {
-  int64_t out, in, stride, count;         // results of a tile, positions it reads; results of the axis
+  int64_t out, in, count;                 // results of a tile, positions it reads; results of the axis
+  int64_t stride, result_stride;          // results that lie result_stride apart read what lies stride apart
   int64_t dilation;                       // between the results of a tile, and between what it reads
   c10::SmallVector<int64_t, 64> first;    // result of each tile
   c10::SmallVector<int64_t, 128> source;  // of each position; -1 is a zero
@@ -24,7 +43,8 @@ struct TileAxis {
   // Tiles of different remainders by the dilation overlap: in_order has them follow each other by their first result,
   // else tiles of one remainder follow each other.
   TileAxis(const GatherAxis& a, int64_t results, int64_t reads, bool in_order)
-      : out(results), in(reads), stride(a.from_step), count(a.count), dilation(1), tap(a.tap) {
+      : TileAxis(a, results, reads) {
+    tap = a.tap;
     if (a.taps() > 1) dilation = std::abs(a.offset[1] - a.offset[0]);
     const int64_t low = std::min(a.offset.front(), a.offset.back());
     if (low < a.offset.front()) std::reverse(tap.begin(), tap.end());
@@ -36,29 +56,50 @@ struct TileAxis {
       for (int64_t r = 0; r < remainders; ++r)
         for (int64_t start = r; start < count; start += out * dilation) first.push_back(start);
     }
-    const int64_t last = *std::max_element(first.begin(), first.end());
-    for (int64_t p = 0; p <= position(last, in - 1); ++p) {
-      const int64_t at = padded_index(p + low, a.from_extent, a.mode);
-      // The last tile may reach further than any result, and than any padding mode.
-      source.push_back(at >= 0 && at < a.from_extent ? at : -1);
-    }
+    set_sources([&](int64_t p) { return padded_index(p + low, a.from_extent, a.mode); }, a.from_extent);
+  }
+  // backward_input with stride 2 of an axis of s. Tiles begin at a result of the middle tap: 0, or one before it.
+  static TileAxis of_stride(const ConvShape& s, int d, int64_t results, int64_t reads) {
+    TileAxis axis{{s.in[d], 0, 1, 1, s.out[d], {}, {}, PaddingMode::kZeros}, results, reads};
+    const int64_t start = s.pad[d] % 2 == 0 ? -1 : 0, low = (start + s.pad[d] - 1) / 2;
+    axis.result_stride = 2;
+    for (int64_t at = start; at < axis.count; at += axis.out) axis.first.push_back(at);
+    for (int64_t t = 0; t < s.kernel[d]; ++t) axis.tap.push_back(t);
+    axis.set_sources([&](int64_t p) { return p + low; }, s.out[d]);
+    return axis;
   }
   // The same tiles, that read what are their results here.
   TileAxis of_results() const {
     TileAxis axis = *this;
-    axis.in = out, axis.stride = 1;
-    axis.source.clear();
-    const int64_t last = *std::max_element(first.begin(), first.end());
-    for (int64_t p = 0; p <= axis.position(last, out - 1); ++p) axis.source.push_back(p < count ? p : -1);
+    axis.in = out, axis.stride = axis.result_stride = 1;
+    axis.set_sources([&](int64_t p) { return p + first[0]; }, count);
     return axis;
   }
   int64_t tiles() const { return static_cast<int64_t>(first.size()); }
   int64_t result(int64_t first_result, int64_t i) const { return first_result + i * dilation; }
-  int64_t position(int64_t first_result, int64_t j) const { return first_result * stride + j * dilation; }
+  bool is_result(int64_t at) const { return at >= 0 && at < count; }
+  int64_t position(int64_t first_result, int64_t j) const {
+    return (first_result - first[0]) / result_stride * stride + j * dilation;
+  }
   // Positions that a tile shares with the one before.
   int64_t shared(int64_t tile) const {
     if (tile == 0 || tile >= tiles() || first[tile] - first[tile - 1] != out * dilation) return 0;
-    return std::max<int64_t>(0, in - out * stride);
+    return std::max<int64_t>(0, in - out / result_stride * stride);
+  }
+
+ private:
+  TileAxis(const GatherAxis& a, int64_t results, int64_t reads)
+      : out(results), in(reads), count(a.count), stride(a.from_step), result_stride(1), dilation(1) {}
+
+  // The last tile may reach further than any result, and than any padding mode.
+  template <typename F>
+  void set_sources(const F& source_of, int64_t extent) {
+    source.clear();
+    const int64_t last = *std::max_element(first.begin(), first.end());
+    for (int64_t p = 0; p <= position(last, in - 1); ++p) {
+      const int64_t at = source_of(p);
+      source.push_back(at >= 0 && at < extent ? at : -1);
+    }
   }
 };
 
