@@ -35,13 +35,15 @@ namespace myconv::cpu {
 namespace {
 
 constexpr int64_t kMaxPhases = 65536;        // of backward_input: each costs a little set-up
-constexpr int64_t kPointerBytes = 64 << 10;  // pointer list of the tiles that one task works on
-constexpr int64_t kMaxTilesPerTask = 16;
+constexpr int64_t kPointerBytes = 64 << 10;  // pointers to what tiles read at a time
+constexpr int64_t kMostTilesAtOnce = 16;         // by pointers
 constexpr int64_t kBandBytes = 256 << 10;        // of what a band of result lines reads for one block of a sum
 constexpr int64_t kFewBytes = 256;               // a pixel's channels of a group: what a band reads of them is copied
 constexpr int64_t kCopyBytes = 32 << 10;         // of such a copy: L1
-constexpr int64_t kOwnPanels = 128 << 10;        // up to here threads that share panels each pack them for themselves
+constexpr int64_t kOwnPanels = 16 << 20;         // of all threads, that share panels and each pack them for themselves
+constexpr int64_t kOwnPixels = 192;              // of a thread, from which on that takes little
 constexpr int64_t kMostSegments = 64;            // of an axis, by rectangles
+constexpr double kAcrossLines = 1.15;            // how much longer a tile across lines takes than one along a line
 constexpr int64_t kConvertedBytes = 1536 << 10;  // of a thread: packed lines, if what is read has to be
 
 const char* decline(const ConvShape& s) {
@@ -423,9 +425,9 @@ class Rectangles {
     bool down, by_pointers;
   };
 
-  // Whether tiles lie across lines.
+  // Whether tiles lie across lines: a page each, which must save much.
   bool is_down(int64_t width, int64_t lines) const {
-    return static_cast<double>(width) * run_cost(lines, kernels_.rows) <
+    return kAcrossLines * static_cast<double>(width) * run_cost(lines, kernels_.rows) <
            static_cast<double>(lines) * run_cost(width, kernels_.rows);
   }
   const Segment& find(int axis, int64_t position) const {
@@ -574,138 +576,122 @@ struct Workspace {
   bool own_panels;  // threads that share panels each pack them for themselves: to fetch them costs more
 
   template <typename T>
-  Workspace(const Gather& g, const Kernels<T>& kernels, int64_t all_taps) {
+  Workspace(const Gather& g, const Kernels<T>& kernels, int64_t all_taps, int threads) {
     constexpr int64_t size = sizeof(Word<T>);
     const Panels panels(g.to_per_group, kernels.lanes, kernels.vectors);
     const int64_t unit = all_taps * ceil_div(g.from_per_group, kernels.pair) * panels.width;
     packed = std::min(g.groups * panels.count, std::max<int64_t>(1, kPackedBytes / size / unit)) * unit;
     zeros = round_up(g.groups * g.from_per_group, 16);  // what follows begins with a line of the cache
-    own_panels = g.groups * panels.count * unit * size <= kOwnPanels;
+    own_panels = threads * g.groups * panels.count * unit * size <= kOwnPanels;
     for (const GatherPhase& phase : g.phases)
       if (const Rectangles<T> r(g, phase, kernels); r.fits())
         of_thread = std::max(of_thread, round_up(r.converted() + r.sums(), 16));
+    if(of_thread) of_thread += 2048; packed+=2048;
   }
   int64_t elements(int threads) const { return zeros + (own_panels ? threads : 1) * packed + threads * of_thread; }
 };
 
-// How threads share result lines and units: as many pieces of either as together make one for each thread. Units rather
-// than lines, if both leave them equal work, where packed weights are more than what is read: then each thread packs its
+// How threads share result rows (lines, or tiles) and units: as many pieces of either as together make one for each
+// thread. Units rather than rows, if both leave them equal work, where packed weights are more than what is read: then each thread packs its
 // own, and nothing passes between threads, whose caches may be far apart.
 struct Split {
-  int64_t lines = 1, units = 1;
+  int64_t rows = 1, units = 1;
 
-  Split(int64_t all_lines, int64_t all_units, bool units_first, int threads) {
+  Split(int64_t all_rows, int64_t all_units, bool units_first, int threads) {
     const auto cost = [](int64_t all, int64_t pieces) {
       return static_cast<double>(ceil_div(all, pieces)) * static_cast<double>(pieces) / static_cast<double>(all);
     };
     double best = -1;
     for (int64_t u = 1; u <= std::min<int64_t>(threads, all_units); ++u) {
-      const int64_t l = std::clamp<int64_t>(all_lines, 1, threads / u);
-      const double idle = static_cast<double>(threads) / static_cast<double>(l * u);
-      const double now = cost(all_lines, l) * cost(all_units, u) * idle;
-      if (best < 0 || now < best || (units_first && now == best)) best = now, lines = l, units = u;
+      const int64_t r = std::clamp<int64_t>(all_rows, 1, threads / u);
+      const double idle = static_cast<double>(threads) / static_cast<double>(r * u);
+      const double now = cost(all_rows, r) * cost(all_units, u) * idle;
+      if (best < 0 || now < best || (units_first && now == best)) best = now, rows = r, units = u;
     }
   }
 };
 
-// By pointers: any shape.
+// By pointers, any shape: part `part` of the tiles of a phase, units [unit0, unit1), whose panels begin at `packed`.
 template <typename T>
-void multiply_by_pointers(const Gather& g, const GatherPhase& phase, const Kernels<T>& kernels, const T* from,
-                          const Word<T>* bias, T* to, const Word<T>* packed, const T* zeros, int64_t first,
-                          int64_t last, int threads, bool skip_zeros) {
+void multiply_by_pointers(const Gather& g, const GatherPhase& phase, const Kernels<T>& kernels, const Operands<T>& o,
+                          const Word<T>* packed, int64_t part, int64_t parts, int64_t unit0, int64_t unit1,
+                          bool skip_zeros) {
   using W = Word<T>;
   const int64_t channels = ceil_div(g.from_per_group, kernels.pair), taps = phase.taps(), depth = taps * channels;
   const bool in_place = reads_in_place(kernels, g.from_per_group);
   const Blocks blocks = reduction_blocks(channels, taps, /*taps_inside=*/false);
+  const auto block_count = static_cast<int64_t>(blocks.size());
   const Panels panels(g.to_per_group, kernels.lanes, kernels.vectors);
-  const int64_t unit_size = depth * panels.width;
   const Tiles cut(g, phase, kernels.rows, skip_zeros);
-  const int64_t pixels = cut.pixels, tiles = cut.count;
+  const int64_t begin = cut.count * part / parts, end = cut.count * (part + 1) / parts;
   const int64_t fit = std::max<int64_t>(1, kPointerBytes / (std::max<int64_t>(taps, 1) * kernels.rows * sizeof(T*)));
-  const int64_t per_task = std::clamp<int64_t>(tiles / (4 * threads), 1, std::min(fit, kMaxTilesPerTask));
-  const int64_t chunks = round_up(ceil_div(tiles, per_task), threads);
+  const int64_t at_once = std::clamp<int64_t>(end - begin, 1, std::min(fit, kMostTilesAtOnce));
 
-  const int64_t splits = std::clamp<int64_t>(ceil_div(2 * threads, chunks), 1, last - first);
-  const double macs = static_cast<double>(pixels) * depth * (last - first) * panels.width / (chunks * splits);
-  parallel_tasks(chunks * splits, macs, [&](int64_t begin, int64_t end) {
-    std::vector<const T*> sources(per_task * kernels.rows * taps);
-    std::vector<T*> results(per_task * kernels.rows);
-    std::vector<std::vector<int64_t>> live(skip_zeros ? per_task : 0);  // taps, of each tile
-    std::vector<int64_t> b_offsets(skip_zeros ? taps : 0);
-    const bool in_parts = kIsHalf<T> && blocks.size() > 1;  // sums that are rounded at their end
-    std::vector<W> sums(in_parts ? per_task * kernels.rows * panels.width : 0);
-    std::vector<W> words(in_place ? 0 : kernels.rows * std::min(depth, kSumLength));  // what a tile reads, packed
-    std::vector<const W*> a(in_place ? 0 : taps * kernels.rows);
-    int64_t prepared = -1;
-    for (int64_t i = begin; i < end; ++i) {
-      const int64_t chunk = i / splits, split = i % splits;
-      const int64_t tile0 = tiles * chunk / chunks, tile1 = tiles * (chunk + 1) / chunks;
-      if (prepared != chunk) {
-        for (int64_t tile = tile0; tile < tile1; ++tile) {
-          Pixel at = cut.first(tile);
-          for (int64_t r = 0, rows = cut.size(tile); r < rows; ++r, cut.next(at)) {
-            const int64_t slot = (tile - tile0) * kernels.rows;
-            pixel_sources(g, phase, at, from, zeros, sources.data() + slot * taps + r, rows);
-            results[slot + r] = result_pixel(g, phase, at, to);
-          }
-        }
-        if (skip_zeros)
-          for (int64_t tile = tile0; tile < tile1; ++tile)
-            keep_live_taps(zeros, taps, cut.size(tile), sources.data() + (tile - tile0) * kernels.rows * taps,
-                           live[tile - tile0]);
-        prepared = chunk;
+  std::vector<const T*> sources(at_once * kernels.rows * taps);
+  std::vector<T*> results(at_once * kernels.rows);
+  std::vector<std::vector<int64_t>> live(skip_zeros ? at_once : 0);  // taps, of each tile
+  std::vector<int64_t> b_offsets(skip_zeros ? taps : 0);
+  const bool in_parts = kIsHalf<T> && blocks.size() > 1;  // sums that are rounded at their end
+  std::vector<W> sums(in_parts ? at_once * kernels.rows * panels.width : 0);
+  std::vector<W> words(in_place ? 0 : kernels.rows * std::min(depth, kSumLength));  // what a tile reads, packed
+  std::vector<const W*> a(in_place ? 0 : taps * kernels.rows);
+  for (int64_t tile0 = begin; tile0 < end; tile0 += at_once) {
+    const int64_t tile1 = std::min(end, tile0 + at_once);
+    for (int64_t tile = tile0; tile < tile1; ++tile) {
+      Pixel at = cut.first(tile);
+      const int64_t slot = (tile - tile0) * kernels.rows, rows = cut.size(tile);
+      for (int64_t r = 0; r < rows; ++r, cut.next(at)) {
+        pixel_sources(g, phase, at, o.from, o.zeros, sources.data() + slot * taps + r, rows);
+        results[slot + r] = result_pixel(g, phase, at, o.to);
       }
-      const int64_t unit0 = first + (last - first) * split / splits,
-                    unit1 = first + (last - first) * (split + 1) / splits;
-      const auto block_count = static_cast<int64_t>(blocks.size());
-      for (int64_t j = 0; j < block_count * (unit1 - unit0); ++j) {
-        // All panels for a block; sums that are rounded at their end, all blocks for a panel.
-        const Block& block = blocks[in_parts ? j % block_count : j / (unit1 - unit0)];
-        const int64_t unit = unit0 + (in_parts ? j / block_count : j % (unit1 - unit0));
-        const int64_t group = unit / panels.count, panel = unit % panels.count;
-        const int64_t column = group * g.to_per_group + panels.begin(panel);
-        for (int64_t tile = tile0; tile < tile1; ++tile) {
-          const int64_t rows = cut.size(tile), slot = (tile - tile0) * kernels.rows;
-          T* c[kMaxRows];
-          for (int64_t r = 0; r < rows; ++r) c[r] = results[slot + r] + column;
-          int64_t first_tap = block.tap, tap_count = block.taps;
-          if (skip_zeros) {
-            const std::vector<int64_t>& of_tile = live[tile - tile0];
-            const auto begin = std::lower_bound(of_tile.begin(), of_tile.end(), block.tap);
-            const auto end = std::lower_bound(begin, of_tile.end(), block.tap + block.taps);
-            first_tap = begin - of_tile.begin();
-            tap_count = end - begin;
-            for (int64_t t = 0; t < tap_count; ++t)
-              b_offsets[t] = (begin[t] - block.tap) * block.channels * panels.width;
-          }
-          const int64_t channel = group * g.from_per_group + block.channel * kernels.pair;
-          const T* const* const pixel = sources.data() + slot * taps + first_tap * rows;
-          for (int64_t k = 0; !in_place && k < tap_count * rows; ++k) {
-            a[k] = words.data() + k * block.channels;
-            kernels.copy_rows(pixel[k] + channel, 0, 1,
-                              std::min(block.channels * kernels.pair, g.from_per_group - block.channel * kernels.pair),
-                              words.data() + k * block.channels, 0);
-          }
-          kernels.gemm[rows - 1]({.taps = tap_count,
-                                  .depth = block.channels,
-                                  .a = in_place ? reinterpret_cast<const W* const*>(pixel) : a.data(),
-                                  .a_offset = in_place ? channel / kernels.pair : 0,
-                                  .a_step = 1,
-                                  .b = packed + (unit - first) * unit_size + block.start * panels.width,
-                                  .b_offsets = skip_zeros ? b_offsets.data() : nullptr,
-                                  .ldb = panels.width,
-                                  .c = c,
-                                  .cols = panels.size(panel),
-                                  .row_bias = nullptr,
-                                  .column_bias = bias ? bias + column : nullptr,
-                                  .accumulate = block.start > 0,
-                                  .partial = sums.data() + slot * panels.width,
-                                  .partial_step = panels.width,
-                                  .unfinished = block.start + block.terms() < depth});
+      if (skip_zeros) keep_live_taps(o.zeros, taps, rows, sources.data() + slot * taps, live[tile - tile0]);
+    }
+    for (int64_t j = 0; j < block_count * (unit1 - unit0); ++j) {
+      // All panels for a block; sums that are rounded at their end, all blocks for a panel.
+      const Block& block = blocks[in_parts ? j % block_count : j / (unit1 - unit0)];
+      const int64_t unit = unit0 + (in_parts ? j / block_count : j % (unit1 - unit0));
+      const int64_t group = unit / panels.count, panel = unit % panels.count;
+      const int64_t column = group * g.to_per_group + panels.begin(panel);
+      for (int64_t tile = tile0; tile < tile1; ++tile) {
+        const int64_t rows = cut.size(tile), slot = (tile - tile0) * kernels.rows;
+        T* c[kMaxRows];
+        for (int64_t r = 0; r < rows; ++r) c[r] = results[slot + r] + column;
+        int64_t first_tap = block.tap, tap_count = block.taps;
+        if (skip_zeros) {
+          const std::vector<int64_t>& of_tile = live[tile - tile0];
+          const auto first = std::lower_bound(of_tile.begin(), of_tile.end(), block.tap);
+          first_tap = first - of_tile.begin();
+          tap_count = std::lower_bound(first, of_tile.end(), block.tap + block.taps) - first;
+          for (int64_t t = 0; t < tap_count; ++t)
+            b_offsets[t] = (first[t] - block.tap) * block.channels * panels.width;
         }
+        const int64_t channel = group * g.from_per_group + block.channel * kernels.pair;
+        const T* const* const pixel = sources.data() + slot * taps + first_tap * rows;
+        for (int64_t k = 0; !in_place && k < tap_count * rows; ++k) {
+          a[k] = words.data() + k * block.channels;
+          kernels.copy_rows(pixel[k] + channel, 0, 1,
+                            std::min(block.channels * kernels.pair, g.from_per_group - block.channel * kernels.pair),
+                            words.data() + k * block.channels, 0);
+        }
+        kernels.gemm[rows - 1]({.taps = tap_count,
+                                .depth = block.channels,
+                                .a = in_place ? reinterpret_cast<const W* const*>(pixel) : a.data(),
+                                .a_offset = in_place ? channel / kernels.pair : 0,
+                                .a_step = 1,
+                                .b = packed + (unit - unit0) * depth * panels.width + block.start * panels.width,
+                                .b_offsets = skip_zeros ? b_offsets.data() : nullptr,
+                                .ldb = panels.width,
+                                .c = c,
+                                .cols = panels.size(panel),
+                                .row_bias = nullptr,
+                                .column_bias = o.bias ? o.bias + column : nullptr,
+                                .accumulate = block.start > 0,
+                                .partial = sums.data() + slot * panels.width,
+                                .partial_step = panels.width,
+                                .unfinished = block.start + block.terms() < depth});
       }
     }
-  });
+  }
 }
 
 // What a pixel costs by pointers, as a share of the products of a full tile: setting up a pointer takes about 8 cycles.
@@ -767,38 +753,39 @@ void run_phase(const Gather& g, const GatherPhase& phase, const Kernels<T>& kern
   const Rectangles<T> rectangles(g, phase, kernels);
   const bool may_skip = look || skip_zeros;
   const bool by_rectangles = rectangles.cost(may_skip) <= pointer_cost(g, phase, kernels, may_skip);
-  const int64_t lines = g.batch * a[0].count * a[1].count;
-  const double macs = static_cast<double>(g.batch) * static_cast<double>(phase.pixels()) * static_cast<double>(depth);
+  const int64_t lines = g.batch * a[0].count * a[1].count, pixels = g.batch * phase.pixels();
+  const int64_t rows = by_rectangles ? lines : ceil_div(pixels, int64_t{kernels.rows});
+  const double macs = static_cast<double>(pixels) * static_cast<double>(depth);
   const int64_t units_per_pass = std::clamp<int64_t>(sizes.packed / std::max<int64_t>(unit_size, 1), 1, units);
   for (int64_t first = 0; first < units; first += units_per_pass) {
     const int64_t count = std::min(units_per_pass, units - first);
-    const Split split(lines, count, count * unit_size > g.batch * g.from_pixels() * g.groups * channels, threads);
-    const bool own = by_rectangles && (split.lines == 1 || sizes.own_panels);
+    const Split split(rows, count, count * unit_size > g.batch * g.from_pixels() * g.groups * channels, threads);
+    const bool own = split.rows == 1 || (sizes.own_panels && pixels >= kOwnPixels * split.rows);
     std::atomic<bool> all_finite = true;
     if (!own)
       parallel_tasks(count * block_count, 2.0 * unit_size / block_count, [&](int64_t begin, int64_t end) {
         if (!pack(first, begin, end, packed)) all_finite = false;
       });
-    if (!by_rectangles) {
-      multiply_by_pointers(g, phase, kernels, from, bias, to, packed, zeros, first, first + count, threads, all_finite);
-      continue;
-    }
-    parallel_tasks(split.lines * split.units, macs * count * panels.width / (split.lines * split.units),
-                   [&](int64_t begin, int64_t end) {
-                     for (int64_t i = begin; i < end; ++i) {
-                       const int64_t line = i % split.lines, unit = i / split.lines;
-                       const int64_t unit0 = count * unit / split.units, unit1 = count * (unit + 1) / split.units;
-                       W* panels_of_mine = packed + unit0 * unit_size;
-                       bool finite = all_finite;
-                       if (own) {
-                         if (split.lines > 1) panels_of_mine += at::get_thread_num() * sizes.packed;
-                         finite = pack(first + unit0, 0, (unit1 - unit0) * block_count, panels_of_mine);
-                       }
-                       rectangles.multiply(o, panels_of_mine, of_threads + at::get_thread_num() * sizes.of_thread,
-                                           lines * line / split.lines, lines * (line + 1) / split.lines, first + unit0,
-                                           first + unit1, finite);
-                     }
-                   });
+    const int64_t parts = split.rows * split.units;
+    parallel_tasks(parts, macs * count * panels.width / parts, [&](int64_t begin, int64_t end) {
+      for (int64_t i = begin; i < end; ++i) {
+        const int64_t part = i % split.rows, unit = i / split.rows;
+        const int64_t unit0 = count * unit / split.units, unit1 = count * (unit + 1) / split.units;
+        W* panels_of_mine = packed + unit0 * unit_size;
+        bool finite = all_finite;
+        if (own) {
+          if (split.rows > 1) panels_of_mine += at::get_thread_num() * sizes.packed;
+          finite = pack(first + unit0, 0, (unit1 - unit0) * block_count, panels_of_mine);
+        }
+        if (by_rectangles)
+          rectangles.multiply(o, panels_of_mine, of_threads + at::get_thread_num() * sizes.of_thread,
+                              lines * part / split.rows, lines * (part + 1) / split.rows, first + unit0, first + unit1,
+                              finite);
+        else
+          multiply_by_pointers(g, phase, kernels, o, panels_of_mine, part, split.rows, first + unit0, first + unit1,
+                               finite);
+      }
+    });
   }
 }
 
@@ -810,7 +797,7 @@ void run(const ConvShape& s, Direction direction, const void* from, const ConvPo
   const auto* const weight = static_cast<const T*>(p.weight);
   const bool skip_zeros = works_on_padding(s) && all_finite(s, weight);
   if (skip_zeros) drop_idle_taps(g);
-  const Workspace sizes(g, kernels, s.taps());
+  const Workspace sizes(g, kernels, s.taps(), threads);
   const Bias<T> bias(microkernels(), p.bias, g.groups * g.to_per_group);
   for (const GatherPhase& phase : g.phases)
     run_phase(g, phase, kernels, static_cast<const T*>(from), weight, bias.get(), static_cast<T*>(p.result), sizes,
@@ -826,10 +813,10 @@ int64_t workspace(const ConvShape& s, Direction direction, int threads) {
   return with_type(s.dtype, [&](auto type) {
     using T = decltype(type);
     Gather g = make_gather(s, direction);
-    int64_t words = Workspace(g, dense_kernels<T>(), s.taps()).elements(threads);
+    int64_t words = Workspace(g, dense_kernels<T>(), s.taps(), threads).elements(threads);
     if (works_on_padding(s)) {
       drop_idle_taps(g);
-      words = std::max(words, Workspace(g, dense_kernels<T>(), s.taps()).elements(threads));
+      words = std::max(words, Workspace(g, dense_kernels<T>(), s.taps(), threads).elements(threads));
     }
     return words * static_cast<int64_t>(sizeof(Word<T>));
   });
