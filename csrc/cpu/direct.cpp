@@ -49,6 +49,7 @@ constexpr int64_t kLeastShuffled = 16;      // channels of a sample, for which t
 constexpr int64_t kSlack = 16;              // behind the strips: vectors are read whole
 constexpr int64_t kMostWeights = 48 << 20;  // bytes of packed weights
 constexpr int64_t kFarWeights = 2 << 10;    // bytes from a row's weight to its next channel's: then they are packed
+constexpr int64_t kChannelsPacked = 16;     // of weights at a time
 constexpr int64_t kMaxPhases = 65536;       // of backward_input: each costs a little set-up
 constexpr int64_t kMostTogether = 16;       // phases that share strips
 
@@ -157,6 +158,7 @@ struct Plan {
   int64_t kept_rows, splits;
   int64_t tile_rows;            // of the register tile
   int64_t tile_weights = 0;     // weights of a channel of a packed tile; 0: they are read where they lie
+  bool own_tiles = false;       // each split packs those that it reads
   bool joined, keep, keep_all;  // lines are joined to one run of columns; results go through scratch rows, all at once
 
   Plan(const Gather& g, const Family& family, int64_t tile_rows, int64_t lanes, int64_t element_size, bool half,
@@ -232,6 +234,10 @@ struct Plan {
     if (!half && together && g.weight_from_stride * element_size >= kFarWeights &&
         packed * element_size <= kPackedBytes)
       tile_weights = tile_rows * g.weight_to_stride;
+    // Where weights are more than what is read, threads share result channels: nothing passes between them.
+    own_tiles = tile_weights > 0 && g.groups == 1 && threads > 1 && rows >= threads * tile_rows &&
+                packed > g.batch * g.from_pixels() * g.from_per_group;
+    if (own_tiles) splits = std::min(round_up(splits, threads), ceil_div(rows, tile_rows) / threads * threads);
     const int64_t of_split =
         tile_weights ? ceil_div(ceil_div(rows, tile_rows), splits) * tile_rows : ceil_div(rows, splits);
     kept_rows = keep_all ? groups_at_once * of_split * family.size() : keep ? kMaxRows * family.along_w : 0;
@@ -248,6 +254,9 @@ struct Plan {
   }
   int64_t elements(const Gather& g, int threads) const { return packed_tiles(g) + threads * of_thread(); }
 };
+
+// Pieces of the channels of a group.
+int64_t channel_pieces(const Gather& g) { return ceil_div(g.from_per_group, kChannelsPacked); }
 
 // The runs that fill a strip for the block that begins at result (d, h, w). Sources are pixels.
 using Runs = c10::SmallVector<Segment, 16>;
@@ -404,26 +413,23 @@ void pack_weights(const Gather& g, const GatherPhase& phase, const Kernels<T>& k
   });
 }
 
-// Weights in tiles of rows, [group][tile][channel][row of the tile][tap], read in the order of memory.
+// Weights in tiles of rows, [group][tile][channel][row of the tile][tap], read in the order of memory: pieces
+// [begin, end) of the channels of all groups, tiles [tile0, tile1).
 template <typename T>
-void pack_tiles(const Gather& g, int64_t tile_rows, int64_t tile_weights, const Kernels<T>& kernels, const T* weight,
-                T* packed) {
-  constexpr int64_t kAtOnce = 16;  // channels
-  const int64_t channels = g.from_per_group, pieces = ceil_div(channels, kAtOnce);
-  const int64_t rows = g.to_per_group, tiles = ceil_div(rows, tile_rows);
-  parallel_tasks(g.groups * pieces, 0.5 * static_cast<double>(kAtOnce * tiles * tile_weights),
-                 [&](int64_t begin, int64_t end) {
-                   for (int64_t i = begin; i < end; ++i) {
-                     const int64_t group = i / pieces, k = i % pieces * kAtOnce;
-                     const T* const source = weight + group * g.weight_group_stride + k * g.weight_from_stride;
-                     for (int64_t tile = 0; tile < tiles; ++tile) {
-                       const int64_t row = tile * tile_rows, height = std::min(tile_rows, rows - row);
-                       kernels.copy_rows(source + row * g.weight_to_stride, g.weight_from_stride,
-                                         std::min(kAtOnce, channels - k), height * g.weight_to_stride,
-                                         packed + ((group * tiles + tile) * channels + k) * tile_weights, tile_weights);
-                     }
-                   }
-                 });
+void pack_tiles(const Gather& g, const Plan& plan, const Kernels<T>& kernels, const T* weight, T* packed, int64_t begin,
+                int64_t end, int64_t tile0, int64_t tile1) {
+  const int64_t channels = g.from_per_group, pieces = channel_pieces(g);
+  const int64_t rows = g.to_per_group, tiles = ceil_div(rows, plan.tile_rows);
+  for (int64_t i = begin; i < end; ++i) {
+    const int64_t group = i / pieces, k = i % pieces * kChannelsPacked;
+    const T* const source = weight + group * g.weight_group_stride + k * g.weight_from_stride;
+    for (int64_t tile = tile0; tile < tile1; ++tile) {
+      const int64_t row = tile * plan.tile_rows, height = std::min(plan.tile_rows, rows - row);
+      kernels.copy_rows(source + row * g.weight_to_stride, g.weight_from_stride, std::min(kChannelsPacked, channels - k),
+                        height * g.weight_to_stride,
+                        packed + ((group * tiles + tile) * channels + k) * plan.tile_weights, plan.tile_weights);
+    }
+  }
 }
 
 // The terms of one sum block, a channel after the other, and the tap of each term of the first channel.
@@ -526,15 +532,21 @@ void run_family(const Gather& g, const Family& family, const Plan& plan, const K
     }
   }
   const int64_t all_tiles = ceil_div(channels, plan.tile_rows);
-  const W* const tiled = workspace;
-  if constexpr (!kIsHalf<T>)
-    if (plan.tile_weights) pack_tiles(g, plan.tile_rows, plan.tile_weights, kernels, weight, workspace);
+  W* const tiled = workspace;
+  const auto pack = [&](int64_t begin, int64_t end, int64_t tile0, int64_t tile1) {
+    if constexpr (!kIsHalf<T>) pack_tiles(g, plan, kernels, weight, tiled, begin, end, tile0, tile1);
+  };
+  if (plan.tile_weights && !plan.own_tiles)
+    parallel_tasks(g.groups * channel_pieces(g), 0.5 * static_cast<double>(kChannelsPacked * all_tiles * plan.tile_weights),
+                   [&](int64_t begin, int64_t end) { pack(begin, end, 0, all_tiles); });
   workspace += plan.packed_tiles(g);
   const int64_t splits = plan.splits, gathers = ceil_div(g.groups, plan.groups_at_once), along_w = family.along_w;
   const int64_t problems = plan.blocks[0] * plan.blocks[1] * plan.blocks[2] * g.batch * gathers;
   const bool nhwc = g.to_stride.axis[2] != 1, chunked = plan.chunk < from_words;
   const double macs = static_cast<double>(plan.columns) * family.all_taps * from_words * plan.groups_at_once * channels;
-  parallel_tasks(problems * splits, macs / splits, [&](int64_t begin, int64_t end) {
+  // A split that packs its own tiles is one task.
+  const int64_t tasks = plan.own_tiles ? splits : problems * splits, of_task = problems * splits / tasks;
+  parallel_tasks(tasks, macs * of_task / splits, [&](int64_t begin, int64_t end) {
     W* const strips = workspace + at::get_thread_num() * plan.of_thread();
     W* const kept = strips + plan.strips();
     Runs runs;
@@ -542,8 +554,9 @@ void run_family(const Gather& g, const Family& family, const Plan& plan, const K
     c10::SmallVector<Terms, 1> terms(family.size());
     c10::SmallVector<StripVector, 32> vectors;
     int64_t prepared = -1, filled = -1;
-    for (int64_t i = begin; i < end; ++i) {
-      const int64_t split = i % splits, problem = i / splits, gather = problem % gathers;
+    for (int64_t i = begin * of_task; i < end * of_task; ++i) {
+      const int64_t split = plan.own_tiles ? i / problems : i % splits;
+      const int64_t problem = plan.own_tiles ? i % problems : i / splits, gather = problem % gathers;
       const int64_t n = problem / gathers % g.batch, at = problem / gathers / g.batch;
       const int64_t start[3] = {at / (plan.blocks[1] * plan.blocks[2]) * plan.block[0],
                                 at / plan.blocks[2] % plan.blocks[1] * plan.block[1],
@@ -572,6 +585,8 @@ void run_family(const Gather& g, const Family& family, const Plan& plan, const K
       };
       const int64_t row0 = first_row(split), row1 = first_row(split + 1);
       const int64_t tiles = ceil_div(row1 - row0, plan.tile_rows);
+      if (plan.own_tiles && problem == 0)
+        pack(0, channel_pieces(g), row0 / plan.tile_rows, row0 / plan.tile_rows + tiles);
       T* const result = to + n * g.to_stride.batch + first_group * channels * g.to_stride.channel +
                         (a[0].to_start + start[0] * a[0].to_step) * g.to_stride.axis[0] + start[1] * line_step +
                         start[2] * pixel_step;
