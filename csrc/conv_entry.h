@@ -86,6 +86,21 @@ Tensor dense(const char* name, const Tensor& t, bool channels_last) {
   return Device::empty(t, t.sizes(), channels_last).copy_(t);
 }
 
+// The same, of a tensor that two computations read: `kept` is the copy of the one before, if there was one.
+template <typename Device>
+const Tensor& dense(const char* name, const Tensor& t, bool channels_last, Tensor& kept) {
+  if (!kept.defined() || !is_dense(kept, channels_last)) kept = dense<Device>(name, t, channels_last);
+  return kept;
+}
+
+// A bias as it is added: for channels that stand for those of a patch (fold_patches) as often as there are pixels in it.
+inline Tensor bias_of(const Tensor& bias, int64_t channels, bool channels_last) {
+  const Tensor b = bias.contiguous();
+  if (b.numel() == channels) return b;
+  const int64_t times = channels / b.numel();
+  return channels_last ? b.repeat({times}) : b.repeat_interleave(times);
+}
+
 // Runs f(result) on a result of the given sizes whose memory is dense in the layout that is computed in. That is the
 // memory format the result has by torch's rule, except when strides of dimension 0 say otherwise: then it is copied at
 // the end.
@@ -160,6 +175,13 @@ struct Operators {
   static Tensor backward_input(const Tensor& gy, const Tensor& w, const OptionalTensor& bias,
                                c10::IntArrayRef input_size, c10::IntArrayRef stride, c10::IntArrayRef padding,
                                c10::IntArrayRef dilation, int64_t groups, int64_t padding_mode) {
+    Tensor gy_kept;
+    return backward_input_with(gy_kept, gy, w, bias, input_size, stride, padding, dilation, groups, padding_mode);
+  }
+
+  static Tensor backward_input_with(Tensor& gy_kept, const Tensor& gy, const Tensor& w, const OptionalTensor& bias,
+                                    c10::IntArrayRef input_size, c10::IntArrayRef stride, c10::IntArrayRef padding,
+                                    c10::IntArrayRef dilation, int64_t groups, int64_t padding_mode) {
     const Below guard(gy, w, bias);
     TORCH_CHECK(gy.dim() > 2 && w.dim() > 2,
                 "conv_backward_input: grad_output and weight must have 3, 4 or 5 dimensions");
@@ -186,13 +208,9 @@ struct Operators {
     const bool computed = gy.dim() == 3 ? channels_last : sample_is_channels_last(gy) || sample_is_channels_last(w);
     const ConvShape shape = make_conv_shape(call, w.strides(), gy.scalar_type(), computed);
     return with_result<Device>(gy, size, channels_last, computed, [&](const Tensor& gx) {
-      const Tensor gyd = dense<Device>("grad_output", gy, computed);
-      OptionalTensor b = bias ? OptionalTensor(bias->contiguous()) : std::nullopt;
-      // Channels that stand for those of a patch (fold_patches).
-      if (b && b->numel() != shape.in_channels()) {
-        const int64_t times = shape.in_channels() / b->numel();
-        b = computed ? b->repeat({times}) : b->repeat_interleave(times);
-      }
+      const Tensor& gyd = dense<Device>("grad_output", gy, computed, gy_kept);
+      OptionalTensor b;
+      if (bias) b = bias_of(*bias, shape.in_channels(), computed);
       run<Device>(Direction::kBackwardInput, shape,
                   {.weight = w.const_data_ptr(), .bias = data_of(b), .grad_output = gyd.const_data_ptr()}, gx);
     });
@@ -200,11 +218,11 @@ struct Operators {
 
   // Fills gw, which may have any non-overlapping strides, and gb where it is defined.
   static void backward_weight_into(const Tensor& gw, const Tensor& gb, const Tensor& gy, const Tensor& x,
-                                   const OperatorCall<int64_t>& call) {
+                                   const OperatorCall<int64_t>& call, Tensor& gy_kept) {
     const bool computed =
         x.dim() == 3 ? result_is_channels_last(x, gy) : sample_is_channels_last(x) || sample_is_channels_last(gy);
     const ConvShape shape = make_conv_shape(call, gw.strides(), gw.scalar_type(), computed);
-    const Tensor gyd = dense<Device>("grad_output", gy, computed), xd = dense<Device>("input", x, computed);
+    const Tensor &gyd = dense<Device>("grad_output", gy, computed, gy_kept), xd = dense<Device>("input", x, computed);
     if (gb.defined()) Device::bias_backward(shape, gyd.const_data_ptr(), gb.data_ptr());
     if (gw.numel() == 0) return;
     run<Device>(Direction::kBackwardWeight, shape, {.input = xd.const_data_ptr(), .grad_output = gyd.const_data_ptr()},
@@ -237,7 +255,8 @@ struct Operators {
         return backward_weight(a, b, kernel_size, stride, padding, dilation, groups, padding_mode);
       });
     const Tensor gw = Device::empty(x, size, result_is_channels_last(gy, x));
-    backward_weight_into(gw, Tensor(), gy, x, call);
+    Tensor gy_kept;
+    backward_weight_into(gw, Tensor(), gy, x, call, gy_kept);
     return gw;
   }
 
@@ -257,17 +276,18 @@ struct Operators {
     check_operator(call);
     check_dtypes(gy, w, std::nullopt, false);
     check_dtypes(x, w, std::nullopt, false);
-    Tensor gx, gw, gb;
+    Tensor gx, gw, gb, gy_kept;
     if (output_mask[0])
-      gx = backward_input(gy, w, std::nullopt, x.sizes().slice(2), stride, padding, dilation, groups, padding_mode);
+      gx = backward_input_with(gy_kept, gy, w, std::nullopt, x.sizes().slice(2), stride, padding, dilation, groups,
+                               padding_mode);
     if (output_mask[1]) {
       gw = has_contiguous_strides(w) ? Device::empty(w, w.sizes(), false) : at::empty_like(w);
-      // Here gy is at hand in the layout of the computation.
+      // There gy is at hand in the layout of the computation.
       if (output_mask[2] && Device::sums_bias(w.scalar_type())) gb = Device::empty(gy, {gy.size(1)}, false);
       if (gw.is_complex())
         gw.copy_(backward_weight(gy, x, w.sizes().slice(2), stride, padding, dilation, groups, padding_mode));
       else
-        backward_weight_into(gw, gb, gy, x, call);
+        backward_weight_into(gw, gb, gy, x, call, gy_kept);
     }
     if (output_mask[2] && !gb.defined()) gb = bias_gradient(gy);
     return {gx, gw, gb};
