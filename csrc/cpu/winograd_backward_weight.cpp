@@ -15,7 +15,10 @@
 // of a chunk stay in L2 or L3; M is of one panel of rows and columns, and is transformed at once while it is in L2. What
 // comes out of the chunks is added in order. NCHW transposes the lines of a few tiles at a time.
 //
-// Threads split groups, columns and rows, each with Z and V of its own part; never a sum: the bits do not depend on them.
+// Where the result is small against the tiles, slabs of chunks have totals of their own, added in order at the end.
+//
+// Threads split groups, slabs, columns and rows, each with Z and V of its own part. Chunks and slabs are cut by the shape
+// alone: the bits do not depend on threads.
 // If anything is not finite, in which case an infinity may have spread, the next row of the table computes all of it.
 // 16-bit types are float32 from the transforms of what is read to the sum of the chunks, and rounded there.
 // Declines: other kernels, strides and types. Yields where another row takes less time.
@@ -33,13 +36,17 @@ namespace {
 
 constexpr int64_t kChunkBytes = 4 << 20;  // of all Z and V of a chunk
 constexpr int64_t kFewestTiles = 32;      // of a chunk, if there are
-constexpr int64_t kMostTiles = 256;       // errors of the transforms add up
-constexpr int64_t kRows = 32;             // of a panel
-constexpr int64_t kPieceTiles = 32;       // that are read at a time
-constexpr int64_t kAllBytes = 32 << 20;   // of all threads, besides kThreadBytes of each
+constexpr int64_t kTilesInL2 = 64;        // of a chunk, if they stay in L2
+constexpr int64_t kL2Bytes = 768 << 10;
+constexpr int64_t kMostTiles = 256;      // errors of the transforms add up
+constexpr int64_t kRows = 32;            // of a panel
+constexpr int64_t kPieceTiles = 32;      // that are read at a time
+constexpr int64_t kAllBytes = 32 << 20;  // of all threads, besides kThreadBytes of each
 constexpr int64_t kThreadBytes = 2 << 20;
-constexpr int64_t kMostFrames = 64;   // taps of the third axis
-constexpr int64_t kFewChannels = 16;  // whose transforms are not shared by enough products
+constexpr int64_t kMostSlabs = 16;
+constexpr int64_t kSlabBytes = 4 << 20;  // totals of all slabs together
+constexpr int64_t kMostFrames = 64;      // taps of the third axis
+constexpr int64_t kFewChannels = 8;      // whose transforms are not shared by enough products
 
 struct Problem {
   const ConvShape& s;
@@ -65,27 +72,33 @@ struct Problem {
 int64_t most_tiles(const ConvShape& s, const WinogradKernels<float>& t) {
   const int64_t of_tile =
       t.positions * (s.kernel[0] * s.in_per_group + s.out_per_group) * static_cast<int64_t>(sizeof(float));
+  // Each of a tile's positions lies in a page of its own: better few tiles, that stay in L2, than many.
+  if (kTilesInL2 * of_tile <= kL2Bytes) return kTilesInL2;
   return std::clamp(kChunkBytes / of_tile, kFewestTiles, kMostTiles);
 }
 
 // Sizes, in elements. The chunks depend on the shape alone.
 struct Plan {
-  int64_t chunks, chunk;                 // and tiles of the largest
+  int64_t chunks, chunk;  // and tiles of the largest
+  int64_t slabs;
   int64_t width, panels_of_tap, panels;  // of columns
   int64_t rows, row_panels;
   int64_t column_parts, row_parts;
   int64_t v_step, z_step, m_row, v_panel, z_panel, v, z, m, totals, strip;
-  int64_t shared, of_thread;
+  int64_t shared, slab, of_thread;  // slab: totals of one, of a group
 
   Plan(const Problem& p, int64_t lanes, int64_t vectors, int threads) {
     const ConvShape& s = p.s;
     const int64_t positions = p.transforms.positions;
     chunks = ceil_div(p.tiles, most_tiles(s, p.transforms));
     chunk = ceil_div(p.tiles, chunks);
+    const double bytes = static_cast<double>(s.out_channels()) * static_cast<double>(s.in_per_group) *
+                         static_cast<double>(s.taps()) * sizeof(float);
+    slabs = std::min({chunks, kMostSlabs, std::max<int64_t>(1, static_cast<int64_t>(kSlabBytes / bytes))});
 
     row_panels = ceil_div(s.out_per_group, kRows);
     rows = round_up(ceil_div(s.out_per_group, row_panels), 8);
-    const int64_t wanted = ceil_div(threads, s.groups);
+    const int64_t wanted = ceil_div(threads, s.groups * slabs);
     // A thread repeats the transforms of what it does not split: those of gy take less.
     const int64_t column_vectors = ceil_div(s.in_per_group, lanes);
     int64_t best = -1;
@@ -114,7 +127,7 @@ struct Plan {
     for (;;) {
       const int64_t of_columns = ceil_div(panels, column_parts), of_rows = ceil_div(row_panels, row_parts);
       v = of_columns * v_panel, z = of_rows * z_panel;
-      totals = p.taps() * width * (chunks == 1 ? 1 : of_columns * of_rows * rows);
+      totals = slabs > 1 ? 0 : p.taps() * width * (chunks == 1 ? 1 : of_columns * of_rows * rows);
       of_thread = round_up(v + z + m + totals + strip, 16);
       if (of_thread * static_cast<int64_t>(sizeof(float)) <= kAllBytes / threads + kThreadBytes) break;
       if (of_columns == 1 && of_rows == 1) break;
@@ -123,7 +136,13 @@ struct Plan {
       else
         row_parts = ceil_div(row_panels, ceil_div(of_rows, 2));
     }
-    shared = round_up(std::max(s.in_per_group, s.out_per_group), 16);
+    slab = panels * row_panels * rows * p.taps() * width;
+    shared = round_up(std::max(s.in_per_group, s.out_per_group), 16) + (slabs > 1 ? s.groups * slabs * slab : 0);
+  }
+  // Where the totals of a row of a panel of columns lie in a slab, or among those of a part, whose panels of rows they
+  // are counted in.
+  int64_t total(int64_t column, int64_t row, int64_t k, int64_t of_rows, int64_t of_k) const {
+    return ((column * of_rows + row) * rows + k) * of_k;
   }
 };
 
@@ -143,33 +162,37 @@ class WeightGradient {
         x_stride_(activation_strides(s_.layout, s_.in_channels(), s_.in)),
         gy_stride_(activation_strides(s_.layout, s_.out_channels(), s_.out)),
         zeros_(reinterpret_cast<T*>(workspace)),
-        scratch_(workspace + plan_.shared) {
+        scratch_(workspace + plan_.shared),
+        slabs_(scratch_ - (plan_.slabs > 1 ? s_.groups * plan_.slabs * plan_.slab : 0)),
+        of_k_(p_.taps() * plan_.width) {
     std::fill_n(zeros_, std::max(s_.in_per_group, s_.out_per_group), T{});
   }
 
   // Whether all of it is finite.
   bool run() const {
     std::atomic<bool> finite = true;
-    const int64_t parts = plan_.column_parts * plan_.row_parts, tasks = s_.groups * parts;
+    const int64_t parts = plan_.column_parts * plan_.row_parts, tasks = s_.groups * plan_.slabs * parts;
     const double macs =
         static_cast<double>(t_.positions) * p_.tiles * s_.in_per_group * s_.kernel[0] * s_.out_per_group;
-    parallel_tasks(tasks, macs / parts, [&](int64_t begin, int64_t end) {
+    parallel_tasks(tasks, macs / (plan_.slabs * parts), [&](int64_t begin, int64_t end) {
       for (int64_t task = begin; task < end; ++task) {
         const int64_t column_part = task % plan_.column_parts, row_part = task / plan_.column_parts % plan_.row_parts;
-        if (!compute({task / parts, plan_.panels * column_part / plan_.column_parts,
+        const int64_t slab = task / parts % plan_.slabs;
+        if (!compute({task / parts / plan_.slabs, slab, plan_.panels * column_part / plan_.column_parts,
                       plan_.panels * (column_part + 1) / plan_.column_parts,
                       plan_.row_panels * row_part / plan_.row_parts,
                       plan_.row_panels * (row_part + 1) / plan_.row_parts}))
           finite = false;
       }
     });
+    if (plan_.slabs > 1 && finite) add_slabs();
     return finite;
   }
 
  private:
-  // Panels [column0, column1) and [row0, row1) of a group.
+  // Panels [column0, column1) and [row0, row1) of a slab of a group.
   struct Part {
-    int64_t group, column0, column1, row0, row1;
+    int64_t group, slab, column0, column1, row0, row1;
   };
   // A panel of columns: in channels of a tap of the third axis.
   struct Columns {
@@ -185,25 +208,49 @@ class WeightGradient {
     float* const v = scratch_ + at::get_thread_num() * plan_.of_thread;
     float *const z = v + plan_.v, *const m = z + plan_.z, *const totals = m + plan_.m,
                  *const strip = totals + plan_.totals;
-    const int64_t of_k = p_.taps() * plan_.width;
+    float* const slab = slabs_ + (part.group * plan_.slabs + part.slab) * plan_.slab;
+    const int64_t chunk0 = plan_.chunks * part.slab / plan_.slabs,
+                  chunk1 = plan_.chunks * (part.slab + 1) / plan_.slabs;
     bool finite = true;
-    for (int64_t chunk = 0; chunk < plan_.chunks; ++chunk) {
+    for (int64_t chunk = chunk0; chunk < chunk1; ++chunk) {
       const int64_t first = p_.tiles * chunk / plan_.chunks, last = p_.tiles * (chunk + 1) / plan_.chunks;
       read_tiles(part, first, last, strip, v, z);
-      float* total = totals;
       for (int64_t column = part.column0; column < part.column1; ++column)
         for (int64_t row = part.row0; row < part.row1; ++row) {
+          float* total = totals;
+          if (plan_.slabs > 1)
+            total = slab + plan_.total(column, row, 0, plan_.row_panels, of_k_);
+          else if (plan_.chunks > 1)
+            total += plan_.total(column - part.column0, row - part.row0, 0, part.row1 - part.row0, of_k_);
           multiply(last - first, z + (row - part.row0) * plan_.z_panel, rows(row),
                    v + (column - part.column0) * plan_.v_panel, columns(column).count, m);
           for (int64_t k = 0; k < rows(row); ++k) {
-            finite &=
-                t_.gradient(m + k * plan_.m_row, plan_.width, columns(column).count, total, plan_.width, chunk > 0);
-            if (chunk + 1 == plan_.chunks) store(part.group, row * plan_.rows + k, columns(column), total);
-            if (plan_.chunks > 1) total += of_k;
+            finite &= t_.gradient(m + k * plan_.m_row, plan_.width, columns(column).count, total, plan_.width,
+                                  chunk > chunk0);
+            if (plan_.slabs == 1 && chunk + 1 == chunk1)
+              store(part.group, row * plan_.rows + k, columns(column), total);
+            if (plan_.chunks > 1) total += of_k_;
           }
         }
     }
     return finite;
+  }
+
+  void add_slabs() const {
+    parallel_tasks(s_.groups * plan_.panels * plan_.row_panels, static_cast<double>(plan_.slabs * plan_.rows * of_k_),
+                   [&](int64_t begin, int64_t end) {
+                     for (int64_t i = begin; i < end; ++i) {
+                       const int64_t group = i / (plan_.panels * plan_.row_panels);
+                       const int64_t column = i / plan_.row_panels % plan_.panels, row = i % plan_.row_panels;
+                       for (int64_t k = 0; k < rows(row); ++k) {
+                         float* const total = slabs_ + group * plan_.slabs * plan_.slab +
+                                              plan_.total(column, row, k, plan_.row_panels, of_k_);
+                         for (int64_t slab = 1; slab < plan_.slabs; ++slab)
+                           kernels_.add_row(total, total + slab * plan_.slab, of_k_);
+                         store(group, row * plan_.rows + k, columns(column), total);
+                       }
+                     }
+                   });
   }
 
   void read_tiles(const Part& part, int64_t first, int64_t last, float* strip, float* v, float* z) const {
@@ -285,7 +332,8 @@ class WeightGradient {
   T* const gw_;
   const ActivationStrides x_stride_, gy_stride_;
   T* const zeros_;
-  float* const scratch_;
+  float *const scratch_, *const slabs_;
+  const int64_t of_k_;  // totals of a row of a panel of columns
 };
 
 // The transforms for a shape: of large tiles.

@@ -23,8 +23,9 @@ inline const WinogradKernels<float>* find_transforms(const Kernels<float>& kerne
     for (int d = 0; d < 2; ++d) {
       const int64_t stride = s.stride[d + 1], read = adjoint ? 1 : stride, written = adjoint ? stride : 1;
       fits &= t.taps[d] == s.kernel[d + 1];
-      fits &= t.taps[d] == 1 ? written == 1
-                             : t.stride == read && t.result_stride == written && (stride == 1 || s.dilation[d + 1] == 1);
+      fits &= t.taps[d] == 1
+                  ? written == 1
+                  : t.stride == read && t.result_stride == written && (stride == 1 || s.dilation[d + 1] == 1);
     }
     if (fits) return &t;
   }
@@ -37,13 +38,13 @@ struct TileAxis {
   int64_t stride, result_stride;          // results that lie result_stride apart read what lies stride apart
   int64_t dilation;                       // between the results of a tile, and between what it reads
   c10::SmallVector<int64_t, 64> first;    // result of each tile
+  c10::SmallVector<int64_t, 64> start;    // and the first position that it reads
   c10::SmallVector<int64_t, 128> source;  // of each position; -1 is a zero
   c10::SmallVector<int64_t, 8> tap;       // of the weight, in the order of positions
 
   // Tiles of different remainders by the dilation overlap: in_order has them follow each other by their first result,
   // else tiles of one remainder follow each other.
-  TileAxis(const GatherAxis& a, int64_t results, int64_t reads, bool in_order)
-      : TileAxis(a, results, reads) {
+  TileAxis(const GatherAxis& a, int64_t results, int64_t reads, bool in_order) : TileAxis(a, results, reads) {
     tap = a.tap;
     if (a.taps() > 1) dilation = std::abs(a.offset[1] - a.offset[0]);
     const int64_t low = std::min(a.offset.front(), a.offset.back());
@@ -78,9 +79,9 @@ struct TileAxis {
   int64_t tiles() const { return static_cast<int64_t>(first.size()); }
   int64_t result(int64_t first_result, int64_t i) const { return first_result + i * dilation; }
   bool is_result(int64_t at) const { return at >= 0 && at < count; }
-  int64_t position(int64_t first_result, int64_t j) const {
-    return (first_result - first[0]) / result_stride * stride + j * dilation;
-  }
+  // Position j of those that a tile reads.
+  int64_t position(int64_t tile, int64_t j) const { return start[tile] + j * dilation; }
+  int64_t last_position(int64_t tile) const { return position(tile, in - 1); }
   // Positions that a tile shares with the one before.
   int64_t shared(int64_t tile) const {
     if (tile == 0 || tile >= tiles() || first[tile] - first[tile - 1] != out * dilation) return 0;
@@ -94,9 +95,10 @@ struct TileAxis {
   // The last tile may reach further than any result, and than any padding mode.
   template <typename F>
   void set_sources(const F& source_of, int64_t extent) {
-    source.clear();
-    const int64_t last = *std::max_element(first.begin(), first.end());
-    for (int64_t p = 0; p <= position(last, in - 1); ++p) {
+    source.clear(), start.clear();
+    for (const int64_t at : first) start.push_back((at - first[0]) / result_stride * stride);
+    const int64_t last = *std::max_element(start.begin(), start.end()) + (in - 1) * dilation;
+    for (int64_t p = 0; p <= last; ++p) {
       const int64_t at = source_of(p);
       source.push_back(at >= 0 && at < extent ? at : -1);
     }
@@ -151,10 +153,11 @@ struct TileReader {
   // Elements of the strip that up to `tiles` tiles take: whole tile rows, or a piece of one.
   static int64_t strip_size(const TileAxis& h, const TileAxis& w, int64_t tiles, int64_t channels) {
     const int64_t columns = std::min(tiles, w.tiles()), rows = std::min(ceil_div(tiles, columns), h.tiles());
-    int64_t span = 0;  // between the first results of a row's first and last tile
-    for (int64_t i = columns - 1; i < w.tiles(); ++i) span = std::max(span, w.first[i] - w.first[i - columns + 1]);
+    int64_t span = 0;  // positions that tiles of a row read
+    for (int64_t i = columns - 1; i < w.tiles(); ++i)
+      span = std::max(span, w.last_position(i) + 1 - w.start[i - columns + 1]);
     const int64_t lines = rows * h.in - (h.dilation == 1 ? (rows - 1) * h.shared(1) : 0);
-    return lines * (w.position(span, w.in - 1) + 1) * std::min(channels, kStripChannels);
+    return lines * span * std::min(channels, kStripChannels);
   }
 
   // The tiles of r, whose channel 0 lies at `image`.
@@ -164,10 +167,11 @@ struct TileReader {
         const T* pixels[kMostTilePixels];
         const int64_t count = h.in * w.in;
         for (int64_t i = 0; i < h.in; ++i) {
-          const int64_t at_h = h.source[h.position(h.first[th], i)];
+          const int64_t at_h = h.source[h.position(th, i)];
+          const T* const line = image + at_h * stride[1];
           for (int64_t j = 0; j < w.in; ++j) {
-            const int64_t at_w = w.source[w.position(w.first[tw], j)];
-            pixels[i * w.in + j] = at_h < 0 || at_w < 0 ? zeros : image + at_h * stride[1] + at_w * stride[2];
+            const int64_t at_w = w.source[w.position(tw, j)];
+            pixels[i * w.in + j] = at_h < 0 || at_w < 0 ? zeros : line + at_w * stride[2];
           }
         }
         for (int64_t c = 0; c < channels; c += to.panel) {
@@ -189,8 +193,7 @@ struct TileReader {
 
   void read_planes(const TileRectangle& r, const T* planes, int64_t channels, float* strip,
                    const TransformedTiles& to) const {
-    const int64_t low = w.position(w.first[r.w0], 0),
-                  pitch = (w.position(w.first[r.w1 - 1], w.in - 1) + 1 - low) * channels;
+    const int64_t low = w.start[r.w0], pitch = (w.last_position(r.w1 - 1) + 1 - low) * channels;
     fill_strip(r, planes, channels, strip);
     const float* line = strip;  // of the first one that the tile row reads
     each_tile(r, to, [&](int64_t th, int64_t tw, const TransformedTiles& tile) {
@@ -198,7 +201,7 @@ struct TileReader {
       const float* pixels[kMostTilePixels];
       for (int64_t i = 0; i < h.in; ++i)
         for (int64_t j = 0; j < w.in; ++j)
-          pixels[i * w.in + j] = line + i * pitch + (w.position(w.first[tw], j) - low) * channels;
+          pixels[i * w.in + j] = line + i * pitch + (w.position(tw, j) - low) * channels;
       of_strip(pixels, channels, tile.data, to.position_step);
     });
   }
@@ -211,10 +214,10 @@ struct TileReader {
 
   // strip[line][pixel][channel] of what the tiles of r read, with its padding.
   void fill_strip(const TileRectangle& r, const T* planes, int64_t channels, float* strip) const {
-    const int64_t w0 = w.position(w.first[r.w0], 0), w1 = w.position(w.first[r.w1 - 1], w.in - 1) + 1;
+    const int64_t w0 = w.start[r.w0], w1 = w.last_position(r.w1 - 1) + 1;
     for (int64_t tile = r.h0; tile < r.h1; ++tile)
       for (int64_t i = tile > r.h0 ? h.shared(tile) : 0; i < h.in; ++i, strip += (w1 - w0) * channels) {
-        const int64_t at_h = h.source[h.position(h.first[tile], i)], line = at_h * stride[1];
+        const int64_t at_h = h.source[h.position(tile, i)], line = at_h * stride[1];
         for (int64_t at = w0; at < w1;) {  // runs of pixels that lie side by side
           const int64_t first = at_h < 0 ? -1 : w.source[at];
           int64_t end = at + 1;
