@@ -42,7 +42,7 @@ constexpr int64_t kConflict = 2 << 10;         // where pixels are multiples of 
 constexpr int64_t kTotalBytes = 16 << 20;      // totals of all threads together, unless one tile of each is more
 constexpr int64_t kMostSlabs = 16;
 constexpr int64_t kLeastSlabPixels = 512;
-constexpr int64_t kSlabValues = 512 << 10;  // totals of all slabs together
+constexpr int64_t kSlabValues = 128 << 10;  // totals of all slabs together: threads fetch them from each other
 
 // The problem with its sides in their roles: the channels of x are rows, those of gy columns. Exchanged, x and gy have
 // changed places. A pointwise convolution of stride 1 has all pixels in one line (NHWC), or a line for each sample.
