@@ -197,208 +197,292 @@ int64_t packed_weights(const Gather& g, const GatherPhase& phase, const Kernels<
   return round_up(g.groups * g.to_per_group * ceil_div(g.from_per_group, kernels.pair) * phase.taps(), 16);
 }
 
+// The products of a family: one task is a block of results of one sample and of a gather of groups, or a part of its
+// rows.
 template <typename T>
-void run_family(const Gather& g, const Family& family, const Plan& plan, const Kernels<T>& kernels, const T* from,
-                const T* weight, const Word<T>* bias, T* to, Word<T>* workspace, int threads, bool skip_zeros) {
+class FamilyProduct {
+ public:
   using W = Word<T>;
-  const GatherAxis* a = family.shared.axis;
-  const int64_t channels = g.to_per_group, pair = kernels.pair, from_words = ceil_div(g.from_per_group, pair);
-  const Blocks sums = reduction_blocks(from_words, family.most_taps, /*taps_inside=*/true);
-  c10::SmallVector<Weights, 1> weights;
-  c10::SmallVector<const W*, 4> words;  // of each phase
-  for (const GatherPhase* phase : family.phases) {
-    weights.emplace_back(g, *phase, pair, kIsHalf<T>);
-    if (plan.tile_weights) weights.back().from_stride = plan.tile_weights;
-    if constexpr (kIsHalf<T>) {
-      pack_weights(g, *phase, kernels, weight, weights.back(), workspace);
-      words.push_back(workspace);
-      workspace += packed_weights(g, *phase, kernels);
-    } else {
-      words.push_back(weight);
+
+  FamilyProduct(const Gather& g, const Family& family, const Plan& plan, const Kernels<T>& kernels, const T* from,
+                const T* weight, const W* bias, T* to, W* workspace, bool skip_zeros)
+      : g_(g),
+        family_(family),
+        plan_(plan),
+        kernels_(kernels),
+        from_(from),
+        weight_(weight),
+        bias_(bias),
+        to_(to),
+        skip_zeros_(skip_zeros),
+        axis_(family.shared.axis),
+        channels_(g.to_per_group),
+        from_words_(ceil_div(g.from_per_group, kernels.pair)),
+        along_w_(family.along_w),
+        gathers_(ceil_div(g.groups, plan.groups_at_once)),
+        problems_(plan.blocks[0] * plan.blocks[1] * plan.blocks[2] * g.batch * gathers_),
+        all_tiles_(ceil_div(channels_, plan.tile_rows)),
+        line_step_(axis_[1].to_step * g.to_stride.axis[1]),
+        pixel_step_(axis_[2].to_step * g.to_stride.axis[2]),
+        nhwc_(g.to_stride.axis[2] != 1),
+        sums_(reduction_blocks(from_words_, family.most_taps, /*taps_inside=*/true)) {
+    for (const GatherPhase* phase : family.phases) {
+      weights_.emplace_back(g, *phase, kernels.pair, kIsHalf<T>);
+      if (plan.tile_weights) weights_.back().from_stride = plan.tile_weights;
+      if constexpr (kIsHalf<T>) {
+        pack_weights(g, *phase, kernels, weight, weights_.back(), workspace);
+        words_.push_back(workspace);
+        workspace += packed_weights(g, *phase, kernels);
+      } else {
+        words_.push_back(weight);
+      }
     }
+    tiled_ = workspace;
+    of_threads_ = workspace + plan.packed_tiles(g);
   }
-  const int64_t all_tiles = ceil_div(channels, plan.tile_rows);
-  W* const tiled = workspace;
-  const auto pack = [&](int64_t begin, int64_t end, int64_t tile0, int64_t tile1) {
-    if constexpr (!kIsHalf<T>) pack_tiles(g, plan, kernels, weight, tiled, begin, end, tile0, tile1);
+
+  void run() const {
+    if (plan_.tile_weights && !plan_.own_tiles)
+      parallel_tasks(g_.groups * channel_pieces(g_),
+                     0.5 * static_cast<double>(kChannelsPacked * all_tiles_ * plan_.tile_weights),
+                     [&](int64_t begin, int64_t end) { pack(begin, end, 0, all_tiles_); });
+    const double macs =
+        static_cast<double>(plan_.columns) * family_.all_taps * from_words_ * plan_.groups_at_once * channels_;
+    // A split that packs its own tiles is one task.
+    const int64_t splits = plan_.splits, tasks = plan_.own_tiles ? splits : problems_ * splits;
+    const int64_t of_task = problems_ * splits / tasks;
+    parallel_tasks(tasks, macs * of_task / splits, [&](int64_t begin, int64_t end) {
+      Scratch s;
+      s.strips = of_threads_ + at::get_thread_num() * plan_.of_thread();
+      s.kept = s.strips + plan_.strips();
+      s.terms.resize(family_.size());
+      for (int64_t i = begin * of_task; i < end * of_task; ++i) {
+        const Task task = plan_.own_tiles ? at(i % problems_, i / problems_) : at(i / splits, i % splits);
+        if (plan_.own_tiles && task.problem == 0)
+          pack(0, channel_pieces(g_), task.row0 / plan_.tile_rows, ceil_div(task.row1, plan_.tile_rows));
+        prepare(task, s);
+        compute(task, s);
+      }
+    });
+  }
+
+ private:
+  // A block of results: of groups [first_group, first_group + groups) of sample n, rows [row0, row1) of each group. Its
+  // first result lies at `start` along each axis, and at `result`, and it has so many lines of so many pixels.
+  struct Task {
+    int64_t problem, block, n, first_group, groups, row0, row1;
+    int64_t start[3], lines, line;
+    T* result;
   };
-  if (plan.tile_weights && !plan.own_tiles)
-    parallel_tasks(g.groups * channel_pieces(g),
-                   0.5 * static_cast<double>(kChannelsPacked * all_tiles * plan.tile_weights),
-                   [&](int64_t begin, int64_t end) { pack(begin, end, 0, all_tiles); });
-  workspace += plan.packed_tiles(g);
-  const int64_t splits = plan.splits, gathers = ceil_div(g.groups, plan.groups_at_once), along_w = family.along_w;
-  const int64_t problems = plan.blocks[0] * plan.blocks[1] * plan.blocks[2] * g.batch * gathers;
-  const bool nhwc = g.to_stride.axis[2] != 1, chunked = plan.chunk < from_words;
-  const double macs = static_cast<double>(plan.columns) * family.all_taps * from_words * plan.groups_at_once * channels;
-  // A split that packs its own tiles is one task.
-  const int64_t tasks = plan.own_tiles ? splits : problems * splits, of_task = problems * splits / tasks;
-  parallel_tasks(tasks, macs * of_task / splits, [&](int64_t begin, int64_t end) {
-    W* const strips = workspace + at::get_thread_num() * plan.of_thread();
-    W* const kept = strips + plan.strips();
+  // Of a thread: the block for which runs and terms are prepared, and the problem whose lines fill the strips.
+  struct Scratch {
+    W *strips, *kept;
     Runs runs;
     Shuffles shuffles;
-    c10::SmallVector<Terms, 1> terms(family.size());
+    c10::SmallVector<Terms, 1> terms;  // of each phase
     c10::SmallVector<StripVector, 32> vectors;
     int64_t prepared = -1, filled = -1;
-    for (int64_t i = begin * of_task; i < end * of_task; ++i) {
-      const int64_t split = plan.own_tiles ? i / problems : i % splits;
-      const int64_t problem = plan.own_tiles ? i % problems : i / splits, gather = problem % gathers;
-      const int64_t n = problem / gathers % g.batch, at = problem / gathers / g.batch;
-      const int64_t start[3] = {at / (plan.blocks[1] * plan.blocks[2]) * plan.block[0],
-                                at / plan.blocks[2] % plan.blocks[1] * plan.block[1],
-                                at % plan.blocks[2] * plan.block[2]};
-      const int64_t lines = std::min(plan.block[1], a[1].count - start[1]);
-      const int64_t line = std::min(plan.block[2], a[2].count - start[2]);
-      const int64_t line_step = a[1].to_step * g.to_stride.axis[1], pixel_step = a[2].to_step * g.to_stride.axis[2];
-      if (prepared != at) {
-        strip_runs(plan, start, runs);
-        if (!nhwc && g.groups * g.from_per_group >= kLeastShuffled) strip_shuffles(plan, runs, kernels.lanes, shuffles);
-        for (int64_t f = 0; f < family.size(); ++f)
-          terms[f].prepare(weights[f], *family.phases[f], plan, start, sums[0].channels, skip_zeros);
-        vectors.clear();
-        const int64_t c_line = plan.keep ? plan.pitch : line_step;
-        const int64_t length = plan.joined ? (lines - 1) * plan.pitch + line : line;
-        for (int64_t h = 0; h < (plan.joined ? 1 : lines); ++h)
-          for (int64_t j = 0; j < length; j += kernels.lanes)
-            vectors.push_back({h * plan.pitch + j, h * c_line + j, std::min<int64_t>(kernels.lanes, length - j)});
-        prepared = at;
-      }
-      const int64_t first_group = gather * plan.groups_at_once;
-      const int64_t groups = std::min(plan.groups_at_once, g.groups - first_group);
-      // Of packed tiles all but the last are whole; else they are of nearly equal height.
-      const auto first_row = [&](int64_t i) {
-        return plan.tile_weights ? std::min(channels, all_tiles * i / splits * plan.tile_rows) : channels * i / splits;
-      };
-      const int64_t row0 = first_row(split), row1 = first_row(split + 1);
-      const int64_t tiles = ceil_div(row1 - row0, plan.tile_rows);
-      if (plan.own_tiles && problem == 0)
-        pack(0, channel_pieces(g), row0 / plan.tile_rows, row0 / plan.tile_rows + tiles);
-      T* const result = to + n * g.to_stride.batch + first_group * channels * g.to_stride.channel +
-                        (a[0].to_start + start[0] * a[0].to_step) * g.to_stride.axis[0] + start[1] * line_step +
-                        start[2] * pixel_step;
-      // Of the phases of a line: where they begin, and how many lines they have.
-      const auto begin_of = [&](int64_t h) {
-        return result + family.phases[h * along_w]->axis[1].to_start * g.to_stride.axis[1];
-      };
-      const auto lines_of = [&](int64_t h) {
-        return std::min(lines, family.phases[h * along_w]->axis[1].count - start[1]);
-      };
+  };
 
-      // Rows [first, first + rows) of the group go from scratch to the result: those of all phases of a line, which lie
-      // at one distance from each other.
-      const auto deliver = [&](int64_t h_phase, const W* source, int64_t distance, int64_t first, int64_t rows) {
-        T* const target = begin_of(h_phase) + first * g.to_stride.channel;
-        const int64_t count = lines_of(h_phase);
-        if (along_w > 1 && !nhwc) {
-          const int64_t values = std::min(line * along_w, g.to_extent[2] - start[2] * a[2].to_step);
-          for (int64_t r = 0; r < rows; ++r)
-            for (int64_t h = 0; h < count; ++h)
-              kernels.interleave(source + r * plan.columns + h * plan.pitch, distance, along_w, values,
-                                 target + r * g.to_stride.channel + h * line_step);
-          return;
-        }
-        for (int64_t w = 0; w < along_w; ++w, source += distance) {
-          const GatherAxis& axis = family.phases[h_phase * along_w + w]->axis[2];
-          const int64_t length = std::min(line, axis.count - start[2]);
-          T* const to_phase = target + axis.to_start * g.to_stride.axis[2];
-          if (nhwc)
-            for (int64_t h = 0; h < count; ++h)
-              kernels.store_transposed(source + h * plan.pitch, plan.columns, rows, length, to_phase + h * line_step,
-                                       pixel_step);
-          else if (pixel_step == 1)
-            for (int64_t r = 0; r < rows; ++r)
-              kernels.store_rows(source + r * plan.columns, plan.pitch, count, length,
-                                 to_phase + r * g.to_stride.channel, line_step);
-          else
-            for (int64_t r = 0; r < rows; ++r)
-              for (int64_t h = 0; h < count; ++h) {
-                T stored[kMostColumns];
-                kernels.store_rows(source + r * plan.columns + h * plan.pitch, 0, 1, length, stored, 0);
-                T* const to_line = to_phase + r * g.to_stride.channel + h * line_step;
-                for (int64_t j = 0; j < length; ++j) to_line[j * pixel_step] = stored[j];
-              }
-        }
-      };
+  void pack(int64_t begin, int64_t end, int64_t tile0, int64_t tile1) const {
+    if constexpr (!kIsHalf<T>) pack_tiles(g_, plan_, kernels_, weight_, tiled_, begin, end, tile0, tile1);
+  }
 
-      // Rows of a tile of one phase: the products with the strips of channels [c0, c1).
-      const auto multiply = [&](int64_t f, int64_t group, int64_t row, int64_t rows, int64_t c0, int64_t c1,
-                                W* sums_at) {
-        const int64_t in_group = first_group + group, h = f / along_w;
-        auto vector_count = static_cast<int64_t>(vectors.size());
-        if (!plan.keep && !plan.joined) vector_count = vector_count / lines * lines_of(h);
-        const int64_t panels = ceil_div(vector_count, kernels.vectors);
-        T* c = nullptr;  // of 16-bit types, only sums in scratch rows
-        if constexpr (!kIsHalf<T>) c = plan.keep ? sums_at : begin_of(h) + row * g.to_stride.channel;
-        const int64_t c_row = plan.keep ? plan.columns : g.to_stride.channel;
-        for (const Block& sum : sums) {
-          if (sum.channel < c0 || (sum.channel >= c1 && sum.channels > 0)) continue;
-          const auto [term, count] = terms[f].of(sum, family.most_taps);
-          const W* const w = plan.tile_weights
-                                 ? tiled + ((in_group * all_tiles + row / plan.tile_rows) * from_words + sum.channel) *
-                                               plan.tile_weights
-                                 : words[f] + in_group * weights[f].group_stride + row * weights[f].to_stride +
-                                       sum.channel * weights[f].from_stride;
-          const W* const b = strips + (group * (c1 - c0) + sum.channel - c0) * plan.size;
-          for (int64_t panel = 0; panel < panels; ++panel) {
-            const int64_t v0 = vector_count * panel / panels, v1 = vector_count * (panel + 1) / panels;
-            kernels.strip[rows - 1]({.terms = count,
-                                     .term = term,
-                                     .a = w,
-                                     .a_row = weights[f].to_stride,
-                                     .b = b,
-                                     .c = c,
-                                     .c_row = c_row,
-                                     .vectors = static_cast<int>(v1 - v0),
-                                     .vector = vectors.data() + v0,
-                                     .row_bias = bias ? bias + in_group * channels + row : nullptr,
-                                     .column_bias = nullptr,
-                                     .accumulate = sum.start > 0,
-                                     .partial = sums_at});
-          }
-        }
-      };
+  // Of packed tiles all but the last are whole; else they are of nearly equal height.
+  int64_t first_row(int64_t split) const {
+    return plan_.tile_weights ? std::min(channels_, all_tiles_ * split / plan_.splits * plan_.tile_rows)
+                              : channels_ * split / plan_.splits;
+  }
+  int64_t first_row_of_tile(const Task& t, int64_t tile, int64_t tiles) const {
+    return plan_.tile_weights ? std::min(t.row1, t.row0 + tile * plan_.tile_rows)
+                              : t.row0 + (t.row1 - t.row0) * tile / tiles;
+  }
 
-      const int64_t kept_of_phase = plan.keep_all ? groups * channels - channels + row1 - row0 : kMaxRows;
-      for (int64_t c0 = 0; c0 == 0 || c0 < from_words; c0 += plan.chunk) {
-        const int64_t c1 = std::min(from_words, c0 + plan.chunk);
-        if (family.most_taps > 0 && (chunked || filled != problem)) {
-          // Groups together, unless a word would hold values of two.
-          const int64_t values = std::min((c1 - c0) * pair, g.from_per_group - c0 * pair);
-          const int64_t together = values % pair == 0 ? groups : 1;
-          for (int64_t group = 0; group < groups; group += together) {
-            const int64_t first = (first_group + group) * g.from_per_group + c0 * pair;
-            fill_strips(kernels, g.from_stride, runs, shuffles,
-                        from + n * g.from_stride.batch + first * g.from_stride.channel, together * values,
-                        strips + group * (c1 - c0) * plan.size, plan.size);
-          }
-          filled = problem;
-        }
-        for (int64_t group = 0; group < groups; ++group)
-          for (int64_t tile = 0; tile < tiles; ++tile) {
-            const auto begin_of_tile = [&](int64_t i) {
-              return plan.tile_weights ? std::min(row1, row0 + i * plan.tile_rows) : row0 + (row1 - row0) * i / tiles;
-            };
-            const int64_t row = begin_of_tile(tile), rows = begin_of_tile(tile + 1) - row;
-            for (int64_t h = 0; h < family.lines(); ++h) {
-              if (lines_of(h) <= 0) continue;
-              for (int64_t w = 0; w < along_w; ++w) {
-                const int64_t f = h * along_w + w;
-                const int64_t kept_row =
-                    plan.keep_all ? f * kept_of_phase + group * channels + row - row0 : w * kMaxRows;
-                multiply(f, group, row, rows, c0, c1, kept + kept_row * plan.columns);
-              }
-              if (plan.keep && !plan.keep_all) deliver(h, kept, kMaxRows * plan.columns, group * channels + row, rows);
+  Task at(int64_t problem, int64_t split) const {
+    const int64_t gather = problem % gathers_, block = problem / gathers_ / g_.batch;
+    Task t;
+    t.problem = problem, t.block = block, t.n = problem / gathers_ % g_.batch;
+    t.first_group = gather * plan_.groups_at_once;
+    t.groups = std::min(plan_.groups_at_once, g_.groups - t.first_group);
+    t.row0 = first_row(split), t.row1 = first_row(split + 1);
+    t.start[0] = block / (plan_.blocks[1] * plan_.blocks[2]) * plan_.block[0];
+    t.start[1] = block / plan_.blocks[2] % plan_.blocks[1] * plan_.block[1];
+    t.start[2] = block % plan_.blocks[2] * plan_.block[2];
+    t.lines = std::min(plan_.block[1], axis_[1].count - t.start[1]);
+    t.line = std::min(plan_.block[2], axis_[2].count - t.start[2]);
+    t.result = to_ + t.n * g_.to_stride.batch + t.first_group * channels_ * g_.to_stride.channel +
+               (axis_[0].to_start + t.start[0] * axis_[0].to_step) * g_.to_stride.axis[0] + t.start[1] * line_step_ +
+               t.start[2] * pixel_step_;
+    return t;
+  }
+
+  // What depends on the place of the block alone.
+  void prepare(const Task& t, Scratch& s) const {
+    if (s.prepared == t.block) return;
+    strip_runs(plan_, t.start, s.runs);
+    if (!nhwc_ && g_.groups * g_.from_per_group >= kLeastShuffled)
+      strip_shuffles(plan_, s.runs, kernels_.lanes, s.shuffles);
+    for (int64_t f = 0; f < family_.size(); ++f)
+      s.terms[f].prepare(weights_[f], *family_.phases[f], plan_, t.start, sums_[0].channels, skip_zeros_);
+    s.vectors.clear();
+    const int64_t c_line = plan_.keep ? plan_.pitch : line_step_;
+    const int64_t length = plan_.joined ? (t.lines - 1) * plan_.pitch + t.line : t.line;
+    for (int64_t h = 0; h < (plan_.joined ? 1 : t.lines); ++h)
+      for (int64_t j = 0; j < length; j += kernels_.lanes)
+        s.vectors.push_back({h * plan_.pitch + j, h * c_line + j, std::min<int64_t>(kernels_.lanes, length - j)});
+    s.prepared = t.block;
+  }
+
+  void compute(const Task& t, Scratch& s) const {
+    const int64_t tiles = ceil_div(t.row1 - t.row0, plan_.tile_rows);
+    const int64_t kept_of_phase = plan_.keep_all ? t.groups * channels_ - channels_ + t.row1 - t.row0 : kMaxRows;
+    for (int64_t c0 = 0; c0 == 0 || c0 < from_words_; c0 += plan_.chunk) {
+      const int64_t c1 = std::min(from_words_, c0 + plan_.chunk);
+      fill(t, c0, c1, s);
+      for (int64_t group = 0; group < t.groups; ++group)
+        for (int64_t tile = 0; tile < tiles; ++tile) {
+          const int64_t row = first_row_of_tile(t, tile, tiles), rows = first_row_of_tile(t, tile + 1, tiles) - row;
+          for (int64_t h = 0; h < family_.lines(); ++h) {
+            if (lines_of(t, h) <= 0) continue;
+            for (int64_t w = 0; w < along_w_; ++w) {
+              const int64_t f = h * along_w_ + w;
+              const int64_t kept_row =
+                  plan_.keep_all ? f * kept_of_phase + group * channels_ + row - t.row0 : w * kMaxRows;
+              multiply(t, s, f, group, row, rows, c0, c1, s.kept + kept_row * plan_.columns);
             }
+            if (plan_.keep && !plan_.keep_all)
+              deliver(t, h, s.kept, kMaxRows * plan_.columns, group * channels_ + row, rows);
           }
-      }
-      if (plan.keep_all)
-        for (int64_t h = 0; h < family.lines(); ++h)
-          deliver(h, kept + h * along_w * kept_of_phase * plan.columns, kept_of_phase * plan.columns, row0,
-                  (groups - 1) * channels + row1 - row0);
+        }
     }
-  });
-}
+    if (!plan_.keep_all) return;
+    for (int64_t h = 0; h < family_.lines(); ++h)
+      deliver(t, h, s.kept + h * along_w_ * kept_of_phase * plan_.columns, kept_of_phase * plan_.columns, t.row0,
+              (t.groups - 1) * channels_ + t.row1 - t.row0);
+  }
+
+  // The strips of channels [c0, c1), unless they are there.
+  void fill(const Task& t, int64_t c0, int64_t c1, Scratch& s) const {
+    const int64_t pair = kernels_.pair;
+    const bool chunked = plan_.chunk < from_words_;
+    if (family_.most_taps == 0 || (!chunked && s.filled == t.problem)) return;
+    // Groups together, unless a word would hold values of two.
+    const int64_t values = std::min((c1 - c0) * pair, g_.from_per_group - c0 * pair);
+    const int64_t together = values % pair == 0 ? t.groups : 1;
+    for (int64_t group = 0; group < t.groups; group += together) {
+      const int64_t first = (t.first_group + group) * g_.from_per_group + c0 * pair;
+      fill_strips(kernels_, g_.from_stride, s.runs, s.shuffles,
+                  from_ + t.n * g_.from_stride.batch + first * g_.from_stride.channel, together * values,
+                  s.strips + group * (c1 - c0) * plan_.size, plan_.size);
+    }
+    s.filled = t.problem;
+  }
+
+  // Of the phases of a line: where their results begin, and how many lines they have.
+  T* begin_of(const Task& t, int64_t h) const {
+    return t.result + family_.phases[h * along_w_]->axis[1].to_start * g_.to_stride.axis[1];
+  }
+  int64_t lines_of(const Task& t, int64_t h) const {
+    return std::min(t.lines, family_.phases[h * along_w_]->axis[1].count - t.start[1]);
+  }
+
+  // Rows of a tile of phase f: the products with the strips of channels [c0, c1).
+  void multiply(const Task& t, const Scratch& s, int64_t f, int64_t group, int64_t row, int64_t rows, int64_t c0,
+                int64_t c1, W* sums_at) const {
+    const int64_t in_group = t.first_group + group, h = f / along_w_;
+    auto vector_count = static_cast<int64_t>(s.vectors.size());
+    if (!plan_.keep && !plan_.joined) vector_count = vector_count / t.lines * lines_of(t, h);
+    const int64_t panels = ceil_div(vector_count, kernels_.vectors);
+    T* c = nullptr;  // of 16-bit types, only sums in scratch rows
+    if constexpr (!kIsHalf<T>) c = plan_.keep ? sums_at : begin_of(t, h) + row * g_.to_stride.channel;
+    const int64_t c_row = plan_.keep ? plan_.columns : g_.to_stride.channel;
+    for (const Block& sum : sums_) {
+      if (sum.channel < c0 || (sum.channel >= c1 && sum.channels > 0)) continue;
+      const auto [term, count] = s.terms[f].of(sum, family_.most_taps);
+      const W* const w = plan_.tile_weights
+                             ? tiled_ + ((in_group * all_tiles_ + row / plan_.tile_rows) * from_words_ + sum.channel) *
+                                            plan_.tile_weights
+                             : words_[f] + in_group * weights_[f].group_stride + row * weights_[f].to_stride +
+                                   sum.channel * weights_[f].from_stride;
+      const W* const b = s.strips + (group * (c1 - c0) + sum.channel - c0) * plan_.size;
+      for (int64_t panel = 0; panel < panels; ++panel) {
+        const int64_t v0 = vector_count * panel / panels, v1 = vector_count * (panel + 1) / panels;
+        kernels_.strip[rows - 1]({.terms = count,
+                                  .term = term,
+                                  .a = w,
+                                  .a_row = weights_[f].to_stride,
+                                  .b = b,
+                                  .c = c,
+                                  .c_row = c_row,
+                                  .vectors = static_cast<int>(v1 - v0),
+                                  .vector = s.vectors.data() + v0,
+                                  .row_bias = bias_ ? bias_ + in_group * channels_ + row : nullptr,
+                                  .column_bias = nullptr,
+                                  .accumulate = sum.start > 0,
+                                  .partial = sums_at});
+      }
+    }
+  }
+
+  // Rows [first, first + rows) of the groups go from scratch to the result: those of all phases of a line, which lie at
+  // one distance from each other.
+  void deliver(const Task& t, int64_t h_phase, const W* source, int64_t distance, int64_t first, int64_t rows) const {
+    T* const target = begin_of(t, h_phase) + first * g_.to_stride.channel;
+    const int64_t count = lines_of(t, h_phase);
+    if (along_w_ > 1 && !nhwc_) {
+      const int64_t values = std::min(t.line * along_w_, g_.to_extent[2] - t.start[2] * axis_[2].to_step);
+      for (int64_t r = 0; r < rows; ++r)
+        for (int64_t h = 0; h < count; ++h)
+          kernels_.interleave(source + r * plan_.columns + h * plan_.pitch, distance, along_w_, values,
+                              target + r * g_.to_stride.channel + h * line_step_);
+      return;
+    }
+    for (int64_t w = 0; w < along_w_; ++w, source += distance) {
+      const GatherAxis& axis = family_.phases[h_phase * along_w_ + w]->axis[2];
+      deliver_phase(source, rows, count, std::min(t.line, axis.count - t.start[2]),
+                    target + axis.to_start * g_.to_stride.axis[2]);
+    }
+  }
+
+  // Of one phase: `count` lines of `length` pixels.
+  void deliver_phase(const W* source, int64_t rows, int64_t count, int64_t length, T* target) const {
+    if (nhwc_) {
+      for (int64_t h = 0; h < count; ++h)
+        kernels_.store_transposed(source + h * plan_.pitch, plan_.columns, rows, length, target + h * line_step_,
+                                  pixel_step_);
+      return;
+    }
+    for (int64_t r = 0; r < rows; ++r, source += plan_.columns, target += g_.to_stride.channel) {
+      if (pixel_step_ == 1) {
+        kernels_.store_rows(source, plan_.pitch, count, length, target, line_step_);
+        continue;
+      }
+      for (int64_t h = 0; h < count; ++h) {
+        T stored[kMostColumns];
+        kernels_.store_rows(source + h * plan_.pitch, 0, 1, length, stored, 0);
+        for (int64_t j = 0; j < length; ++j) target[h * line_step_ + j * pixel_step_] = stored[j];
+      }
+    }
+  }
+
+  const Gather& g_;
+  const Family& family_;
+  const Plan& plan_;
+  const Kernels<T>& kernels_;
+  const T *const from_, *const weight_;
+  const W* const bias_;
+  T* const to_;
+  const bool skip_zeros_;
+  const GatherAxis* const axis_;  // of what the phases share
+  const int64_t channels_, from_words_, along_w_;
+  const int64_t gathers_, problems_, all_tiles_;
+  const int64_t line_step_, pixel_step_;
+  const bool nhwc_;
+  const Blocks sums_;
+  c10::SmallVector<Weights, 1> weights_;  // of each phase
+  c10::SmallVector<const W*, 4> words_;   // and where its weights lie
+  W *tiled_, *of_threads_;
+};
 
 template <typename T>
 Plan plan_for(const Gather& g, const Family& family, const Kernels<T>& kernels, int threads) {
@@ -422,9 +506,12 @@ void run(const ConvShape& s, Direction direction, const void* from, const ConvPo
   const bool skip_zeros = works_on_padding(s) && all_finite(s, weight);
   if (skip_zeros) drop_idle_taps(g);
   const Bias<T> bias(microkernels(), p.bias, g.groups * g.to_per_group);
-  for (const Family& family : families(g))
-    run_family(g, family, plan_for(g, family, kernels, threads), kernels, static_cast<const T*>(from), weight,
-               bias.get(), static_cast<T*>(p.result), static_cast<Word<T>*>(workspace), threads, skip_zeros);
+  for (const Family& family : families(g)) {
+    const Plan plan = plan_for(g, family, kernels, threads);
+    FamilyProduct<T>(g, family, plan, kernels, static_cast<const T*>(from), weight, bias.get(),
+                     static_cast<T*>(p.result), static_cast<Word<T>*>(workspace), skip_zeros)
+        .run();
+  }
 }
 
 const char* decline(const ConvShape& s, Direction direction) {
