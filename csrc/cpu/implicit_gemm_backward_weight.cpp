@@ -26,219 +26,16 @@
 #include "cpu/finite.h"
 #include "cpu/gather.h"
 #include "cpu/gemm_blocks.h"
+#include "cpu/implicit_gemm_backward_weight_plan.h"
 #include "cpu/isa.h"
 #include "cpu/parallel.h"
 
 namespace myconv::cpu {
 namespace {
 
-constexpr int64_t kFoldChannels = 7;           // up to so many in channels the rows of a tile are of several taps
-constexpr int64_t kFoldedPointers = 64 << 10;  // to the rows of a chunk; above it nothing is folded
-constexpr int64_t kStripBytes = 512 << 10;     // copied lines of a chunk, aimed at
-constexpr int64_t kMaxCopied = 64 << 10;       // with a padding mode other than zeros lines are copied whole
-constexpr int64_t kPanelBytes = 2 << 20;       // gy of a chunk, packed
-constexpr int64_t kTileBytes = 256 << 10;      // x of a chunk, packed
-constexpr int64_t kConflict = 2 << 10;         // where pixels are multiples of it apart
-constexpr int64_t kTotalBytes = 16 << 20;      // totals of all threads together, unless one tile of each is more
-constexpr int64_t kMostSlabs = 16;
-constexpr int64_t kLeastSlabPixels = 512;
-constexpr int64_t kSlabValues = 128 << 10;  // totals of all slabs together: threads fetch them from each other
+using namespace weight_gradient;
 
-// The problem with its sides in their roles: the channels of x are rows, those of gy columns. Exchanged, x and gy have
-// changed places. A pointwise convolution of stride 1 has all pixels in one line (NHWC), or a line for each sample.
-struct Problem {
-  ConvShape s;
-  int64_t weight_group;  // between groups of the result
-  bool exchanged = false;
-  bool strided = false;       // what is in the place of gy has gaps
-  ActivationStrides columns;  // and these strides
-
-  Problem(const ConvShape& shape, int tile_rows, int lanes, int vectors)
-      : s(shape), weight_group(shape.out_per_group * shape.weight_stride[0]) {
-    bool pointwise = s.taps() == 1, merges = true;
-    for (int d = 0; d < 3; ++d) pointwise = pointwise && s.pad[d] == 0, merges = merges && s.stride[d] == 1;
-    if (pointwise && merges) {
-      const int64_t pixels = s.out_pixels() * (s.channels_last() ? s.batch : 1);
-      if (s.channels_last()) s.batch = 1;
-      for (int d = 0; d < 3; ++d) s.in[d] = s.out[d] = d < 2 ? 1 : pixels;
-    }
-    exchanged = pointwise && (s.groups == 1 || 2 * std::min(s.in_per_group, s.out_per_group) > lanes) &&
-                cost(s.out_per_group, s.in_per_group, s.weight_stride[1], tile_rows, lanes, vectors, !merges) <
-                    cost(s.in_per_group, s.out_per_group, s.weight_stride[0], tile_rows, lanes, vectors, false);
-    columns = activation_strides(s.layout, s.out_channels(), s.out);
-    if (!exchanged) return;
-    strided = !merges;
-    columns = activation_strides(s.layout, s.in_channels(), s.in);
-    for (int d = 0; d < 3; ++d) columns.axis[d] *= s.stride[d], s.stride[d] = 1, s.in[d] = s.out[d];
-    std::swap(s.in_per_group, s.out_per_group);
-    std::swap(s.weight_stride[0], s.weight_stride[1]);
-  }
-
-  // About how many cycles a group of a pointwise convolution takes.
-  double cost(int64_t rows, int64_t columns, int64_t weight_step, int tile_rows, int lanes, int vectors,
-              bool gaps) const {
-    const Panels panels(columns, lanes, vectors);
-    const bool in_place = s.channels_last() && dtype_size(s.dtype) > 2;
-    const double packing = gaps ? s.channels_last() ? 3 : 40 : in_place ? 0.5 : 5;
-    const double tile = 0.5 * std::max(panels.width == lanes ? 1.3 : 1.0, 8.0 / tile_rows);
-    const double pixels = static_cast<double>(s.batch * s.out_pixels()), writing = weight_step == 1 ? 2 : 10;
-    // Columns are fetched ahead in the order of memory; rows that lie far apart come back from far away for each panel.
-    const double again = in_place && panels.count > 1 ? 0.3 : 0;
-    return static_cast<double>(panels.vectors) * (pixels * (tile * rows + packing) + writing * rows) +
-           pixels * rows * again;
-  }
-};
-
-// Pixels [begin, end) of the lines [first, last); a line is (n, d, h), and only a single line is ever cut.
-struct Chunk {
-  int64_t first, last, begin, end;
-  int64_t lines() const { return last - first; }
-  int64_t length() const { return end - begin; }
-  int64_t pixels() const { return lines() * length(); }
-};
-
-// How the sum is cut, and how its operands are reached: by the shape and the width of a vector.
-struct Plan {
-  bool folded, lanes;                        // rows of several taps; lanes of several groups
-  bool copies, packs, tiles;                 // x is copied by lines; gy is packed; so is x, a tile of rows at a time
-  int64_t groups, rows, taps, columns;       // rows and columns of a group; with lanes, all columns are one group
-  int64_t unit;                              // columns of a vector
-  int64_t lines, line_length;                // of gy
-  int64_t lines_per_chunk, pixels_per_line;  // the largest chunk
-  int64_t chunks_per_line, chunks, slabs;
-  int64_t line_taps, strip_lines, strip_length;  // of the copies of the largest chunk
-
-  bool padded() const { return folded || lanes; }  // the copies have their padding
-
-  Plan(const Problem& problem, int64_t word_size, int64_t vector) {
-    const ConvShape& s = problem.s;
-    const bool half = dtype_size(s.dtype) == 2;
-    groups = s.groups, rows = s.in_per_group, taps = s.taps(), columns = s.out_per_group, unit = vector;
-    lines = s.batch * s.out[0] * s.out[1], line_length = s.out[2];
-    line_taps = s.kernel[0] * s.kernel[1];
-    const double reach = static_cast<double>(s.kernel[2] - 1) * static_cast<double>(s.dilation[2]) + 1;
-    const auto touched = [&](int64_t pixels) {
-      const double all = static_cast<double>(pixels - 1) * static_cast<double>(s.stride[2]) + reach;
-      if (padded()) return static_cast<int64_t>(std::min(all, 1e12));
-      if (s.padding_mode != PaddingMode::kZeros) return s.in[2];
-      return static_cast<int64_t>(std::min(all, static_cast<double>(s.in[2])));
-    };
-    const int64_t together = std::min(groups, vector / columns);  // groups of a vector
-    lanes = groups > 1 && (together > 1 ? together * rows <= vector : together == 1 && taps > 1);
-    folded = !lanes && rows <= kFoldChannels && taps > 1;
-    const int64_t channels = lanes ? together * rows : rows;  // that are copied together
-    const int64_t room = kStripBytes / word_size / channels / line_taps;
-    // Lines too long, or too many taps, are not copied.
-    if (padded() && (touched(std::min<int64_t>(16, line_length)) > room || rows * taps > kFoldedPointers))
-      lanes = folded = false;
-    packs = half || lanes || problem.strided || !s.channels_last() || s.out_channels() * word_size >= 2048;
-    if (lanes) unit = together * columns, columns *= groups, groups = 1;
-
-    // Lanes: lines of x and gy stay in L1 for all taps and channels of a vector.
-    const int64_t most = lanes   ? kSumLength / 2
-                         : packs ? std::clamp<int64_t>(kPanelBytes / (columns * word_size), 64, kSumLength)
-                                 : kSumLength;
-    pixels_per_line = std::min(line_length, most);
-    while (padded() && pixels_per_line > 16 && touched(pixels_per_line) > room) pixels_per_line /= 2;
-    chunks_per_line = ceil_div(line_length, pixels_per_line);
-    pixels_per_line = ceil_div(line_length, chunks_per_line);
-    int64_t fit = most / line_length;
-    if (padded()) fit = std::min({fit, room / touched(pixels_per_line), kFoldedPointers / (rows * taps)});
-    lines_per_chunk = chunks_per_line > 1 ? 1 : std::clamp<int64_t>(fit, 1, lines);
-    chunks = chunks_per_line * ceil_div(lines, lines_per_chunk);
-    // As many slabs as there are pixels and room for, a power of two, and chunks of nearly equal size for each.
-    const double values = static_cast<double>(groups * rows * taps) * static_cast<double>(columns);
-    const double pixels = static_cast<double>(lines) * static_cast<double>(line_length);
-    slabs = 1;
-    while (slabs < kMostSlabs && 2 * slabs <= chunks && pixels >= 2.0 * slabs * kLeastSlabPixels &&
-           values * 2 * slabs <= kSlabValues)
-      slabs *= 2;
-    if (chunks_per_line == 1) {
-      lines_per_chunk = ceil_div(lines, std::min(lines, round_up(chunks, slabs)));
-      chunks = ceil_div(lines, lines_per_chunk);
-    }
-    slabs = std::min(slabs, chunks);
-    copies = padded() || half;
-    // Pixels at such distances meet in few sets of the second cache.
-    tiles = !copies && s.channels_last() && taps == 1 && lines == 1 && s.in_channels() * word_size % kConflict == 0 &&
-            columns >= 2 * vector;
-    // Neighbouring lines share those they touch, inside a sample.
-    const int64_t reach_h = std::min((s.kernel[1] - 1) * std::min(s.dilation[1], s.in[1]) + 1, s.in[1]);
-    const int64_t planes = std::min(lines_per_chunk, (lines_per_chunk - 1) / s.out[1] + 2);
-    const int64_t shared = s.kernel[0] * (lines_per_chunk * std::min(s.stride[1], s.in[1]) + planes * reach_h);
-    strip_lines = std::min(line_taps * lines_per_chunk, shared) + 1;
-    strip_length = touched(pixels_per_line);
-  }
-
-  int64_t pixels() const { return lines_per_chunk * pixels_per_line; }  // of the largest chunk
-
-  Chunk chunk(int64_t i) const {
-    const int64_t first = i / chunks_per_line * lines_per_chunk, begin = i % chunks_per_line * pixels_per_line;
-    return {first, std::min(lines, first + lines_per_chunk), begin, std::min(line_length, begin + pixels_per_line)};
-  }
-};
-
-// How the work is split into tasks, and the scratch of a thread, in words.
-struct Split {
-  bool in_place;          // totals are the result itself
-  int64_t rows, columns;  // of one task
-  int64_t row_tasks, column_tasks, tasks;
-  int64_t block;                        // channels whose lines are copied at a time
-  int64_t panels, strip, totals, slab;  // scratch; totals of a slab
-
-  Split(const Problem& problem, const Plan& plan, int64_t tile_rows, int64_t vector, int64_t vectors, int64_t word_size,
-        int threads) {
-    const ConvShape& s = problem.s;
-    const int64_t lanes = plan.unit, row_tiles = plan.padded() ? 1 : ceil_div(plan.rows, tile_rows);
-    const int64_t column_vectors = ceil_div(plan.columns, lanes);
-    const int64_t problems = plan.groups * plan.slabs;
-    in_place = plan.slabs == 1 && plan.taps == 1 && s.weight_stride[0] == 1 && dtype_size(s.dtype) > 2;
-    const auto settle = [&](int64_t row_parts, int64_t column_parts) {
-      rows = plan.padded() ? plan.rows : std::min(plan.rows, ceil_div(row_tiles, row_parts) * tile_rows);
-      columns = std::min(plan.columns, ceil_div(column_vectors, column_parts) * lanes);
-      if (plan.lanes && !s.channels_last()) columns = lanes;  // planes are read from beginning to end
-      row_tasks = ceil_div(plan.rows, rows), column_tasks = ceil_div(plan.columns, columns);
-      tasks = problems * row_tasks * column_tasks;
-    };
-    // The cost of the thread with most to do.
-    const auto cost = [&] {
-      const Panels of_task(columns, lanes, plan.lanes ? 1 : vectors);
-      const double tile = of_task.width == lanes ? 1.3 : 1.0;
-      const double each = 0.5 * tile * static_cast<double>(rows * plan.taps * of_task.vectors) +
-                          (plan.packs ? 5.0 : 0.0) * of_task.vectors + (plan.copies ? 2.0 : 0.2) * rows / 16;
-      return each * static_cast<double>(ceil_div(tasks, threads));
-    };
-    settle(1, 1);
-    double best = cost();
-    int64_t row_parts = 1, column_parts = 1;
-    if (problems < 4 * threads)
-      for (int64_t c = 1; c <= std::min<int64_t>(column_vectors, 2 * threads); ++c)
-        for (int64_t r = ceil_div(threads, problems * c); r <= row_tiles; r += threads) {
-          settle(r, c);
-          if (cost() < 0.97 * best) best = cost(), row_parts = r, column_parts = c;
-          if (r > threads) break;
-        }
-    settle(row_parts, column_parts);
-    const auto totals_of = [&] { return in_place || plan.slabs > 1 ? 0 : rows * plan.taps * columns; };
-    while (totals_of() * word_size * threads > kTotalBytes && (row_parts < row_tiles || columns > lanes)) {
-      if (row_parts < row_tiles)
-        row_parts *= 2;
-      else
-        column_parts *= 2;
-      settle(row_parts, column_parts);
-    }
-    block = plan.lanes ? lanes / s.out_per_group * s.in_per_group : rows;
-    if (plan.tiles)
-      block = std::min(rows, round_up(std::max<int64_t>(kTileBytes / word_size / plan.pixels(), 1), tile_rows));
-    if (plan.copies && !plan.padded())
-      block = std::clamp<int64_t>(kStripBytes / word_size / (plan.strip_lines * plan.strip_length), 1, block);
-    panels = plan.packs ? plan.pixels() * (plan.lanes ? 1 : ceil_div(columns, lanes)) * vector : 0;
-    strip = plan.copies ? plan.strip_lines * plan.strip_length * block : plan.tiles ? block * plan.pixels() : 0;
-    totals = totals_of();
-    slab = plan.slabs > 1 ? plan.groups * plan.rows * plan.taps * plan.columns : 0;
-  }
-  int64_t of_thread() const { return panels + strip + totals + 1; }  // and a zero
-};
+constexpr int64_t kMaxCopied = 64 << 10;  // with a padding mode other than zeros lines are copied whole
 
 // Where lines of x lie: as they are, or copied for a chunk, as words
 //   NHWC, or lanes  [line][position][channel]     NCHW  [line][channel][position]
@@ -386,331 +183,422 @@ void each_tile(int64_t rows, int64_t tile_rows, const F& f) {
   }
 }
 
+// What all tasks have in common.
 template <typename T>
-void run(const ConvShape& shape, const void* grad_output, const void* input, T* gw, Word<T>* workspace, int threads) {
+struct Operands {
   using W = Word<T>;
-  const Kernels<T>& stored = kernels_of<T>(microkernels());  // pack and round
-  const Kernels<W>& kernels = kernels_of<W>(microkernels());
-  const Problem problem(shape, kernels.rows, kernels.lanes, kernels.vectors);
-  const ConvShape& s = problem.s;
-  const Plan plan(problem, sizeof(W), kernels.lanes);
-  const Split split(problem, plan, kernels.rows, kernels.lanes, kernels.vectors, sizeof(W), threads);
-  const T* const x = static_cast<const T*>(problem.exchanged ? grad_output : input);
-  const T* const gy = static_cast<const T*>(problem.exchanged ? input : grad_output);
-  const GatherAxis axis[3] = {forward_axis(s, 0), forward_axis(s, 1), forward_axis(s, 2)};
-  const ActivationStrides& y_stride = problem.columns;
-  const int64_t taps = plan.taps, line_taps = plan.line_taps, vector = kernels.lanes;
-  W* const slabs = workspace + threads * split.of_thread();
-
-  // What is read in the padding may be left out if it is a zero that meets finite values only.
-  bool skips = s.padding_mode == PaddingMode::kZeros && !plan.padded();
-  bool inside = true;
-  for (const GatherAxis& a : axis)
-    for (int64_t t = 0; t < a.taps(); ++t) inside = inside && a.first_inside(t) == 0 && a.last_inside(t) == a.count;
-  if (skips && !inside) skips = all_finite(stored, gy, s.batch * s.out_channels() * s.out_pixels());
-  const bool complete = inside || skips || plan.padded();
-
+  const Problem& problem;
+  const Plan& plan;
+  const Split& split;
+  const Kernels<T>& stored;  // pack and round
+  const Kernels<W>& kernels;
+  const T *x, *gy;
+  T* gw;
+  W *of_threads, *slabs;
+  GatherAxis axis[3];
   // Rows of totals are [row][tap] or [tap][row], as the weight has them.
-  const bool taps_inside = plan.folded ? s.weight_stride[1] != 1 : s.weight_stride[1] != 1 || taps == 1;
+  bool taps_inside;
+  bool complete;  // nothing but pixels inside is to be multiplied
 
-  parallel_tasks(split.tasks, s.macs() / split.tasks, [&](int64_t begin, int64_t end) {
-    W* const panels_data = workspace + at::get_thread_num() * split.of_thread();
-    W* const strip = panels_data + split.panels;
-    W* const thread_totals = strip + split.strip;
-    W* const zero = thread_totals + split.totals;
-    *zero = W(0);
-    Lines<T> x_lines(s, plan, stored, strip);
-    std::vector<const W*> origins(plan.lines_per_chunk * line_taps), pointers, outside;
-    std::vector<int64_t> b_offsets(plan.lines_per_chunk), outside_offsets;
+  Operands(const Problem& problem, const Plan& plan, const Split& split, const void* grad_output, const void* input,
+           T* gw, W* workspace, int threads)
+      : problem(problem),
+        plan(plan),
+        split(split),
+        stored(kernels_of<T>(microkernels())),
+        kernels(kernels_of<W>(microkernels())),
+        x(static_cast<const T*>(problem.exchanged ? grad_output : input)),
+        gy(static_cast<const T*>(problem.exchanged ? input : grad_output)),
+        gw(gw),
+        of_threads(workspace),
+        slabs(workspace + threads * split.of_thread()),
+        axis{forward_axis(problem.s, 0), forward_axis(problem.s, 1), forward_axis(problem.s, 2)} {
+    const ConvShape& s = problem.s;
+    taps_inside = s.weight_stride[1] != 1 || (!plan.folded && plan.taps == 1);
+    // What is read in the padding may be left out if it is a zero that meets finite values only.
+    bool inside = true;
+    for (const GatherAxis& a : axis)
+      for (int64_t t = 0; t < a.taps(); ++t) inside = inside && a.first_inside(t) == 0 && a.last_inside(t) == a.count;
+    complete =
+        plan.padded() || inside ||
+        (s.padding_mode == PaddingMode::kZeros && all_finite(stored, gy, s.batch * s.out_channels() * s.out_pixels()));
+  }
+};
 
-    for (int64_t task = begin; task < end; ++task) {
-      const int64_t k0 = task % split.column_tasks * split.columns;
-      const int64_t columns = std::min(split.columns, plan.columns - k0);
-      const int64_t c0 = task / split.column_tasks % split.row_tasks * split.rows;
-      const int64_t rows = std::min(split.rows, plan.rows - c0);
-      const int64_t problem_index = task / (split.column_tasks * split.row_tasks);
-      const int64_t group = problem_index % plan.groups, slab = problem_index / plan.groups;
-      const Panels panels(columns, plan.unit, plan.lanes ? 1 : kernels.vectors);
-      T* const result = gw + group * problem.weight_group + c0 * s.weight_stride[1] + k0 * s.weight_stride[0];
-      // Totals of this task, at row, tap 0.
-      W* totals = thread_totals;
-      int64_t ld = columns, row_step = taps_inside ? taps : 1, tap_step = taps_inside ? 1 : rows;
-      if (plan.slabs > 1) {
-        ld = plan.columns, tap_step = taps_inside ? 1 : plan.rows;
-        totals = slabs + slab * split.slab + group * plan.rows * taps * ld + c0 * row_step * ld + k0;
-      }
-      if constexpr (!kIsHalf<T>)
-        if (split.in_place) totals = result, ld = s.weight_stride[1];
+// The tasks of a thread. A task is rows x columns of a group and slab, all taps: chunk by chunk, what gy has is packed or
+// read where it lies (columns), x where it lies or in copies (Lines), and their product is added to the totals.
+template <typename T>
+class Worker {
+ public:
+  using W = Word<T>;
 
-      const int64_t chunk0 = plan.chunks * slab / plan.slabs, chunk1 = plan.chunks * (slab + 1) / plan.slabs;
-      for (int64_t i = chunk0; i < chunk1; ++i) {
-        const Chunk chunk = plan.chunk(i);
-        const int64_t length = chunk.length(), pixels = chunk.pixels();
-        const bool first_chunk = i == chunk0;
-        const int64_t k_first = group * s.out_per_group + k0, of_sample = s.out[0] * s.out[1];
-        const auto panel_at = [&](int64_t j) {
-          return panels_data + (plan.lanes ? 0 : panels.begin(j) / plan.unit * vector * pixels);
-        };
-        const auto pack = [&](int64_t j) {
-          W* to = panel_at(j);
-          const int64_t size = panels.size(j), width = round_up(size, vector), k = k_first + panels.begin(j);
-          if (s.channels_last() && !problem.strided) {
-            const int64_t pixel = chunk.first * plan.line_length + chunk.begin;
-            return stored.copy_rows(gy + pixel * s.out_channels() + k, s.out_channels(), pixels, size, to, width);
-          }
-          // Lines that follow each other, or one line.
-          for (int64_t line = chunk.first, next; line < chunk.last; line = next) {
-            const int64_t n = line / of_sample, d = line % of_sample / s.out[1], h = line % s.out[1];
-            next = problem.strided ? line + 1 : std::min(chunk.last, (n + 1) * of_sample);
-            const T* const from = gy + n * y_stride.batch + k * y_stride.channel + d * y_stride.axis[0] +
-                                  h * y_stride.axis[1] + chunk.begin * y_stride.axis[2];
-            const int64_t count = (next - line) * length;
-            if (s.channels_last())
-              stored.copy_rows(from, y_stride.axis[2], count, size, to, width);
-            else if (problem.strided)
-              gather(stored, from, y_stride.channel, y_stride.axis[2], size, count, to, width);
-            else
-              stored.transpose(from, y_stride.channel, size, count, to, width);
-            to += count * width;
-          }
-        };
-        if (plan.packs && !plan.lanes)
-          for (int64_t j = 0; j < panels.count; ++j) pack(j);
-        // gy of the chunk: a panel, and the distance between its pixels.
-        const auto columns_at = [&](int64_t j) -> std::pair<const W*, int64_t> {
-          if constexpr (!kIsHalf<T>)
-            if (!plan.packs) {
-              const int64_t pixel = chunk.first * plan.line_length + chunk.begin;
-              return {gy + pixel * s.out_channels() + k_first + panels.begin(j), s.out_channels()};
-            }
-          return {panel_at(j), round_up(panels.size(j), vector)};
-        };
-        // Where gy is read as it lies, the next chunk of it is fetched into L2 meanwhile.
-        const W *ahead = nullptr, *end_ahead = nullptr, *x_ahead = nullptr, *x_end = nullptr;
-        if constexpr (!kIsHalf<T>)
-          if ((!plan.packs || (plan.lanes && s.channels_last())) && i + 1 < chunk1) {
-            const Chunk next = plan.chunk(i + 1);
-            ahead = gy + (next.first * plan.line_length + next.begin) * s.out_channels();
-            end_ahead = ahead + next.pixels() * s.out_channels();
-            const int64_t d = next.first / s.out[1] % s.out[0], n = next.first / of_sample;
-            const int64_t line = std::min(d * s.stride[0], s.in[0] - 1) * s.in[1] +
-                                 std::min(next.first % s.out[1] * s.stride[1], s.in[1] - 1);
-            x_ahead = x + (n * s.in[0] * s.in[1] + line) * s.in[2] * s.in_channels();
-            x_end = x_ahead + next.lines() * s.stride[1] * s.in[2] * s.in_channels();
-          }
-        // Multiplies a tile of rows with a panel: `count` runs of `depth` pixels.
-        const auto multiply = [&](int64_t height, int64_t count, int64_t depth, const W* const* a, int64_t a_offset,
-                                  int64_t a_step, const int64_t* b_pixels, W* c, int64_t c_step, bool accumulate,
-                                  int64_t j) {
-          W* c_rows[kMaxRows];
-          for (int64_t r = 0; r < height; ++r) c_rows[r] = c + r * c_step + panels.begin(j);
-          const auto [b, ldb] = columns_at(j);
-          int64_t offsets[kSumLength];
-          for (int64_t l = 0; l < count; ++l) offsets[l] = b_pixels[l] * ldb;
-          kernels.gemm[height - 1]({.taps = count,
-                                    .depth = depth,
-                                    .a = a,
-                                    .a_offset = a_offset,
-                                    .a_step = a_step,
-                                    .b = b,
-                                    .b_offsets = offsets,
-                                    .ldb = ldb,
-                                    .c = c_rows,
-                                    .cols = panels.size(j),
-                                    .row_bias = nullptr,
-                                    .column_bias = nullptr,
-                                    .accumulate = accumulate,
-                                    .next = ahead < end_ahead ? ahead : nullptr});
-          if (ahead) ahead += count * depth * height;
-        };
+  explicit Worker(const Operands<T>& o)
+      : o_(o),
+        s_(o.problem.s),
+        plan_(o.plan),
+        kernels_(o.kernels),
+        panels_data_(o.of_threads + at::get_thread_num() * o.split.of_thread()),
+        strip_(panels_data_ + o.split.panels),
+        thread_totals_(strip_ + o.split.strip),
+        zero_(thread_totals_ + o.split.totals),
+        lines_(s_, plan_, o.stored, strip_),
+        origins_(plan_.lines_per_chunk * plan_.line_taps),
+        b_offsets_(plan_.lines_per_chunk) {
+    *zero_ = W(0);
+  }
 
-        // Tiles of rows with panels of columns: a panel is used for all tiles, unless so few pixels are summed that the
-        // time goes into writing; then lines of the result are written from beginning to end.
-        constexpr int64_t kFewBytesOfColumns = 16 << 10;
-        const bool by_rows = pixels * columns * static_cast<int64_t>(sizeof(W)) <= kFewBytesOfColumns;
-        const auto each_product = [&](int64_t all_rows, const auto& f) {
-          if (by_rows)
-            return each_tile(all_rows, kernels.rows, [&](int64_t row, int64_t height) {
-              for (int64_t j = 0; j < panels.count; ++j) f(row, height, j);
-            });
-          for (int64_t j = 0; j < panels.count; ++j)
-            each_tile(all_rows, kernels.rows, [&](int64_t row, int64_t height) { f(row, height, j); });
-        };
-
-        // Lanes: panel by panel. Else blocks of rows.
-        for (int64_t b0 = 0, b1; b0 < (plan.lanes ? panels.count : rows); b0 = b1) {
-          b1 = plan.lanes ? b0 + 1 : std::min(rows, b0 + split.block);
-          const int64_t block = b1 - b0;
-          if (plan.lanes) {
-            pack(b0);
-            const int64_t first = (k0 + panels.begin(b0)) / s.out_per_group;
-            x_lines.start(x, first * rows, panels.size(b0) / s.out_per_group * rows, chunk, axis[2]);
-          } else {
-            x_lines.start(x, group * s.in_per_group + c0 + b0, block, chunk, axis[2]);
-          }
-          // Where each line of gy meets position 0 of a line of x, for each (td, th).
-          const W** origin = origins.data();
-          for (int64_t line = chunk.first; line < chunk.last; ++line) {
-            const int64_t h = line % s.out[1], d = line / s.out[1] % s.out[0], n = line / (s.out[1] * s.out[0]);
-            for (int64_t td = 0; td < s.kernel[0]; ++td)
-              for (int64_t th = 0; th < s.kernel[1]; ++th) {
-                const int64_t sd = axis[0].source(d, td), sh = axis[1].source(h, th);
-                *origin++ = !plan.padded() && (sd < 0 || sh < 0) ? nullptr : x_lines.line(n, sd, sh);
-              }
-          }
-          const int64_t step = axis[2].from_step * x_lines.step;
-
-          const auto position = [&](int64_t t) {  // of the first pixel of a line, at a tap
-            return (axis[2].offset[t % s.kernel[2]] + chunk.begin * axis[2].from_step) * x_lines.step;
-          };
-          b_offsets.resize(chunk.lines());
-          for (int64_t l = 0; l < chunk.lines(); ++l) b_offsets[l] = l * length;
-
-          if constexpr (!kIsHalf<T>)
-            if (plan.tiles) {
-              // [tile][pixel][row of the tile], read in the order of memory.
-              const T* const first = origins[0] + chunk.begin * step;
-              constexpr int64_t kAtOnce = 16;
-              for (int64_t p = 0; p < pixels; p += kAtOnce)
-                each_tile(block, kernels.rows, [&](int64_t row, int64_t height) {
-                  kernels.copy_rows(first + p * step + row, step, std::min(kAtOnce, pixels - p), height,
-                                    strip + row * pixels + p * height, height);
-                });
-              const T* pointers_of_tile[kMaxRows];
-              for (int64_t r = 0; r < kMaxRows; ++r) pointers_of_tile[r] = strip + r;
-              each_product(block, [&](int64_t row, int64_t height, int64_t j) {
-                multiply(height, 1, pixels, pointers_of_tile, row * pixels, height, b_offsets.data(),
-                         totals + (b0 + row) * row_step * ld, row_step * ld, !first_chunk, j);
-              });
-              continue;
-            }
-          if (plan.lanes) {
-            pointers.resize(chunk.lines() * taps);
-            for (int64_t l = 0; l < chunk.lines(); ++l)
-              for (int64_t t = 0; t < taps; ++t)
-                pointers[l * taps + t] = origins[l * line_taps + t / s.kernel[2]] + position(t);
-            for (int64_t l = 0; l < chunk.lines(); ++l) b_offsets[l] *= vector;
-            kernels.lanes_of_groups({.runs = chunk.lines(),
-                                     .depth = length,
-                                     .taps = taps,
-                                     .channels = rows,
-                                     .group_cols = s.out_per_group,
-                                     .a = pointers.data(),
-                                     .a_step = step,
-                                     .b = panels_data,
-                                     .b_offsets = b_offsets.data(),
-                                     .ldb = vector,
-                                     .c = totals + panels.begin(b0),
-                                     .c_tap = tap_step * ld,
-                                     .c_channel = row_step * ld,
-                                     .cols = panels.size(b0),
-                                     .accumulate = !first_chunk,
-                                     .next = ahead});
-            if (ahead) ahead += pixels * ceil_div(taps, 3) * (64 / sizeof(W));
-            if (ahead >= end_ahead) ahead = x_ahead, end_ahead = x_end, x_ahead = nullptr;
-            continue;
-          }
-          if (plan.folded) {
-            const int64_t all = rows * taps;
-            pointers.resize(all * chunk.lines());
-            each_tile(all, kernels.rows, [&](int64_t row, int64_t height) {
-              const W** const list = pointers.data() + row * chunk.lines();
-              for (int64_t r = 0; r < height; ++r) {
-                const int64_t c = taps_inside ? (row + r) / taps : (row + r) % rows;
-                const int64_t t = taps_inside ? (row + r) % taps : (row + r) / rows;
-                const int64_t at = c * x_lines.row + position(t);
-                for (int64_t l = 0; l < chunk.lines(); ++l)
-                  list[l * height + r] = origins[l * line_taps + t / s.kernel[2]] + at;
-              }
-            });
-            each_product(all, [&](int64_t row, int64_t height, int64_t j) {
-              multiply(height, chunk.lines(), length, pointers.data() + row * chunk.lines(), 0, step, b_offsets.data(),
-                       totals + row * ld, ld, !first_chunk, j);
-            });
-            continue;
-          }
-
-          for (int64_t t = 0; t < taps; ++t) {
-            const int64_t tw = t % s.kernel[2], line_tap = t / s.kernel[2];
-            const int64_t w0 = std::clamp(axis[2].first_inside(tw), chunk.begin, chunk.end);
-            const int64_t w1 = std::clamp(axis[2].last_inside(tw), w0, chunk.end);
-            W* const of_tap = totals + (t * tap_step + b0 * row_step) * ld;
-            // Runs of pixels inside. Two lists of pointers, for tiles of either height.
-            const int64_t tiles = ceil_div(block, kernels.rows), low = block / tiles, high = low + (block % tiles > 0);
-            pointers.resize(chunk.lines() * (low + high));
-            b_offsets.clear();
-            const W **to_low = pointers.data(), **to_high = to_low + chunk.lines() * low;
-            const W *front = nullptr, *expected = nullptr;
-            bool joined = w0 == chunk.begin && w1 == chunk.end;  // all runs are one
-            for (int64_t l = 0; l < chunk.lines(); ++l) {
-              const W* const line = origins[l * line_taps + line_tap];
-              if (!line || w0 == w1) continue;
-              const W* const run = line + (axis[2].offset[tw] + w0 * axis[2].from_step) * x_lines.step;
-              if (front) joined = joined && run == expected && b_offsets.back() == (l - 1) * length;
-              if (!front) front = run;
-              expected = run + length * step;
-              b_offsets.push_back(l * length + w0 - chunk.begin);
-              for (int64_t r = 0; r < low; ++r) *to_low++ = run + r * x_lines.row;
-              if (high > low)
-                for (int64_t r = 0; r < high; ++r) *to_high++ = run + r * x_lines.row;
-            }
-            const auto runs = static_cast<int64_t>(b_offsets.size());
-            const int64_t count = joined ? std::min<int64_t>(runs, 1) : runs;
-            const int64_t depth = joined ? runs * length : w1 - w0;
-            if (runs == 0 && first_chunk)
-              for (int64_t r = 0; r < block; ++r) std::fill_n(of_tap + r * row_step * ld, columns, W(0));
-            const W* const* const of_low = pointers.data();
-            const W* const* const of_high = of_low + chunk.lines() * low;
-            if (runs > 0)
-              each_product(block, [&](int64_t row, int64_t height, int64_t j) {
-                multiply(height, count, depth, height == low ? of_low : of_high, row * x_lines.row, step,
-                         b_offsets.data(), of_tap + row * row_step * ld, row_step * ld, !first_chunk, j);
-              });
-            if (complete) continue;
-            // The pixels that read elsewhere, one by one.
-            outside.clear(), outside_offsets.clear();
-            const bool zeros = axis[2].mode == PaddingMode::kZeros;
-            for (int64_t l = 0; l < chunk.lines(); ++l)
-              for (int64_t w = chunk.begin; w < chunk.end; ++w) {
-                const W* const line = origins[l * line_taps + line_tap];
-                if (line && w >= w0 && w < w1) continue;
-                outside_offsets.push_back(l * length + w - chunk.begin);
-                for (int64_t r = 0; r < kernels.rows; ++r)
-                  outside.push_back(zeros ? zero : line + axis[2].source(w, tw) * x_lines.step + r * x_lines.row);
-              }
-            const auto pixels_outside = static_cast<int64_t>(outside_offsets.size());
-            if (pixels_outside == 0) continue;
-            each_product(block, [&](int64_t row, int64_t height, int64_t j) {
-              pointers.resize(pixels_outside * height);
-              for (int64_t p = 0; p < pixels_outside; ++p)
-                std::copy_n(outside.data() + p * kernels.rows, height, pointers.data() + p * height);
-              multiply(height, pixels_outside, 1, pointers.data(), zeros ? 0 : row * x_lines.row, 1,
-                       outside_offsets.data(), of_tap + row * row_step * ld, row_step * ld, true, j);
-            });
-          }
-        }
-      }
-      if (totals == thread_totals) write(s, stored, totals, ld, row_step, tap_step, rows, columns, result);
+  void run(int64_t task) {
+    const Split& split = o_.split;
+    k0_ = task % split.column_tasks * split.columns, columns_ = std::min(split.columns, plan_.columns - k0_);
+    c0_ = task / split.column_tasks % split.row_tasks * split.rows, rows_ = std::min(split.rows, plan_.rows - c0_);
+    const int64_t problem_index = task / (split.column_tasks * split.row_tasks);
+    const int64_t slab = problem_index / plan_.groups;
+    group_ = problem_index % plan_.groups;
+    panels_ = Panels(columns_, plan_.unit, plan_.lanes ? 1 : kernels_.vectors);
+    T* const result = o_.gw + group_ * o_.problem.weight_group + c0_ * s_.weight_stride[1] + k0_ * s_.weight_stride[0];
+    totals_ = thread_totals_, ld_ = columns_;
+    row_step_ = o_.taps_inside ? plan_.taps : 1, tap_step_ = o_.taps_inside ? 1 : rows_;
+    if (plan_.slabs > 1) {
+      ld_ = plan_.columns, tap_step_ = o_.taps_inside ? 1 : plan_.rows;
+      totals_ = o_.slabs + slab * split.slab + group_ * plan_.rows * plan_.taps * ld_ + c0_ * row_step_ * ld_ + k0_;
     }
-  });
-  if (plan.slabs == 1) return;
+    if constexpr (!kIsHalf<T>)
+      if (split.in_place) totals_ = result, ld_ = s_.weight_stride[1];
 
-  // The slabs are added up, a few rows at a time.
+    const int64_t chunk0 = plan_.chunks * slab / plan_.slabs, chunk1 = plan_.chunks * (slab + 1) / plan_.slabs;
+    for (int64_t i = chunk0; i < chunk1; ++i) {
+      first_chunk_ = i == chunk0;
+      add_chunk(i, chunk1);
+    }
+    if (totals_ == thread_totals_) write(s_, o_.stored, totals_, ld_, row_step_, tap_step_, rows_, columns_, result);
+  }
+
+ private:
+  void add_chunk(int64_t i, int64_t end) {
+    chunk_ = plan_.chunk(i);
+    if (plan_.packs && !plan_.lanes)
+      for (int64_t j = 0; j < panels_.count; ++j) pack(j);
+    fetch_ahead(i + 1 < end ? i + 1 : -1);
+    if (plan_.lanes) {
+      for (int64_t j = 0; j < panels_.count; ++j) multiply_lanes(j);
+      return;
+    }
+    for (int64_t b0 = 0; b0 < rows_; b0 += o_.split.block) {
+      const int64_t block = std::min(rows_ - b0, o_.split.block);
+      start_lines(group_ * s_.in_per_group + c0_ + b0, block);
+      if (plan_.tiles)
+        multiply_packed_tiles(b0, block);
+      else if (plan_.folded)
+        multiply_folded();
+      else
+        for (int64_t t = 0; t < plan_.taps; ++t) multiply_tap(t, b0, block);
+    }
+  }
+
+  // Panel j of gy, packed: [pixel of the chunk][column].
+  W* panel_at(int64_t j) const {
+    return panels_data_ + (plan_.lanes ? 0 : panels_.begin(j) / plan_.unit * kernels_.lanes * chunk_.pixels());
+  }
+  void pack(int64_t j) const {
+    const ActivationStrides& stride = o_.problem.columns;
+    const int64_t size = panels_.size(j), width = round_up(size, kernels_.lanes), length = chunk_.length();
+    const int64_t k = group_ * s_.out_per_group + k0_ + panels_.begin(j), of_sample = s_.out[0] * s_.out[1];
+    W* to = panel_at(j);
+    if (s_.channels_last() && !o_.problem.strided) {
+      const int64_t pixel = chunk_.first * plan_.line_length + chunk_.begin;
+      return o_.stored.copy_rows(o_.gy + pixel * s_.out_channels() + k, s_.out_channels(), chunk_.pixels(), size, to,
+                                 width);
+    }
+    // Lines that follow each other, or one line.
+    for (int64_t line = chunk_.first, next; line < chunk_.last; line = next) {
+      const int64_t n = line / of_sample, d = line % of_sample / s_.out[1], h = line % s_.out[1];
+      next = o_.problem.strided ? line + 1 : std::min(chunk_.last, (n + 1) * of_sample);
+      const T* const from = o_.gy + n * stride.batch + k * stride.channel + d * stride.axis[0] + h * stride.axis[1] +
+                            chunk_.begin * stride.axis[2];
+      const int64_t count = (next - line) * length;
+      if (s_.channels_last())
+        o_.stored.copy_rows(from, stride.axis[2], count, size, to, width);
+      else if (o_.problem.strided)
+        gather(o_.stored, from, stride.channel, stride.axis[2], size, count, to, width);
+      else
+        o_.stored.transpose(from, stride.channel, size, count, to, width);
+      to += count * width;
+    }
+  }
+
+  // gy of the chunk: a panel, and the distance between its pixels.
+  std::pair<const W*, int64_t> columns_at(int64_t j) const {
+    if constexpr (!kIsHalf<T>)
+      if (!plan_.packs) {
+        const int64_t pixel = chunk_.first * plan_.line_length + chunk_.begin;
+        return {o_.gy + pixel * s_.out_channels() + group_ * s_.out_per_group + k0_ + panels_.begin(j),
+                s_.out_channels()};
+      }
+    return {panel_at(j), round_up(panels_.size(j), kernels_.lanes)};
+  }
+
+  // Where gy is read as it lies, the next chunk of it is fetched into L2 meanwhile, and then of x.
+  void fetch_ahead(int64_t chunk) {
+    ahead_ = end_ahead_ = x_ahead_ = x_end_ = nullptr;
+    if constexpr (!kIsHalf<T>)
+      if (chunk >= 0 && (!plan_.packs || (plan_.lanes && s_.channels_last()))) {
+        const Chunk next = plan_.chunk(chunk);
+        ahead_ = o_.gy + (next.first * plan_.line_length + next.begin) * s_.out_channels();
+        end_ahead_ = ahead_ + next.pixels() * s_.out_channels();
+        const int64_t d = next.first / s_.out[1] % s_.out[0], n = next.first / (s_.out[0] * s_.out[1]);
+        const int64_t line = std::min(d * s_.stride[0], s_.in[0] - 1) * s_.in[1] +
+                             std::min(next.first % s_.out[1] * s_.stride[1], s_.in[1] - 1);
+        x_ahead_ = o_.x + (n * s_.in[0] * s_.in[1] + line) * s_.in[2] * s_.in_channels();
+        x_end_ = x_ahead_ + next.lines() * s_.stride[1] * s_.in[2] * s_.in_channels();
+      }
+  }
+
+  // Where each line of gy meets position 0 of a line of x, for each (td, th), and where it lies in the panels.
+  void start_lines(int64_t channel, int64_t channels) {
+    lines_.start(o_.x, channel, channels, chunk_, o_.axis[2]);
+    const W** origin = origins_.data();
+    for (int64_t line = chunk_.first; line < chunk_.last; ++line) {
+      const int64_t h = line % s_.out[1], d = line / s_.out[1] % s_.out[0], n = line / (s_.out[1] * s_.out[0]);
+      for (int64_t td = 0; td < s_.kernel[0]; ++td)
+        for (int64_t th = 0; th < s_.kernel[1]; ++th) {
+          const int64_t sd = o_.axis[0].source(d, td), sh = o_.axis[1].source(h, th);
+          *origin++ = !plan_.padded() && (sd < 0 || sh < 0) ? nullptr : lines_.line(n, sd, sh);
+        }
+    }
+    b_offsets_.resize(chunk_.lines());
+    for (int64_t l = 0; l < chunk_.lines(); ++l) b_offsets_[l] = l * chunk_.length();
+  }
+  int64_t step() const { return o_.axis[2].from_step * lines_.step; }
+  int64_t position(int64_t t) const {  // of the first pixel of a line, at a tap
+    return (o_.axis[2].offset[t % s_.kernel[2]] + chunk_.begin * o_.axis[2].from_step) * lines_.step;
+  }
+
+  // A tile of rows with panel j: `count` runs of `depth` pixels, added to the totals from `row` on.
+  void multiply(int64_t height, int64_t count, int64_t depth, const W* const* a, int64_t a_offset, int64_t a_step,
+                const int64_t* b_pixels, W* row, int64_t step, bool accumulate, int64_t j) {
+    W* c[kMaxRows];
+    for (int64_t r = 0; r < height; ++r) c[r] = row + r * step + panels_.begin(j);
+    const auto [b, ldb] = columns_at(j);
+    int64_t offsets[kSumLength];
+    for (int64_t l = 0; l < count; ++l) offsets[l] = b_pixels[l] * ldb;
+    kernels_.gemm[height - 1]({.taps = count,
+                               .depth = depth,
+                               .a = a,
+                               .a_offset = a_offset,
+                               .a_step = a_step,
+                               .b = b,
+                               .b_offsets = offsets,
+                               .ldb = ldb,
+                               .c = c,
+                               .cols = panels_.size(j),
+                               .row_bias = nullptr,
+                               .column_bias = nullptr,
+                               .accumulate = accumulate,
+                               .next = ahead_ < end_ahead_ ? ahead_ : nullptr});
+    if (ahead_) ahead_ += count * depth * height;
+  }
+
+  // f(row, height, panel): tiles of rows with panels of columns. A panel is used for all tiles, unless so few pixels are
+  // summed that the time goes into writing; then lines of the result are written from beginning to end.
+  template <typename F>
+  void each_product(int64_t rows, const F& f) const {
+    if (chunk_.pixels() * columns_ * static_cast<int64_t>(sizeof(W)) <= kFewBytesOfColumns)
+      return each_tile(rows, kernels_.rows, [&](int64_t row, int64_t height) {
+        for (int64_t j = 0; j < panels_.count; ++j) f(row, height, j);
+      });
+    for (int64_t j = 0; j < panels_.count; ++j)
+      each_tile(rows, kernels_.rows, [&](int64_t row, int64_t height) { f(row, height, j); });
+  }
+
+  // x packed as [tile][pixel][row of the tile], read in the order of memory.
+  void multiply_packed_tiles(int64_t b0, int64_t block) {
+    if constexpr (!kIsHalf<T>) {
+      constexpr int64_t kAtOnce = 16;
+      const int64_t pixels = chunk_.pixels();
+      const T* const first = origins_[0] + chunk_.begin * step();
+      for (int64_t p = 0; p < pixels; p += kAtOnce)
+        each_tile(block, kernels_.rows, [&](int64_t row, int64_t height) {
+          kernels_.copy_rows(first + p * step() + row, step(), std::min(kAtOnce, pixels - p), height,
+                             strip_ + row * pixels + p * height, height);
+        });
+      const T* rows_of_tile[kMaxRows];
+      for (int64_t r = 0; r < kMaxRows; ++r) rows_of_tile[r] = strip_ + r;
+      each_product(block, [&](int64_t row, int64_t height, int64_t j) {
+        multiply(height, 1, pixels, rows_of_tile, row * pixels, height, b_offsets_.data(),
+                 totals_ + (b0 + row) * row_step_ * ld_, row_step_ * ld_, !first_chunk_, j);
+      });
+    }
+  }
+
+  // Panel j, whose lanes belong to several groups.
+  void multiply_lanes(int64_t j) {
+    pack(j);
+    const int64_t first = (k0_ + panels_.begin(j)) / s_.out_per_group, lines = chunk_.lines();
+    start_lines(first * rows_, panels_.size(j) / s_.out_per_group * rows_);
+    pointers_.resize(lines * plan_.taps);
+    for (int64_t l = 0; l < lines; ++l)
+      for (int64_t t = 0; t < plan_.taps; ++t)
+        pointers_[l * plan_.taps + t] = origins_[l * plan_.line_taps + t / s_.kernel[2]] + position(t);
+    for (int64_t l = 0; l < lines; ++l) b_offsets_[l] *= kernels_.lanes;
+    kernels_.lanes_of_groups({.runs = lines,
+                              .depth = chunk_.length(),
+                              .taps = plan_.taps,
+                              .channels = rows_,
+                              .group_cols = s_.out_per_group,
+                              .a = pointers_.data(),
+                              .a_step = step(),
+                              .b = panels_data_,
+                              .b_offsets = b_offsets_.data(),
+                              .ldb = kernels_.lanes,
+                              .c = totals_ + panels_.begin(j),
+                              .c_tap = tap_step_ * ld_,
+                              .c_channel = row_step_ * ld_,
+                              .cols = panels_.size(j),
+                              .accumulate = !first_chunk_,
+                              .next = ahead_});
+    if (ahead_) ahead_ += chunk_.pixels() * ceil_div(plan_.taps, 3) * (64 / sizeof(W));
+    if (ahead_ >= end_ahead_) ahead_ = x_ahead_, end_ahead_ = x_end_, x_ahead_ = nullptr;
+  }
+
+  // Rows of a tile are any (in channel, tap).
+  void multiply_folded() {
+    const int64_t all = rows_ * plan_.taps, lines = chunk_.lines();
+    pointers_.resize(all * lines);
+    each_tile(all, kernels_.rows, [&](int64_t row, int64_t height) {
+      const W** const list = pointers_.data() + row * lines;
+      for (int64_t r = 0; r < height; ++r) {
+        const int64_t c = o_.taps_inside ? (row + r) / plan_.taps : (row + r) % rows_;
+        const int64_t t = o_.taps_inside ? (row + r) % plan_.taps : (row + r) / rows_;
+        const int64_t at = c * lines_.row + position(t);
+        for (int64_t l = 0; l < lines; ++l)
+          list[l * height + r] = origins_[l * plan_.line_taps + t / s_.kernel[2]] + at;
+      }
+    });
+    each_product(all, [&](int64_t row, int64_t height, int64_t j) {
+      multiply(height, lines, chunk_.length(), pointers_.data() + row * lines, 0, step(), b_offsets_.data(),
+               totals_ + row * ld_, ld_, !first_chunk_, j);
+    });
+  }
+
+  // Rows are in channels [b0, b0 + block) of one tap: runs of pixels inside.
+  void multiply_tap(int64_t t, int64_t b0, int64_t block) {
+    const GatherAxis& w = o_.axis[2];
+    const int64_t tw = t % s_.kernel[2], line_tap = t / s_.kernel[2], length = chunk_.length();
+    const int64_t w0 = std::clamp(w.first_inside(tw), chunk_.begin, chunk_.end);
+    const int64_t w1 = std::clamp(w.last_inside(tw), w0, chunk_.end);
+    W* const of_tap = totals_ + (t * tap_step_ + b0 * row_step_) * ld_;
+    // Two lists of pointers, for tiles of either height.
+    const int64_t tiles = ceil_div(block, kernels_.rows), low = block / tiles, high = low + (block % tiles > 0);
+    pointers_.resize(chunk_.lines() * (low + high));
+    b_offsets_.clear();
+    const W **to_low = pointers_.data(), **to_high = to_low + chunk_.lines() * low;
+    const W *front = nullptr, *expected = nullptr;
+    bool joined = w0 == chunk_.begin && w1 == chunk_.end;  // all runs are one
+    for (int64_t l = 0; l < chunk_.lines(); ++l) {
+      const W* const line = origins_[l * plan_.line_taps + line_tap];
+      if (!line || w0 == w1) continue;
+      const W* const run = line + (w.offset[tw] + w0 * w.from_step) * lines_.step;
+      if (front) joined = joined && run == expected && b_offsets_.back() == (l - 1) * length;
+      if (!front) front = run;
+      expected = run + length * step();
+      b_offsets_.push_back(l * length + w0 - chunk_.begin);
+      for (int64_t r = 0; r < low; ++r) *to_low++ = run + r * lines_.row;
+      if (high > low)
+        for (int64_t r = 0; r < high; ++r) *to_high++ = run + r * lines_.row;
+    }
+    const auto runs = static_cast<int64_t>(b_offsets_.size());
+    const int64_t count = joined ? std::min<int64_t>(runs, 1) : runs;
+    const int64_t depth = joined ? runs * length : w1 - w0;
+    if (runs == 0 && first_chunk_)
+      for (int64_t r = 0; r < block; ++r) std::fill_n(of_tap + r * row_step_ * ld_, columns_, W(0));
+    const W* const* const of_low = pointers_.data();
+    const W* const* const of_high = of_low + chunk_.lines() * low;
+    if (runs > 0)
+      each_product(block, [&](int64_t row, int64_t height, int64_t j) {
+        multiply(height, count, depth, height == low ? of_low : of_high, row * lines_.row, step(), b_offsets_.data(),
+                 of_tap + row * row_step_ * ld_, row_step_ * ld_, !first_chunk_, j);
+      });
+    if (!o_.complete) multiply_outside(tw, line_tap, w0, w1, block, of_tap);
+  }
+
+  // The pixels of a tap that read elsewhere than [w0, w1) of a line, one by one.
+  void multiply_outside(int64_t tw, int64_t line_tap, int64_t w0, int64_t w1, int64_t block, W* of_tap) {
+    outside_.clear(), outside_offsets_.clear();
+    const bool zeros = o_.axis[2].mode == PaddingMode::kZeros;
+    for (int64_t l = 0; l < chunk_.lines(); ++l)
+      for (int64_t w = chunk_.begin; w < chunk_.end; ++w) {
+        const W* const line = origins_[l * plan_.line_taps + line_tap];
+        if (line && w >= w0 && w < w1) continue;
+        outside_offsets_.push_back(l * chunk_.length() + w - chunk_.begin);
+        for (int64_t r = 0; r < kernels_.rows; ++r)
+          outside_.push_back(zeros ? zero_ : line + o_.axis[2].source(w, tw) * lines_.step + r * lines_.row);
+      }
+    const auto pixels = static_cast<int64_t>(outside_offsets_.size());
+    if (pixels == 0) return;
+    each_product(block, [&](int64_t row, int64_t height, int64_t j) {
+      pointers_.resize(pixels * height);
+      for (int64_t p = 0; p < pixels; ++p)
+        std::copy_n(outside_.data() + p * kernels_.rows, height, pointers_.data() + p * height);
+      multiply(height, pixels, 1, pointers_.data(), zeros ? 0 : row * lines_.row, 1, outside_offsets_.data(),
+               of_tap + row * row_step_ * ld_, row_step_ * ld_, true, j);
+    });
+  }
+
+  static constexpr int64_t kFewBytesOfColumns = 16 << 10;
+
+  const Operands<T>& o_;
+  const ConvShape& s_;
+  const Plan& plan_;
+  const Kernels<W>& kernels_;
+  W *const panels_data_, *const strip_, *const thread_totals_, *const zero_;
+  Lines<T> lines_;
+  std::vector<const W*> origins_, pointers_, outside_;
+  std::vector<int64_t> b_offsets_, outside_offsets_;
+  // Of the task: its rows and columns, and its totals, at row, tap 0.
+  int64_t group_ = 0, c0_ = 0, rows_ = 0, k0_ = 0, columns_ = 0;
+  Panels panels_{0, 1, 1};
+  W* totals_ = nullptr;
+  int64_t ld_ = 0, row_step_ = 0, tap_step_ = 0;
+  // Of the chunk, and what is fetched meanwhile.
+  Chunk chunk_{};
+  bool first_chunk_ = false;
+  const W *ahead_ = nullptr, *end_ahead_ = nullptr, *x_ahead_ = nullptr, *x_end_ = nullptr;
+};
+
+// The slabs are added up, a few rows at a time.
+template <typename T>
+void add_slabs(const Operands<T>& o) {
   constexpr int64_t kRowsAtOnce = 8;
-  const int64_t pieces = taps_inside ? ceil_div(plan.rows, kRowsAtOnce) : 1;
-  const int64_t row_step = taps_inside ? taps : 1, tap_step = taps_inside ? 1 : plan.rows;
-  const double macs = static_cast<double>(split.slab) * plan.slabs / (plan.groups * pieces);
+  const Plan& plan = o.plan;
+  const ConvShape& s = o.problem.s;
+  const int64_t pieces = o.taps_inside ? ceil_div(plan.rows, kRowsAtOnce) : 1;
+  const int64_t row_step = o.taps_inside ? plan.taps : 1, tap_step = o.taps_inside ? 1 : plan.rows;
+  const double macs = static_cast<double>(o.split.slab) * plan.slabs / (plan.groups * pieces);
   parallel_tasks(plan.groups * pieces, macs, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
       const int64_t group = i / pieces, row = plan.rows * (i % pieces) / pieces;
       const int64_t rows = plan.rows * (i % pieces + 1) / pieces - row;
-      W* const sums = slabs + (group * plan.rows + row) * taps * plan.columns;
+      Word<T>* const sums = o.slabs + (group * plan.rows + row) * plan.taps * plan.columns;
       for (int64_t slab = 1; slab < plan.slabs; ++slab)
-        kernels.add_row(sums, sums + slab * split.slab, rows * taps * plan.columns);
-      write(s, stored, sums, plan.columns, row_step, tap_step, rows, plan.columns,
-            gw + group * problem.weight_group + row * s.weight_stride[1]);
+        o.kernels.add_row(sums, sums + slab * o.split.slab, rows * plan.taps * plan.columns);
+      write(s, o.stored, sums, plan.columns, row_step, tap_step, rows, plan.columns,
+            o.gw + group * o.problem.weight_group + row * s.weight_stride[1]);
     }
   });
+}
+
+template <typename T>
+void run(const ConvShape& shape, const void* grad_output, const void* input, T* gw, Word<T>* workspace, int threads) {
+  const Kernels<Word<T>>& kernels = kernels_of<Word<T>>(microkernels());
+  const Problem problem(shape, kernels.rows, kernels.lanes, kernels.vectors);
+  const Plan plan(problem, sizeof(Word<T>), kernels.lanes);
+  const Split split(problem, plan, kernels.rows, kernels.lanes, kernels.vectors, sizeof(Word<T>), threads);
+  const Operands<T> operands(problem, plan, split, grad_output, input, gw, workspace, threads);
+  parallel_tasks(split.tasks, problem.s.macs() / split.tasks, [&](int64_t begin, int64_t end) {
+    Worker<T> worker(operands);
+    for (int64_t task = begin; task < end; ++task) worker.run(task);
+  });
+  if (plan.slabs > 1) add_slabs(operands);
 }
 
 }  // namespace
