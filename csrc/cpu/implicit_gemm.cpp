@@ -34,8 +34,8 @@
 namespace myconv::cpu {
 namespace {
 
-constexpr int64_t kMaxPhases = 65536;        // of backward_input: each costs a little set-up
-constexpr int64_t kPointerBytes = 64 << 10;  // pointers to what tiles read at a time
+constexpr int64_t kMaxPhases = 65536;            // of backward_input: each costs a little set-up
+constexpr int64_t kPointerBytes = 64 << 10;      // pointers to what tiles read at a time
 constexpr int64_t kMostTilesAtOnce = 16;         // by pointers
 constexpr int64_t kBandBytes = 256 << 10;        // of what a band of result lines reads for one block of a sum
 constexpr int64_t kFewBytes = 256;               // a pixel's channels of a group: what a band reads of them is copied
@@ -586,7 +586,8 @@ struct Workspace {
     for (const GatherPhase& phase : g.phases)
       if (const Rectangles<T> r(g, phase, kernels); r.fits())
         of_thread = std::max(of_thread, round_up(r.converted() + r.sums(), 16));
-    if(of_thread) of_thread += 2048; packed+=2048;
+    if (of_thread) of_thread += 2048;
+    packed += 2048;
   }
   int64_t elements(int threads) const { return zeros + (own_panels ? threads : 1) * packed + threads * of_thread; }
 };
@@ -662,8 +663,7 @@ void multiply_by_pointers(const Gather& g, const GatherPhase& phase, const Kerne
           const auto first = std::lower_bound(of_tile.begin(), of_tile.end(), block.tap);
           first_tap = first - of_tile.begin();
           tap_count = std::lower_bound(first, of_tile.end(), block.tap + block.taps) - first;
-          for (int64_t t = 0; t < tap_count; ++t)
-            b_offsets[t] = (first[t] - block.tap) * block.channels * panels.width;
+          for (int64_t t = 0; t < tap_count; ++t) b_offsets[t] = (first[t] - block.tap) * block.channels * panels.width;
         }
         const int64_t channel = group * g.from_per_group + block.channel * kernels.pair;
         const T* const* const pixel = sources.data() + slot * taps + first_tap * rows;

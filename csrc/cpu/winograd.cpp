@@ -511,8 +511,7 @@ double winograd_cycles(const ConvShape& s, Direction direction, const WinogradKe
   const double positions = t.positions, columns = std::ceil(to / kVector), rows = std::ceil(from / kVector);
   // NCHW transposes what a tile reads and writes.
   double out = 1, read = 1;
-  for (int d = 0; d < 2; ++d)
-    out *= t.out[d], read *= s.kernel[d + 1] > 1 ? t.out[d] / t.result_stride * t.stride : 1;
+  for (int d = 0; d < 2; ++d) out *= t.out[d], read *= s.kernel[d + 1] > 1 ? t.out[d] / t.result_stride * t.stride : 1;
   const double moved = s.channels_last() ? 0 : 0.5 * kVector * (1.5 * taps_d * read + out);
   const double transforms = 3 * positions * (tiles * (rows * taps_d + columns) + 0.6 * from * taps_d * columns);
   // With more than 36 positions operands come from beyond L2.
@@ -553,11 +552,13 @@ const char* yield(const ConvShape& s, Direction direction, bool small) {
   if (s.channels_last() && s.groups == 1 && s.in_per_group + s.out_per_group - from < kFewResults)
     return "few result channels";  // they leave most lanes empty; `direct` turns them round
   const WinogradKernels<float>& t = *transforms(s, direction, small);
-  if (t.stride * t.result_stride > 1 && t.positions * s.taps() / (s.kernel[1] * s.kernel[2]) * s.in_per_group * s.out_per_group >
-                          kLargeWeights / static_cast<int64_t>(sizeof(float)))
+  if (t.stride * t.result_stride > 1 &&
+      t.positions * s.taps() / (s.kernel[1] * s.kernel[2]) * s.in_per_group * s.out_per_group >
+          kLargeWeights / static_cast<int64_t>(sizeof(float)))
     return "weights too large for all positions";
   const double cycles = winograd_cycles(s, direction, t);
-  if (decline(s, direction, !small) == nullptr && winograd_cycles(s, direction, *transforms(s, direction, !small)) < cycles)
+  if (decline(s, direction, !small) == nullptr &&
+      winograd_cycles(s, direction, *transforms(s, direction, !small)) < cycles)
     return small ? "larger tiles take less" : "smaller tiles take less";
   if (direct_cycles(s, direction) < cycles) return "the transforms cost more than they save";
   return nullptr;
