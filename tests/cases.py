@@ -295,6 +295,8 @@ NETWORKS = [  # real layers with fewer channels and pixels
     Case("tiles_along_columns", "conv2d", (1, 80, 9, 17), 24, (1, 7), padding=(0, 3)),
     Case("tiles_along_lines", "conv2d", (1, 80, 17, 9), 24, (7, 1), padding=(3, 0)),
     Case("tiles_in_chunks", "conv2d", (3, 8, 30, 45), 40, 3, padding=1),
+    Case("tiles_of_stride_2", "conv2d", (2, 40, 21, 27), 36, 3, stride=2, padding=1),
+    Case("tiles_of_stride_2_3d", "conv3d", (1, 18, 3, 13, 17), 20, 3, stride=(1, 2, 2), padding=(1, 0, 2)),
     Case("tiles_in_chunks_of_groups", "conv2d", (2, 36, 33, 41), 66, (1, 3), padding=(0, 1), groups=2),
     Case("tiles_along_batch", "conv2d", (9, 60, 5, 5), 20, 3, padding=1),
     Case("patch_embedding", "conv2d", (2, 3, 32, 32), 24, 16, stride=16),

@@ -322,18 +322,23 @@ def test_other_seeds_give_other_data():
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
-@pytest.mark.parametrize("name", ["out_channels_17", "stride_2", "depthwise", "1x1", "groups_2", "video_3x3x3"])
-def test_not_finite_stays_local(name, layout, value, seed):
+@pytest.mark.parametrize("direction", ["forward", "backward_input"])
+@pytest.mark.parametrize(
+    "name", ["out_channels_17", "stride_2", "tiles_of_stride_2_3d", "depthwise", "1x1", "groups_2", "video_3x3x3"]
+)
+def test_not_finite_stays_local(name, direction, layout, value, seed):
     """One such element reaches the outputs whose window holds it and no other, the same in every row."""
     case = BY_NAME[name]
     x, w, b, y = make_tensors(case, torch.float32, layout, seed, integers=True)
     w = torch.where(w == 0, torch.ones_like(w), w)  # 0 x inf is NaN, which paths may or may not meet in padding
-    x = x.clone()
-    x[(0, 0, *[n // 2 for n in x.shape[2:]])] = value
-    expected = reference_operator("forward", x, w, b, y, case.problem).float()
-    for row, isa in kernels("forward", case.problem, (x, w, y), layout):
-        with forced("forward", row, isa):
-            actual = run_operator("forward", x, w, b, y, case.problem)
+    x, y = x.clone(), y.clone()
+    read = x if direction == "forward" else y
+    read[(0, 0, *[n // 2 for n in read.shape[2:]])] = value
+    b = b if direction == "forward" else None
+    expected = reference_operator(direction, x, w, b, y, case.problem).float()
+    for row, isa in kernels(direction, case.problem, (x, w, y), layout):
+        with forced(direction, row, isa):
+            actual = run_operator(direction, x, w, b, y, case.problem)
             assert torch.equal(actual.isfinite(), expected.isfinite()), "it reached other outputs"
             if row not in ROUNDS_INTEGERS:
                 assert torch.equal(actual.nan_to_num(7e7, 8e8, -8e8), expected.nan_to_num(7e7, 8e8, -8e8))
