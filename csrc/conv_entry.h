@@ -166,7 +166,8 @@ struct Operators {
     const ConvShape shape = make_conv_shape(call, w.strides(), x.scalar_type(), computed);
     return with_result<Device>(x, size, channels_last, computed, [&](const Tensor& y) {
       const Tensor xd = dense<Device>("input", x, computed);
-      const OptionalTensor b = bias ? OptionalTensor(bias->contiguous()) : std::nullopt;
+      OptionalTensor b;
+      if (bias) b = bias->contiguous();
       run<Device>(Direction::kForward, shape,
                   {.input = xd.const_data_ptr(), .weight = w.const_data_ptr(), .bias = data_of(b)}, y);
     });
