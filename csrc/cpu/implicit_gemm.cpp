@@ -586,15 +586,13 @@ struct Workspace {
     for (const GatherPhase& phase : g.phases)
       if (const Rectangles<T> r(g, phase, kernels); r.fits())
         of_thread = std::max(of_thread, round_up(r.converted() + r.sums(), 16));
-    if (of_thread) of_thread += 2048;
-    packed += 2048;
   }
   int64_t elements(int threads) const { return zeros + (own_panels ? threads : 1) * packed + threads * of_thread; }
 };
 
 // How threads share result rows (lines, or tiles) and units: as many pieces of either as together make one for each
-// thread. Units rather than rows, if both leave them equal work, where packed weights are more than what is read: then each thread packs its
-// own, and nothing passes between threads, whose caches may be far apart.
+// thread. Units rather than rows, if both leave them equal work, where packed weights are more than what is read: then
+// each thread packs its own, and nothing passes between threads, whose caches may be far apart.
 struct Split {
   int64_t rows = 1, units = 1;
 

@@ -136,8 +136,8 @@ struct Plan {
       else
         row_parts = ceil_div(row_panels, ceil_div(of_rows, 2));
     }
-    slab = panels * row_panels * rows * p.taps() * width;
-    shared = round_up(std::max(s.in_per_group, s.out_per_group), 16) + (slabs > 1 ? s.groups * slabs * slab : 0);
+    slab = slabs > 1 ? panels * row_panels * rows * p.taps() * width : 0;
+    shared = round_up(std::max(s.in_per_group, s.out_per_group), 16) + s.groups * slabs * slab;
   }
   // Where the totals of a row of a panel of columns lie in a slab, or among those of a part, whose panels of rows they
   // are counted in.
@@ -163,7 +163,7 @@ class WeightGradient {
         gy_stride_(activation_strides(s_.layout, s_.out_channels(), s_.out)),
         zeros_(reinterpret_cast<T*>(workspace)),
         scratch_(workspace + plan_.shared),
-        slabs_(scratch_ - (plan_.slabs > 1 ? s_.groups * plan_.slabs * plan_.slab : 0)),
+        slabs_(scratch_ - s_.groups * plan_.slabs * plan_.slab),
         of_k_(p_.taps() * plan_.width) {
     std::fill_n(zeros_, std::max(s_.in_per_group, s_.out_per_group), T{});
   }

@@ -44,7 +44,8 @@ struct TileAxis {
 
   // Tiles of different remainders by the dilation overlap: in_order has them follow each other by their first result,
   // else tiles of one remainder follow each other.
-  TileAxis(const GatherAxis& a, int64_t results, int64_t reads, bool in_order) : TileAxis(a, results, reads) {
+  TileAxis(const GatherAxis& a, int64_t results, int64_t reads, bool in_order)
+      : TileAxis(results, reads, a.count, a.from_step) {
     tap = a.tap;
     if (a.taps() > 1) dilation = std::abs(a.offset[1] - a.offset[0]);
     const int64_t low = std::min(a.offset.front(), a.offset.back());
@@ -61,7 +62,7 @@ struct TileAxis {
   }
   // backward_input with stride 2 of an axis of s. Tiles begin at a result of the middle tap: 0, or one before it.
   static TileAxis of_stride(const ConvShape& s, int d, int64_t results, int64_t reads) {
-    TileAxis axis{{s.in[d], 0, 1, 1, s.out[d], {}, {}, PaddingMode::kZeros}, results, reads};
+    TileAxis axis(results, reads, s.in[d], 1);
     const int64_t start = s.pad[d] % 2 == 0 ? -1 : 0, low = (start + s.pad[d] - 1) / 2;
     axis.result_stride = 2;
     for (int64_t at = start; at < axis.count; at += axis.out) axis.first.push_back(at);
@@ -89,8 +90,8 @@ struct TileAxis {
   }
 
  private:
-  TileAxis(const GatherAxis& a, int64_t results, int64_t reads)
-      : out(results), in(reads), count(a.count), stride(a.from_step), result_stride(1), dilation(1) {}
+  TileAxis(int64_t results, int64_t reads, int64_t all, int64_t step)
+      : out(results), in(reads), count(all), stride(step), result_stride(1), dilation(1) {}
 
   // The last tile may reach further than any result, and than any padding mode.
   template <typename F>
