@@ -7,7 +7,8 @@
 // channels innermost: as NHWC lies; NCHW is transposed into panels, once a chunk and not once a tap.
 //
 // Few in channels (stems) do not fill a tile. Then the lines of x that a chunk reads are copied with their padding, and
-// the rows of a tile are any (in channel, tap). 16-bit types are widened by the same copies.
+// the rows of a tile are any (in channel, tap). 16-bit types are widened by the same copies, or made into words of two
+// pixels that follow each other in a line of gy: then there is a copy of what each tap along the line reads.
 //
 // Groups of few out channels do not fill a vector. Then its lanes belong to several groups, and each is multiplied with
 // the in channels of its own, which a permutation spreads over the lanes.
@@ -19,6 +20,7 @@
 // result is small against the pixels, slabs of chunks have totals of their own, added in order at the end. Chunks and
 // slabs are cut by the shape alone. Threads split slabs, groups, rows and columns: the bits do not depend on them.
 // Declines: types other than floating-point, empty sums, kernels above kMaxTaps.
+#include <cstring>
 #include <limits>
 #include <vector>
 
@@ -39,11 +41,13 @@ constexpr int64_t kMaxCopied = 64 << 10;  // with a padding mode other than zero
 
 // Where lines of x lie: as they are, or copied for a chunk, as words
 //   NHWC, or lanes  [line][position][channel]     NCHW  [line][channel][position]
+// or, of pairs of pixels, as each tap along the line reads them
+//   NHWC            [line][tap][pair][channel]    NCHW  [line][channel][tap][pair]
 template <typename T>
 class Lines {
  public:
   using W = Word<T>;
-  int64_t row = 0, step = 0;  // between channels, between positions
+  int64_t row = 0, step = 0;  // between channels, between positions or pairs
 
   Lines(const ConvShape& s, const Plan& plan, const Kernels<T>& kernels, W* strip)
       : s_(s),
@@ -56,8 +60,16 @@ class Lines {
   void start(const T* x, int64_t channel, int64_t channels, const Chunk& chunk, const GatherAxis& axis) {
     x_ = x + channel * x_stride_.channel;
     row = x_stride_.channel, step = x_stride_.axis[2];
+    begin_ = chunk.begin, end_ = chunk.end, axis_ = &axis;
     if (!plan_.copies) return;
     channels_ = channels, ids_.clear();
+    if (plan_.pair > 1) {
+      const int64_t words = ceil_div(chunk.length(), plan_.pair);
+      interleaved_ = s_.channels_last();
+      lo_ = 0, size_ = channels * axis.taps() * words;
+      row = interleaved_ ? 1 : axis.taps() * words, step = interleaved_ ? channels : 1, tap_ = words * step;
+      return start_zeros();
+    }
     lo_ = std::numeric_limits<int64_t>::max(), hi_ = std::numeric_limits<int64_t>::min();
     for (int64_t t = 0; t < axis.taps(); ++t) {
       const int64_t low = axis.offset[t] + chunk.begin * axis.from_step;
@@ -70,11 +82,14 @@ class Lines {
     interleaved_ = s_.channels_last() || plan_.lanes;
     row = interleaved_ ? 1 : hi_ - lo_, step = interleaved_ ? channels : 1;
     size_ = (hi_ - lo_) * channels;
-    if (plan_.padded()) {
-      ids_.push_back(-1);
-      std::fill_n(strip_, size_, W(0));
-    }
+    if (plan_.padded()) start_zeros();
   }
+
+  // Where the chunk begins in a line, as a tap along it reads it, and how far its pixels or pairs are apart.
+  int64_t begin(int64_t tap) const {
+    return plan_.pair > 1 ? tap * tap_ : (axis_->offset[tap] + begin_ * axis_->from_step) * step;
+  }
+  int64_t next() const { return plan_.pair > 1 ? step : axis_->from_step * step; }
 
   // Where position 0 of the first channel of a line would be; of d or h below 0, a line of zeros.
   const W* line(int64_t n, int64_t d, int64_t h) {
@@ -92,7 +107,14 @@ class Lines {
   }
 
  private:
+  void start_zeros() {
+    ids_.push_back(-1);
+    std::fill_n(strip_, size_, W(0));
+  }
+
   void copy(const T* from, W* to) const {
+    if constexpr (kIsHalf<T>)
+      if (plan_.pair > 1) return copy_pairs(from, to);
     const int64_t inside = std::clamp<int64_t>(lo_, 0, s_.in[2]), outside = std::clamp<int64_t>(hi_, inside, s_.in[2]);
     positions(from, to, inside, inside, outside - inside);
     for (int64_t w = lo_; w < hi_; ++w) {
@@ -117,6 +139,43 @@ class Lines {
       kernels_.copy_rows(from, x_stride_.axis[2], count, channels_, to, step);
   }
 
+  // Pairs of pixels that both read inside, at once; others one by one.
+  void copy_pairs(const T* from, W* to) const {
+    const int64_t words = ceil_div(end_ - begin_, 2);
+    for (int64_t tap = 0; tap < axis_->taps(); ++tap, to += tap_) {
+      const int64_t first = std::clamp(axis_->first_inside(tap), begin_, end_);
+      const int64_t last = std::clamp(axis_->last_inside(tap), first, end_);
+      const int64_t inside = ceil_div(first - begin_, 2);
+      const int64_t outside = std::max(inside, last == end_ ? words : (last - begin_) / 2);
+      if (inside < outside) {
+        const int64_t w = begin_ + 2 * inside;
+        pairs(from + (w * axis_->from_step + axis_->offset[tap]) * x_stride_.axis[2],
+              std::min(end_, begin_ + 2 * outside) - w, to + inside * step);
+      }
+      for (int64_t i = 0; i < words; ++i) {
+        if (i == inside) i = outside;
+        if (i == words) break;
+        const int64_t w = begin_ + 2 * i, a = axis_->source(w, tap), b = w + 1 < end_ ? axis_->source(w + 1, tap) : -1;
+        for (int64_t c = 0; c < channels_; ++c)
+          to[i * step + c * row] = word(a < 0 ? nullptr : from + a * x_stride_.axis[2] + c * x_stride_.channel,
+                                        b < 0 ? nullptr : from + b * x_stride_.axis[2] + c * x_stride_.channel);
+      }
+    }
+  }
+  void pairs(const T* from, int64_t pixels, W* to) const {
+    const int64_t from_step = axis_->from_step * x_stride_.axis[2];
+    if (interleaved_) return kernels_.copy_channels(from, from_step, pixels, channels_, to, step);
+    if (from_step == 1) return kernels_.copy_rows(from, x_stride_.channel, channels_, pixels, to, row);
+    for (int64_t c = 0; c < channels_; ++c)
+      kernels_.copy_strided(from + c * x_stride_.channel, from_step, pixels, to + c * row);
+  }
+  static W word(const T* first, const T* second) {
+    const uint16_t bits[2] = {first ? first->bits : uint16_t{0}, second ? second->bits : uint16_t{0}};
+    W word;
+    std::memcpy(&word, bits, sizeof(word));
+    return word;
+  }
+
   const ConvShape& s_;
   const Plan& plan_;
   const Kernels<T>& kernels_;
@@ -124,21 +183,21 @@ class Lines {
   W* const strip_;
   const T* x_ = nullptr;
   bool interleaved_ = false;
-  int64_t channels_ = 0, lo_ = 0, hi_ = 0, size_ = 0;
+  const GatherAxis* axis_ = nullptr;
+  int64_t channels_ = 0, begin_ = 0, end_ = 0, lo_ = 0, hi_ = 0, size_ = 0, tap_ = 0;
   std::vector<int64_t> ids_;
 };
 
-// to[p * width + c] = from[c * channel + p * step]
+// to[p * width + c] = from[c * channel + p * step], words of neighbouring p
 template <typename T>
-void gather(const Kernels<T>& kernels, const T* from, int64_t channel, int64_t step, int64_t channels, int64_t pixels,
-            Word<T>* to, int64_t width) {
+void gather(const Kernels<T>& kernels, const Kernels<Word<T>>& of_words, const T* from, int64_t channel, int64_t step,
+            int64_t channels, int64_t pixels, Word<T>* to, int64_t width) {
   constexpr int64_t kTile = 64;
-  T square[kMaxVectors * 16 * kTile];
-  for (int64_t p0 = 0; p0 < pixels; p0 += kTile) {
-    const int64_t count = std::min(kTile, pixels - p0);
-    for (int64_t c = 0; c < channels; ++c)
-      for (int64_t p = 0; p < count; ++p) square[c * kTile + p] = from[c * channel + (p0 + p) * step];
-    kernels.transpose(square, kTile, channels, count, to + p0 * width, width);
+  Word<T> square[kMaxVectors * 16 * kTile];
+  for (; pixels > 0; pixels -= kTile, from += kTile * step, to += kTile / kernels.pair * width) {
+    const int64_t count = std::min(kTile, pixels);
+    for (int64_t c = 0; c < channels; ++c) kernels.copy_strided(from + c * channel, step, count, square + c * kTile);
+    of_words.transpose(square, kTile, channels, ceil_div(count, kernels.pair), to, width);
   }
 }
 
@@ -190,7 +249,7 @@ struct Operands {
   const Problem& problem;
   const Plan& plan;
   const Split& split;
-  const Kernels<T>& stored;  // pack and round
+  const Kernels<T>& stored;  // pack, multiply and round
   const Kernels<W>& kernels;
   const T *x, *gy;
   T* gw;
@@ -205,7 +264,7 @@ struct Operands {
       : problem(problem),
         plan(plan),
         split(split),
-        stored(kernels_of<T>(microkernels())),
+        stored(plan.pair > 1 ? dense_kernels<T>() : kernels_of<T>(microkernels())),
         kernels(kernels_of<W>(microkernels())),
         x(static_cast<const T*>(problem.exchanged ? grad_output : input)),
         gy(static_cast<const T*>(problem.exchanged ? input : grad_output)),
@@ -297,32 +356,35 @@ class Worker {
 
   // Panel j of gy, packed: [pixel of the chunk][column].
   W* panel_at(int64_t j) const {
-    return panels_data_ + (plan_.lanes ? 0 : panels_.begin(j) / plan_.unit * kernels_.lanes * chunk_.pixels());
+    return panels_data_ + (plan_.lanes ? 0 : panels_.begin(j) / plan_.unit * kernels_.lanes * chunk_.lines() * words());
   }
+  int64_t words() const { return ceil_div(chunk_.length(), plan_.pair); }  // of a line
+
   void pack(int64_t j) const {
     const ActivationStrides& stride = o_.problem.columns;
     const int64_t size = panels_.size(j), width = round_up(size, kernels_.lanes), length = chunk_.length();
     const int64_t k = group_ * s_.out_per_group + k0_ + panels_.begin(j), of_sample = s_.out[0] * s_.out[1];
     W* to = panel_at(j);
-    if (s_.channels_last() && !o_.problem.strided) {
+    const bool follow = !o_.problem.strided && (length % plan_.pair == 0 || chunk_.lines() == 1);
+    if (s_.channels_last() && follow) {
       const int64_t pixel = chunk_.first * plan_.line_length + chunk_.begin;
-      return o_.stored.copy_rows(o_.gy + pixel * s_.out_channels() + k, s_.out_channels(), chunk_.pixels(), size, to,
-                                 width);
+      return o_.stored.copy_channels(o_.gy + pixel * s_.out_channels() + k, s_.out_channels(), chunk_.pixels(), size,
+                                     to, width);
     }
     // Lines that follow each other, or one line.
     for (int64_t line = chunk_.first, next; line < chunk_.last; line = next) {
       const int64_t n = line / of_sample, d = line % of_sample / s_.out[1], h = line % s_.out[1];
-      next = o_.problem.strided ? line + 1 : std::min(chunk_.last, (n + 1) * of_sample);
+      next = follow ? std::min(chunk_.last, (n + 1) * of_sample) : line + 1;
       const T* const from = o_.gy + n * stride.batch + k * stride.channel + d * stride.axis[0] + h * stride.axis[1] +
                             chunk_.begin * stride.axis[2];
       const int64_t count = (next - line) * length;
       if (s_.channels_last())
-        o_.stored.copy_rows(from, stride.axis[2], count, size, to, width);
+        o_.stored.copy_channels(from, stride.axis[2], count, size, to, width);
       else if (o_.problem.strided)
-        gather(o_.stored, from, stride.channel, stride.axis[2], size, count, to, width);
+        gather(o_.stored, kernels_, from, stride.channel, stride.axis[2], size, count, to, width);
       else
         o_.stored.transpose(from, stride.channel, size, count, to, width);
-      to += count * width;
+      to += ceil_div(count, plan_.pair) * width;
     }
   }
 
@@ -366,35 +428,37 @@ class Worker {
         }
     }
     b_offsets_.resize(chunk_.lines());
-    for (int64_t l = 0; l < chunk_.lines(); ++l) b_offsets_[l] = l * chunk_.length();
-  }
-  int64_t step() const { return o_.axis[2].from_step * lines_.step; }
-  int64_t position(int64_t t) const {  // of the first pixel of a line, at a tap
-    return (o_.axis[2].offset[t % s_.kernel[2]] + chunk_.begin * o_.axis[2].from_step) * lines_.step;
+    for (int64_t l = 0; l < chunk_.lines(); ++l) b_offsets_[l] = l * words();
   }
 
   // A tile of rows with panel j: `count` runs of `depth` pixels, added to the totals from `row` on.
   void multiply(int64_t height, int64_t count, int64_t depth, const W* const* a, int64_t a_offset, int64_t a_step,
                 const int64_t* b_pixels, W* row, int64_t step, bool accumulate, int64_t j) {
-    W* c[kMaxRows];
-    for (int64_t r = 0; r < height; ++r) c[r] = row + r * step + panels_.begin(j);
     const auto [b, ldb] = columns_at(j);
     int64_t offsets[kSumLength];
     for (int64_t l = 0; l < count; ++l) offsets[l] = b_pixels[l] * ldb;
-    kernels_.gemm[height - 1]({.taps = count,
-                               .depth = depth,
-                               .a = a,
-                               .a_offset = a_offset,
-                               .a_step = a_step,
-                               .b = b,
-                               .b_offsets = offsets,
-                               .ldb = ldb,
-                               .c = c,
-                               .cols = panels_.size(j),
-                               .row_bias = nullptr,
-                               .column_bias = nullptr,
-                               .accumulate = accumulate,
-                               .next = ahead_ < end_ahead_ ? ahead_ : nullptr});
+    GemmTile<T> tile{.taps = count,
+                     .depth = depth,
+                     .a = a,
+                     .a_offset = a_offset,
+                     .a_step = a_step,
+                     .b = b,
+                     .b_offsets = offsets,
+                     .ldb = ldb,
+                     .c = nullptr,
+                     .cols = panels_.size(j),
+                     .row_bias = nullptr,
+                     .column_bias = nullptr,
+                     .accumulate = accumulate};
+    T* c[kMaxRows] = {};
+    tile.c = c;
+    if constexpr (kIsHalf<T>) {
+      tile.partial = row + panels_.begin(j), tile.partial_step = step, tile.unfinished = true;
+    } else {
+      for (int64_t r = 0; r < height; ++r) c[r] = row + r * step + panels_.begin(j);
+      if (ahead_ < end_ahead_) tile.next = ahead_;
+    }
+    o_.stored.gemm[height - 1](tile);
     if (ahead_) ahead_ += count * depth * height;
   }
 
@@ -415,10 +479,10 @@ class Worker {
     if constexpr (!kIsHalf<T>) {
       constexpr int64_t kAtOnce = 16;
       const int64_t pixels = chunk_.pixels();
-      const T* const first = origins_[0] + chunk_.begin * step();
+      const T* const first = origins_[0] + chunk_.begin * lines_.next();
       for (int64_t p = 0; p < pixels; p += kAtOnce)
         each_tile(block, kernels_.rows, [&](int64_t row, int64_t height) {
-          kernels_.copy_rows(first + p * step() + row, step(), std::min(kAtOnce, pixels - p), height,
+          kernels_.copy_rows(first + p * lines_.next() + row, lines_.next(), std::min(kAtOnce, pixels - p), height,
                              strip_ + row * pixels + p * height, height);
         });
       const T* rows_of_tile[kMaxRows];
@@ -438,7 +502,7 @@ class Worker {
     pointers_.resize(lines * plan_.taps);
     for (int64_t l = 0; l < lines; ++l)
       for (int64_t t = 0; t < plan_.taps; ++t)
-        pointers_[l * plan_.taps + t] = origins_[l * plan_.line_taps + t / s_.kernel[2]] + position(t);
+        pointers_[l * plan_.taps + t] = origins_[l * plan_.line_taps + t / s_.kernel[2]] + lines_.begin(t % s_.kernel[2]);
     for (int64_t l = 0; l < lines; ++l) b_offsets_[l] *= kernels_.lanes;
     kernels_.lanes_of_groups({.runs = lines,
                               .depth = chunk_.length(),
@@ -446,7 +510,7 @@ class Worker {
                               .channels = rows_,
                               .group_cols = s_.out_per_group,
                               .a = pointers_.data(),
-                              .a_step = step(),
+                              .a_step = lines_.next(),
                               .b = panels_data_,
                               .b_offsets = b_offsets_.data(),
                               .ldb = kernels_.lanes,
@@ -469,13 +533,13 @@ class Worker {
       for (int64_t r = 0; r < height; ++r) {
         const int64_t c = o_.taps_inside ? (row + r) / plan_.taps : (row + r) % rows_;
         const int64_t t = o_.taps_inside ? (row + r) % plan_.taps : (row + r) / rows_;
-        const int64_t at = c * lines_.row + position(t);
+        const int64_t at = c * lines_.row + lines_.begin(t % s_.kernel[2]);
         for (int64_t l = 0; l < lines; ++l)
           list[l * height + r] = origins_[l * plan_.line_taps + t / s_.kernel[2]] + at;
       }
     });
     each_product(all, [&](int64_t row, int64_t height, int64_t j) {
-      multiply(height, lines, chunk_.length(), pointers_.data() + row * lines, 0, step(), b_offsets_.data(),
+      multiply(height, lines, words(), pointers_.data() + row * lines, 0, lines_.next(), b_offsets_.data(),
                totals_ + row * ld_, ld_, !first_chunk_, j);
     });
   }
@@ -483,9 +547,10 @@ class Worker {
   // Rows are in channels [b0, b0 + block) of one tap: runs of pixels inside.
   void multiply_tap(int64_t t, int64_t b0, int64_t block) {
     const GatherAxis& w = o_.axis[2];
-    const int64_t tw = t % s_.kernel[2], line_tap = t / s_.kernel[2], length = chunk_.length();
-    const int64_t w0 = std::clamp(w.first_inside(tw), chunk_.begin, chunk_.end);
-    const int64_t w1 = std::clamp(w.last_inside(tw), w0, chunk_.end);
+    const int64_t tw = t % s_.kernel[2], line_tap = t / s_.kernel[2], length = words();
+    const bool whole = plan_.padded();
+    const int64_t w0 = whole ? chunk_.begin : std::clamp(w.first_inside(tw), chunk_.begin, chunk_.end);
+    const int64_t w1 = whole ? chunk_.end : std::clamp(w.last_inside(tw), w0, chunk_.end);
     W* const of_tap = totals_ + (t * tap_step_ + b0 * row_step_) * ld_;
     // Two lists of pointers, for tiles of either height.
     const int64_t tiles = ceil_div(block, kernels_.rows), low = block / tiles, high = low + (block % tiles > 0);
@@ -497,10 +562,10 @@ class Worker {
     for (int64_t l = 0; l < chunk_.lines(); ++l) {
       const W* const line = origins_[l * plan_.line_taps + line_tap];
       if (!line || w0 == w1) continue;
-      const W* const run = line + (w.offset[tw] + w0 * w.from_step) * lines_.step;
+      const W* const run = line + lines_.begin(tw) + (w0 - chunk_.begin) * lines_.next();
       if (front) joined = joined && run == expected && b_offsets_.back() == (l - 1) * length;
       if (!front) front = run;
-      expected = run + length * step();
+      expected = run + length * lines_.next();
       b_offsets_.push_back(l * length + w0 - chunk_.begin);
       for (int64_t r = 0; r < low; ++r) *to_low++ = run + r * lines_.row;
       if (high > low)
@@ -508,14 +573,14 @@ class Worker {
     }
     const auto runs = static_cast<int64_t>(b_offsets_.size());
     const int64_t count = joined ? std::min<int64_t>(runs, 1) : runs;
-    const int64_t depth = joined ? runs * length : w1 - w0;
+    const int64_t depth = joined ? runs * length : ceil_div(w1 - w0, plan_.pair);
     if (runs == 0 && first_chunk_)
       for (int64_t r = 0; r < block; ++r) std::fill_n(of_tap + r * row_step_ * ld_, columns_, W(0));
     const W* const* const of_low = pointers_.data();
     const W* const* const of_high = of_low + chunk_.lines() * low;
     if (runs > 0)
       each_product(block, [&](int64_t row, int64_t height, int64_t j) {
-        multiply(height, count, depth, height == low ? of_low : of_high, row * lines_.row, step(), b_offsets_.data(),
+        multiply(height, count, depth, height == low ? of_low : of_high, row * lines_.row, lines_.next(), b_offsets_.data(),
                  of_tap + row * row_step_ * ld_, row_step_ * ld_, !first_chunk_, j);
       });
     if (!o_.complete) multiply_outside(tw, line_tap, w0, w1, block, of_tap);
@@ -589,9 +654,9 @@ void add_slabs(const Operands<T>& o) {
 
 template <typename T>
 void run(const ConvShape& shape, const void* grad_output, const void* input, T* gw, Word<T>* workspace, int threads) {
-  const Kernels<Word<T>>& kernels = kernels_of<Word<T>>(microkernels());
-  const Problem problem(shape, kernels.rows, kernels.lanes, kernels.vectors);
-  const Plan plan(problem, sizeof(Word<T>), kernels.lanes);
+  const Kernels<T>& kernels = dense_kernels<T>();
+  const Problem problem(shape, kernels.rows, kernels.lanes, kernels.vectors, kernels.pair);
+  const Plan plan(problem, sizeof(Word<T>), kernels.lanes, kernels.pair);
   const Split split(problem, plan, kernels.rows, kernels.lanes, kernels.vectors, sizeof(Word<T>), threads);
   const Operands<T> operands(problem, plan, split, grad_output, input, gw, workspace, threads);
   parallel_tasks(split.tasks, problem.s.macs() / split.tasks, [&](int64_t begin, int64_t end) {
@@ -616,9 +681,9 @@ const char* implicit_gemm_backward_weight_decline(const ConvShape& s) {
 int64_t implicit_gemm_backward_weight_workspace(const ConvShape& s, int threads) {
   return with_type(s.dtype, [&](auto zero) {
     using W = Word<decltype(zero)>;
-    const Kernels<W>& kernels = kernels_of<W>(microkernels());
-    const Problem problem(s, kernels.rows, kernels.lanes, kernels.vectors);
-    const Plan plan(problem, sizeof(W), kernels.lanes);
+    const Kernels<decltype(zero)>& kernels = dense_kernels<decltype(zero)>();
+    const Problem problem(s, kernels.rows, kernels.lanes, kernels.vectors, kernels.pair);
+    const Plan plan(problem, sizeof(W), kernels.lanes, kernels.pair);
     const Split split(problem, plan, kernels.rows, kernels.lanes, kernels.vectors, sizeof(W), threads);
     return static_cast<int64_t>(sizeof(W)) * (threads * split.of_thread() + plan.slabs * split.slab);
   });

@@ -30,7 +30,7 @@ struct Problem {
   bool strided = false;       // what is in the place of gy has gaps
   ActivationStrides columns;  // and these strides
 
-  Problem(const ConvShape& shape, int tile_rows, int lanes, int vectors)
+  Problem(const ConvShape& shape, int tile_rows, int lanes, int vectors, int pair)
       : s(shape), weight_group(shape.out_per_group * shape.weight_stride[0]) {
     bool pointwise = s.taps() == 1, merges = true;
     for (int d = 0; d < 3; ++d) pointwise = pointwise && s.pad[d] == 0, merges = merges && s.stride[d] == 1;
@@ -40,8 +40,8 @@ struct Problem {
       for (int d = 0; d < 3; ++d) s.in[d] = s.out[d] = d < 2 ? 1 : pixels;
     }
     exchanged = pointwise && (s.groups == 1 || 2 * std::min(s.in_per_group, s.out_per_group) > lanes) &&
-                cost(s.out_per_group, s.in_per_group, s.weight_stride[1], tile_rows, lanes, vectors, !merges) <
-                    cost(s.in_per_group, s.out_per_group, s.weight_stride[0], tile_rows, lanes, vectors, false);
+                cost(s.out_per_group, s.in_per_group, s.weight_stride[1], tile_rows, lanes, vectors, pair, !merges) <
+                    cost(s.in_per_group, s.out_per_group, s.weight_stride[0], tile_rows, lanes, vectors, pair, false);
     columns = activation_strides(s.layout, s.out_channels(), s.out);
     if (!exchanged) return;
     strided = !merges;
@@ -52,12 +52,12 @@ struct Problem {
   }
 
   // About how many cycles a group of a pointwise convolution takes.
-  double cost(int64_t rows, int64_t columns, int64_t weight_step, int tile_rows, int lanes, int vectors,
+  double cost(int64_t rows, int64_t columns, int64_t weight_step, int tile_rows, int lanes, int vectors, int pair,
               bool gaps) const {
     const Panels panels(columns, lanes, vectors);
     const bool in_place = s.channels_last() && dtype_size(s.dtype) > 2;
     const double packing = gaps ? s.channels_last() ? 3 : 40 : in_place ? 0.5 : 5;
-    const double tile = 0.5 * std::max(panels.width == lanes ? 1.3 : 1.0, 8.0 / tile_rows);
+    const double tile = 0.5 / pair * std::max(panels.width == lanes ? 1.3 : 1.0, 8.0 / tile_rows);
     const double pixels = static_cast<double>(s.batch * s.out_pixels()), writing = weight_step == 1 ? 2 : 10;
     // Columns are fetched ahead in the order of memory; rows that lie far apart come back from far away for each panel.
     const double again = in_place && panels.count > 1 ? 0.3 : 0;
@@ -77,6 +77,7 @@ struct Chunk {
 // How the sum is cut, and how its operands are reached: by the shape and the width of a vector.
 struct Plan {
   bool folded, lanes;                        // rows of several taps; lanes of several groups
+  int64_t pair;                              // pixels of a word, which follow each other in a line
   bool copies, packs, tiles;                 // x is copied by lines; gy is packed; so is x, a tile of rows at a time
   int64_t groups, rows, taps, columns;       // rows and columns of a group; with lanes, all columns are one group
   int64_t unit;                              // columns of a vector
@@ -85,9 +86,10 @@ struct Plan {
   int64_t chunks_per_line, chunks, slabs;
   int64_t line_taps, strip_lines, strip_length;  // of the copies of the largest chunk
 
-  bool padded() const { return folded || lanes; }  // the copies have their padding
+  bool at_once() const { return folded || lanes; }             // all channels are copied together
+  bool padded() const { return folded || lanes || pair > 1; }  // the copies have their padding
 
-  Plan(const Problem& problem, int64_t word_size, int64_t vector) {
+  Plan(const Problem& problem, int64_t word_size, int64_t vector, int64_t pair_of_type) {
     const ConvShape& s = problem.s;
     const bool half = dtype_size(s.dtype) == 2;
     groups = s.groups, rows = s.in_per_group, taps = s.taps(), columns = s.out_per_group, unit = vector;
@@ -95,6 +97,7 @@ struct Plan {
     line_taps = s.kernel[0] * s.kernel[1];
     const double reach = static_cast<double>(s.kernel[2] - 1) * static_cast<double>(s.dilation[2]) + 1;
     const auto touched = [&](int64_t pixels) {
+      if (pair > 1) return s.kernel[2] * ceil_div(pixels, pair);
       const double all = static_cast<double>(pixels - 1) * static_cast<double>(s.stride[2]) + reach;
       if (padded()) return static_cast<int64_t>(std::min(all, 1e12));
       if (s.padding_mode != PaddingMode::kZeros) return s.in[2];
@@ -103,24 +106,26 @@ struct Plan {
     const int64_t together = std::min(groups, vector / columns);  // groups of a vector
     lanes = groups > 1 && (together > 1 ? together * rows <= vector : together == 1 && taps > 1);
     folded = !lanes && rows <= kFoldChannels && taps > 1;
+    pair = lanes ? 1 : pair_of_type;
     const int64_t channels = lanes ? together * rows : rows;  // that are copied together
     const int64_t room = kStripBytes / word_size / channels / line_taps;
     // Lines too long, or too many taps, are not copied.
-    if (padded() && (touched(std::min<int64_t>(16, line_length)) > room || rows * taps > kFoldedPointers))
-      lanes = folded = false;
+    if (at_once() && (touched(std::min<int64_t>(16, line_length)) > room || rows * taps > kFoldedPointers))
+      lanes = folded = false, pair = pair_of_type;
     packs = half || lanes || problem.strided || !s.channels_last() || s.out_channels() * word_size >= 2048;
     if (lanes) unit = together * columns, columns *= groups, groups = 1;
 
     // Lanes: lines of x and gy stay in L1 for all taps and channels of a vector.
     const int64_t most = lanes   ? kSumLength / 2
-                         : packs ? std::clamp<int64_t>(kPanelBytes / (columns * word_size), 64, kSumLength)
+                         : packs ? std::clamp<int64_t>(kPanelBytes * pair / (columns * word_size), 64, kSumLength)
                                  : kSumLength;
     pixels_per_line = std::min(line_length, most);
-    while (padded() && pixels_per_line > 16 && touched(pixels_per_line) > room) pixels_per_line /= 2;
+    while (at_once() && pixels_per_line > 16 && touched(pixels_per_line) > room) pixels_per_line /= 2;
     chunks_per_line = ceil_div(line_length, pixels_per_line);
-    pixels_per_line = ceil_div(line_length, chunks_per_line);
+    pixels_per_line = round_up(ceil_div(line_length, chunks_per_line), pair);
+    chunks_per_line = ceil_div(line_length, pixels_per_line);
     int64_t fit = most / line_length;
-    if (padded()) fit = std::min({fit, room / touched(pixels_per_line), kFoldedPointers / (rows * taps)});
+    if (at_once()) fit = std::min({fit, room / touched(pixels_per_line), kFoldedPointers / (rows * taps)});
     lines_per_chunk = chunks_per_line > 1 ? 1 : std::clamp<int64_t>(fit, 1, lines);
     chunks = chunks_per_line * ceil_div(lines, lines_per_chunk);
     // As many slabs as there are pixels and room for, a power of two, and chunks of nearly equal size for each.
@@ -147,7 +152,8 @@ struct Plan {
     strip_length = touched(pixels_per_line);
   }
 
-  int64_t pixels() const { return lines_per_chunk * pixels_per_line; }  // of the largest chunk
+  int64_t pixels() const { return lines_per_chunk * pixels_per_line; }                // of the largest chunk
+  int64_t words() const { return lines_per_chunk * ceil_div(pixels_per_line, pair); }  // of a column of it
 
   Chunk chunk(int64_t i) const {
     const int64_t first = i / chunks_per_line * lines_per_chunk, begin = i % chunks_per_line * pixels_per_line;
@@ -166,12 +172,12 @@ struct Split {
   Split(const Problem& problem, const Plan& plan, int64_t tile_rows, int64_t vector, int64_t vectors, int64_t word_size,
         int threads) {
     const ConvShape& s = problem.s;
-    const int64_t lanes = plan.unit, row_tiles = plan.padded() ? 1 : ceil_div(plan.rows, tile_rows);
+    const int64_t lanes = plan.unit, row_tiles = plan.at_once() ? 1 : ceil_div(plan.rows, tile_rows);
     const int64_t column_vectors = ceil_div(plan.columns, lanes);
     const int64_t problems = plan.groups * plan.slabs;
     in_place = plan.slabs == 1 && plan.taps == 1 && s.weight_stride[0] == 1 && dtype_size(s.dtype) > 2;
     const auto settle = [&](int64_t row_parts, int64_t column_parts) {
-      rows = plan.padded() ? plan.rows : std::min(plan.rows, ceil_div(row_tiles, row_parts) * tile_rows);
+      rows = plan.at_once() ? plan.rows : std::min(plan.rows, ceil_div(row_tiles, row_parts) * tile_rows);
       columns = std::min(plan.columns, ceil_div(column_vectors, column_parts) * lanes);
       if (plan.lanes && !s.channels_last()) columns = lanes;  // planes are read from beginning to end
       row_tasks = ceil_div(plan.rows, rows), column_tasks = ceil_div(plan.columns, columns);
@@ -207,9 +213,9 @@ struct Split {
     block = plan.lanes ? lanes / s.out_per_group * s.in_per_group : rows;
     if (plan.tiles)
       block = std::min(rows, round_up(std::max<int64_t>(kTileBytes / word_size / plan.pixels(), 1), tile_rows));
-    if (plan.copies && !plan.padded())
+    if (plan.copies && !plan.at_once())
       block = std::clamp<int64_t>(kStripBytes / word_size / (plan.strip_lines * plan.strip_length), 1, block);
-    panels = plan.packs ? plan.pixels() * (plan.lanes ? 1 : ceil_div(columns, lanes)) * vector : 0;
+    panels = plan.packs ? plan.words() * (plan.lanes ? 1 : ceil_div(columns, lanes)) * vector : 0;
     strip = plan.copies ? plan.strip_lines * plan.strip_length * block : plan.tiles ? block * plan.pixels() : 0;
     totals = totals_of();
     slab = plan.slabs > 1 ? plan.groups * plan.rows * plan.taps * plan.columns : 0;

@@ -204,6 +204,8 @@ struct Kernels {
   void (*copy_rows)(const T* from, int64_t from_step, int64_t count, int64_t length, W* to, int64_t to_step);
   // The same, of rows that are channels: words are made of neighbouring rows, count of which become count / pair.
   void (*copy_channels)(const T* from, int64_t from_step, int64_t count, int64_t length, W* to, int64_t to_step);
+  // to[i] = from[i * step] for i < length                                 words are made of neighbours in this order
+  void (*copy_strided)(const T* from, int64_t step, int64_t length, W* to);
   // to[r * to_step][0, length) = round(from[r * from_step][0, length))    of float32 sums, whatever words are
   void (*store_rows)(const W* from, int64_t from_step, int64_t count, int64_t length, T* to, int64_t to_step);
   // to[j * phases + f] = round(from[f * from_step + j]), values of them in all: float32 sums, as in store_rows

@@ -52,6 +52,22 @@ struct Pairs : F32 {
       store(to, _mm512_castsi512_ps(v), F32::mask(whole ? of_step : words));
     }
   }
+  // Values `step` apart, of as many words at a time as a vector of neighbours has.
+  static bool copy_strided(const S* from, int64_t step, int64_t length, T* to) {
+    if (step > kLanes) return false;
+    const int64_t at_once = kLanes / step * 2;
+    uint16_t index[32];
+    for (int64_t i = 0; i < 32; ++i) index[i] = static_cast<uint16_t>(i < at_once ? i * step : 32);
+    const __m512i at = _mm512_loadu_si512(index);
+    const __mmask32 there = _mm512_cmplt_epu16_mask(at, _mm512_set1_epi16(32));
+    for (; length > 0; length -= at_once, from += at_once * step, to += at_once / 2) {
+      const int64_t values = least(at_once, length);
+      const auto loaded = static_cast<__mmask32>((1ull << ((values - 1) * step + 1)) - 1);
+      const __m512i v = _mm512_maskz_permutexvar_epi16(there, at, _mm512_maskz_loadu_epi16(loaded, from));
+      store(to, _mm512_castsi512_ps(v), F32::mask((values + 1) / 2));
+    }
+    return true;
+  }
   // Dense rows of few values, each of which fills up its own last word.
   static bool copy_few(const S* from, int64_t count, int64_t length, T* to) {
     if (length % 2 == 0 || length > 15) return false;
