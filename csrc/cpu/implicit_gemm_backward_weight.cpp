@@ -399,19 +399,20 @@ class Worker {
     return {panel_at(j), round_up(panels_.size(j), kernels_.lanes)};
   }
 
-  // Where gy is read as it lies, the next chunk of it is fetched into L2 meanwhile, and then of x.
+  // In NHWC the next chunk of gy is fetched into L2 meanwhile, and then of x.
   void fetch_ahead(int64_t chunk) {
     ahead_ = end_ahead_ = x_ahead_ = x_end_ = nullptr;
     if constexpr (!kIsHalf<T>)
-      if (chunk >= 0 && (!plan_.packs || (plan_.lanes && s_.channels_last()))) {
+      if (chunk >= 0 && s_.channels_last() && !o_.problem.strided) {
         const Chunk next = plan_.chunk(chunk);
         ahead_ = o_.gy + (next.first * plan_.line_length + next.begin) * s_.out_channels();
         end_ahead_ = ahead_ + next.pixels() * s_.out_channels();
         const int64_t d = next.first / s_.out[1] % s_.out[0], n = next.first / (s_.out[0] * s_.out[1]);
         const int64_t line = std::min(d * s_.stride[0], s_.in[0] - 1) * s_.in[1] +
                              std::min(next.first % s_.out[1] * s_.stride[1], s_.in[1] - 1);
-        x_ahead_ = o_.x + (n * s_.in[0] * s_.in[1] + line) * s_.in[2] * s_.in_channels();
-        x_end_ = x_ahead_ + next.lines() * s_.stride[1] * s_.in[2] * s_.in_channels();
+        const int64_t pixels = next.lines() > 1 ? next.lines() * s_.stride[1] * s_.in[2] : next.length() * s_.stride[2];
+        x_ahead_ = o_.x + ((n * s_.in[0] * s_.in[1] + line) * s_.in[2] + next.begin * s_.stride[2]) * s_.in_channels();
+        x_end_ = x_ahead_ + pixels * s_.in_channels();
       }
   }
 
@@ -460,6 +461,7 @@ class Worker {
     }
     o_.stored.gemm[height - 1](tile);
     if (ahead_) ahead_ += count * depth * height;
+    if (ahead_ >= end_ahead_) ahead_ = x_ahead_, end_ahead_ = x_end_, x_ahead_ = nullptr;
   }
 
   // f(row, height, panel): tiles of rows with panels of columns. A panel is used for all tiles, unless so few pixels are
@@ -502,7 +504,8 @@ class Worker {
     pointers_.resize(lines * plan_.taps);
     for (int64_t l = 0; l < lines; ++l)
       for (int64_t t = 0; t < plan_.taps; ++t)
-        pointers_[l * plan_.taps + t] = origins_[l * plan_.line_taps + t / s_.kernel[2]] + lines_.begin(t % s_.kernel[2]);
+        pointers_[l * plan_.taps + t] =
+            origins_[l * plan_.line_taps + t / s_.kernel[2]] + lines_.begin(t % s_.kernel[2]);
     for (int64_t l = 0; l < lines; ++l) b_offsets_[l] *= kernels_.lanes;
     kernels_.lanes_of_groups({.runs = lines,
                               .depth = chunk_.length(),
@@ -580,8 +583,8 @@ class Worker {
     const W* const* const of_high = of_low + chunk_.lines() * low;
     if (runs > 0)
       each_product(block, [&](int64_t row, int64_t height, int64_t j) {
-        multiply(height, count, depth, height == low ? of_low : of_high, row * lines_.row, lines_.next(), b_offsets_.data(),
-                 of_tap + row * row_step_ * ld_, row_step_ * ld_, !first_chunk_, j);
+        multiply(height, count, depth, height == low ? of_low : of_high, row * lines_.row, lines_.next(),
+                 b_offsets_.data(), of_tap + row * row_step_ * ld_, row_step_ * ld_, !first_chunk_, j);
       });
     if (!o_.complete) multiply_outside(tw, line_tap, w0, w1, block, of_tap);
   }

@@ -14,6 +14,7 @@ inline constexpr int64_t kFoldChannels = 7;  // up to so many in channels the ro
 inline constexpr int64_t kFoldedPointers = 64 << 10;  // to the rows of a chunk; above it nothing is folded
 inline constexpr int64_t kStripBytes = 512 << 10;     // copied lines of a chunk, aimed at
 inline constexpr int64_t kPanelBytes = 2 << 20;       // gy of a chunk, packed
+inline constexpr int64_t kChunkBytes = 512 << 10;     // x and gy of a chunk, where they lie
 inline constexpr int64_t kTileBytes = 256 << 10;      // x of a chunk, packed
 inline constexpr int64_t kConflict = 2 << 10;         // where pixels are multiples of it apart
 inline constexpr int64_t kTotalBytes = 16 << 20;      // totals of all threads together, unless one tile of each is more
@@ -116,9 +117,10 @@ struct Plan {
     if (lanes) unit = together * columns, columns *= groups, groups = 1;
 
     // Lanes: lines of x and gy stay in L1 for all taps and channels of a vector.
-    const int64_t most = lanes   ? kSumLength / 2
-                         : packs ? std::clamp<int64_t>(kPanelBytes * pair / (columns * word_size), 64, kSumLength)
-                                 : kSumLength;
+    const int64_t most =
+        lanes   ? kSumLength / 2
+        : packs ? std::clamp<int64_t>(kPanelBytes * pair / (columns * word_size), 64, kSumLength)
+                : std::clamp<int64_t>(kChunkBytes / ((rows + columns) * word_size), kSumLength / 4, kSumLength);
     pixels_per_line = std::min(line_length, most);
     while (at_once() && pixels_per_line > 16 && touched(pixels_per_line) > room) pixels_per_line /= 2;
     chunks_per_line = ceil_div(line_length, pixels_per_line);
@@ -152,7 +154,7 @@ struct Plan {
     strip_length = touched(pixels_per_line);
   }
 
-  int64_t pixels() const { return lines_per_chunk * pixels_per_line; }                // of the largest chunk
+  int64_t pixels() const { return lines_per_chunk * pixels_per_line; }                 // of the largest chunk
   int64_t words() const { return lines_per_chunk * ceil_div(pixels_per_line, pair); }  // of a column of it
 
   Chunk chunk(int64_t i) const {
