@@ -17,6 +17,7 @@
 
 #include "checks.h"
 #include "cpu/isa.h"
+#include "cpu/kept_memory.h"
 #include "cpu/parallel.h"
 #include "cpu/tables.h"
 #include "cuda/tables.h"
@@ -344,6 +345,8 @@ PYBIND11_MODULE(_C, m) {
   m.def("excluded_algorithms", &excluded_algorithms);
   m.def("set_flush_denormals", &set_flush_denormals);
   m.def("flush_denormals", &flush_denormals);
+  m.def("kept_memory", &cpu::kept_memory);
+  m.def("release_kept_memory", &cpu::release_kept_memory);
   m.def("selection", &selection, "direction"_a, "input_size"_a, "weight_size"_a, "output_size"_a, "stride"_a,
         "padding"_a, "dilation"_a, "groups"_a, "padding_mode"_a, "dtype"_a, "channels_last"_a, "device"_a = "cpu",
         "may_yield"_a = false);

@@ -53,6 +53,17 @@ def build_info() -> dict[str, Any]:
     }
 
 
+def empty_cache() -> None:
+    """Give memory that is kept for CPU results to come back to the system, as ``torch.cuda.empty_cache`` does on a GPU.
+
+    Results of 128 KiB and more leave their memory to later results, 256 MiB of it at most, and one workspace of up to
+    32 MiB is kept. ``MYCONV_KEPT_MIB`` in the environment, read once, sets another bound; with 0 nothing is kept.
+    """
+    from . import _C
+
+    _C.release_kept_memory()
+
+
 from . import _register as _register  # noqa: E402, PLC0414
 from . import flags, functional  # noqa: E402
 from .convert import patch, replace, restore  # noqa: E402
@@ -88,6 +99,7 @@ __all__ = [
     "LazyConvTranspose3d",
     "__version__",
     "build_info",
+    "empty_cache",
     "explain",
     "flags",
     "functional",

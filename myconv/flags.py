@@ -73,7 +73,7 @@ def winograd(enabled: bool) -> Iterator[None]:
     """Allow or exclude the rows that compute by Winograd's minimal filtering: the rows named ``winograd*``.
 
     They do less arithmetic than the definition of the convolution and round differently (their error against exact
-    results is larger by a small factor). This version has no such row yet: nothing changes.
+    results is larger by a small factor).
     """
     rows = {name for name in _rows(*DIRECTIONS) if name.startswith("winograd")}
     excluded = set(_C.excluded_algorithms())

@@ -139,7 +139,7 @@ assert workspace > 1 << 14
 def test_workspace_is_what_is_allocated():
     """The largest allocation besides the result; of a process of its own, since a workspace may outlive its call."""
     paths = os.pathsep.join([str(Path(__file__).parent), *sys.path])
-    environment = os.environ | {"MYCONV_WORKSPACE": "heap", "PYTHONPATH": paths}
+    environment = os.environ | {"MYCONV_KEPT_MIB": "0", "PYTHONPATH": paths}
     subprocess.run([sys.executable, "-c", WORKSPACE], env=environment, check=True)
 
 

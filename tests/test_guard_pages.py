@@ -71,7 +71,7 @@ def allocator(tmp_path_factory) -> pathlib.Path:
 
 def run_child(allocator: pathlib.Path, side: str, arguments: list[str]) -> tuple[int, list[str]]:
     environment = dict(os.environ, PYTHONPATH=os.pathsep.join(filter(None, sys.path)), MYCONV_TEST_SEED=str(SEED))
-    environment |= {"LD_PRELOAD": str(allocator), "GUARD_SIDE": side, "MYCONV_WORKSPACE": "heap"}
+    environment |= {"LD_PRELOAD": str(allocator), "GUARD_SIDE": side, "MYCONV_KEPT_MIB": "0"}
     command = [sys.executable, "-X", "faulthandler", __file__, *arguments]
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     return done.returncode, [*done.stdout.splitlines(), *done.stderr.splitlines()]

@@ -25,6 +25,7 @@ with myconv.override(), myconv.flags.isa("avx2"), myconv.flags.algorithm("forwar
     myconv.flags.flush_denormals(False)
 version: str = myconv.__version__
 threads: int = myconv.build_info()["threads"]
+myconv.empty_cache()
 
 myconv.Conv2d(3, 4)  # type: ignore[call-arg]
 myconv.Conv2d(3, 4, 3, padding_mode="mirror")  # type: ignore[arg-type]

@@ -1,16 +1,14 @@
 // The CPU: its selection tables, and what running a row takes.
 #include <ATen/EmptyTensor.h>
 #include <ATen/Parallel.h>
-#include <c10/core/CPUAllocator.h>
 #include <torch/library.h>
 
-#include <atomic>
 #include <cstddef>
-#include <cstdlib>
 
 #include "conv_entry.h"
 #include "cpu/algorithms.h"
 #include "cpu/isa.h"
+#include "cpu/kept_memory.h"
 #include "cpu/parallel.h"
 #include "cpu/tables.h"
 
@@ -67,35 +65,6 @@ const Algorithm kBackwardWeight[] = {
 
 constexpr int64_t kStackBytes = 16 << 10;  // up to here the allocator would cost more than it gives
 
-constexpr int64_t kKeptBytes = 32 << 20;
-
-// A workspace that outlives the call: memory fresh from the system costs a page fault for each 4 KiB, which is as much
-// as many a convolution. One is kept for the process; calls that run at the same time allocate their own.
-class KeptWorkspace {
- public:
-  explicit KeptWorkspace(int64_t bytes) : memory_(kept().exchange(nullptr)) {
-    if (memory_ && memory_->bytes >= bytes) return;
-    delete memory_;
-    memory_ = new Memory(bytes);
-  }
-  ~KeptWorkspace() { delete kept().exchange(memory_); }
-  KeptWorkspace(const KeptWorkspace&) = delete;
-  KeptWorkspace& operator=(const KeptWorkspace&) = delete;
-  void* get() const { return memory_->data.get(); }
-
- private:
-  struct Memory {
-    int64_t bytes;
-    c10::DataPtr data;
-    explicit Memory(int64_t size) : bytes(size), data(c10::GetCPUAllocator()->allocate(size)) {}
-  };
-  static std::atomic<Memory*>& kept() {
-    static std::atomic<Memory*> memory = nullptr;
-    return memory;
-  }
-  Memory* memory_;
-};
-
 struct Cpu {
   static const AlgorithmTable& table(Direction direction) { return cpu::table(direction); }
   static int threads() { return at::get_num_threads(); }
@@ -107,24 +76,20 @@ struct Cpu {
     const at::MemoryFormat format = !channels_last || sizes[0] == 0 ? at::MemoryFormat::Contiguous
                                     : sizes.size() == 4             ? at::MemoryFormat::ChannelsLast
                                                                     : at::MemoryFormat::ChannelsLast3d;
-    return Tensor(at::detail::empty_cpu(sizes, like.scalar_type(), /*pin_memory=*/false, format));
+    return Tensor(at::detail::empty_generic(sizes, result_allocator(), c10::DispatchKeySet(c10::DispatchKey::CPU),
+                                            like.scalar_type(), format));
   }
 
   static void run(const Algorithm& algorithm, const ConvShape& shape, const ConvPointers& pointers, const Tensor&,
                   int64_t bytes, int threads) {
     // Float16 denormals are ordinary numbers in float32, in which they are summed.
     const DenormalMode mode(flush_denormals() && (shape.dtype == Dtype::kFloat32 || shape.dtype == Dtype::kBFloat16));
-    // MYCONV_WORKSPACE=heap is for tests that watch the allocator's memory.
-    static const bool heap_only = std::getenv("MYCONV_WORKSPACE") != nullptr;
-    if (bytes <= kStackBytes && !heap_only) {
+    // The stack is not watched by those who watch the allocator's memory.
+    if (bytes <= kStackBytes && keeps_memory()) {
       alignas(64) std::byte workspace[kStackBytes];
       return algorithm.run(shape, pointers, workspace, threads);
     }
-    if (bytes > kKeptBytes || heap_only) {
-      const c10::DataPtr workspace = bytes > 0 ? c10::GetCPUAllocator()->allocate(bytes) : c10::DataPtr();
-      return algorithm.run(shape, pointers, workspace.get(), threads);
-    }
-    const KeptWorkspace workspace(bytes);
+    const Workspace workspace(bytes);
     algorithm.run(shape, pointers, workspace.get(), threads);
   }
 
