@@ -127,6 +127,8 @@ TAILS = [
     *[Case(f"out_channels_{n}", "conv2d", (2, 6, 5, 6), n, 3, padding=1) for n in TAIL_SIZES],
     *[Case(f"width_{n}", "conv2d", (2, 3, 4, n), 7, 3, padding=1) for n in TAIL_SIZES],
     *[Case(f"length_{n}", "conv1d", (2, 5, n), 9, 3, padding=1) for n in (1, 7, 16, 33)],
+    Case("to_one_channel", "conv2d", (2, 40, 5, 9), 1, 3, padding=1, bias=False),
+    Case("from_one_channel", "conv2d", (2, 1, 5, 9), 40, 3, padding=1),
     Case("depth_tail", "conv3d", (2, 5, 7, 3, 17), 6, 3, padding=1),
     Case("all_tails", "conv2d", (3, 17, 13, 31), 15, 3, padding=1),
     # Either side of where small planes end: a padded plane of 34 x 34, strips of 512 KiB (float32), 512 taps.
@@ -338,6 +340,9 @@ TRANSPOSED = [
     Case("transposed_depthwise", "conv_transpose2d", (2, 9, 5, 6), 9, 4, stride=2, padding=1, groups=9),
     Case("transposed_depthwise_3x3", "conv_transpose2d", (2, 17, 9, 18), 17, 3, stride=2, padding=1, groups=17),
     Case("transposed_depthwise_times_2", "conv_transpose2d", (1, 5, 5, 6), 10, 3, stride=2, padding=1, groups=5),
+    Case("transposed_3_to_each", "conv_transpose2d", (2, 51, 5, 18), 17, 3, padding=1, groups=17),
+    Case("transposed_2_to_each_stride_2", "conv_transpose2d", (2, 8, 5, 6), 4, 3, stride=2, padding=1, groups=4),
+    Case("transposed_2_to_each_1d", "conv_transpose1d", (2, 8, 20), 4, 4, stride=3, groups=4),
     Case("transposed_crops_all_borders", "conv_transpose2d", (2, 4, 6, 6), 5, 3, padding=3),
     Case("transposed_wide", "conv_transpose2d", (1, 33, 5, 6), 17, 3, stride=2, padding=1),
     Case("transposed_3d", "conv_transpose3d", (1, 4, 3, 4, 5), 6, 3, 2, 1, output_padding=1),

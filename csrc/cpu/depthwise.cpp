@@ -462,7 +462,6 @@ void gather_lines(const Gather& g, const Phase& phase, const int64_t* kernel, co
             tile.to_plane = g.to_stride.channel;
             tile.lists = 1;
             tile.extent = plan.axis(2).from_extent;
-            tile.bias = bias ? bias + c : nullptr;
             tile.to = scatters ? kept : target;
             tile.to_step = scatters ? a[2].count : target_step;
             tile.length = a[2].count;
@@ -472,6 +471,7 @@ void gather_lines(const Gather& g, const Phase& phase, const int64_t* kernel, co
               tile.from = copies ? mine : plane + m * g.from_stride.channel;
               tile.weight = weight + (c * summed + m) * weight_step;
               tile.accumulate = m > 0;
+              tile.bias = bias && m + 1 == summed ? bias + c : nullptr;
               plan.run(kernels.depthwise, copies ? 0 : d, 0, copies ? l - h : l, lines, tile);
             }
             if (scatters)
@@ -540,17 +540,21 @@ int64_t summed_pixels(int64_t filters, int64_t pixels) {
                              std::max(pixels, kLeastPixels));
 }
 
-// to[pixel * to_step + c] = sum over m of  from[(pixel * channels + c) * multiplier + m]
+// to[pixel * to_step + c] = sum over m of  from[(pixel * channels + c) * multiplier + m],  + bias[c]
 template <typename T>
-void add_filters(const T* from, int64_t pixels, int64_t channels, int64_t multiplier, T* to, int64_t to_step) {
+void add_filters(const T* from, int64_t pixels, int64_t channels, int64_t multiplier, const Word<T>* bias, T* to,
+                 int64_t to_step) {
   const auto add = [&](auto m) {
-    for (int64_t i = 0; i < pixels; ++i, to += to_step, from += channels * m)
+    for (int64_t i = 0; i < pixels; ++i, to += to_step, from += channels * m) {
       for (int64_t c = 0; c < channels; ++c) {
         T sum = from[c * m];
         if constexpr (!kIsHalf<T>)
           for (int64_t j = 1; j < m; ++j) sum += from[c * m + j];
         to[c] = sum;
       }
+      if constexpr (!kIsHalf<T>)
+        for (int64_t c = 0; bias && c < channels; ++c) to[c] += bias[c];
+    }
   };
   if (multiplier == 2) return add(std::integral_constant<int64_t, 2>{});  // the compiler makes vectors of it
   if (multiplier == 4) return add(std::integral_constant<int64_t, 4>{});
@@ -613,7 +617,7 @@ void gather_pixels(const Gather& g, const Phases& phases, const Kernels<T>& kern
         tile.from = from + n * g.from_stride.batch + (moves.empty() ? c : 0);
         tile.moves = moves.empty() ? nullptr : moves.data() + part * together;
         tile.weight = packed + c * taps;
-        tile.bias = bias ? bias + c : nullptr;
+        tile.bias = bias && !adds ? bias + c : nullptr;
         tile.to = result + c;
         tile.list_step = axis(1).to_step * g.to_stride.axis[1];
         tile.to_step = axis(2).to_step * g.to_stride.axis[2];
@@ -632,7 +636,7 @@ void gather_pixels(const Gather& g, const Phases& phases, const Kernels<T>& kern
           for (int64_t first = 0; first < axis(2).count; first += most) {
             const int64_t count = std::min(most, axis(2).count - first), step = axis(2).to_step * g.to_stride.axis[2];
             plan.run(kernels.depthwise, d, h + l, first, count, tile);
-            add_filters(tile.to, count, g.groups, multiplier, result + l * tile.list_step + first * step, step);
+            add_filters(tile.to, count, g.groups, multiplier, bias, result + l * tile.list_step + first * step, step);
           }
       }
   });

@@ -320,7 +320,7 @@ class FamilyProduct {
   void prepare(const Task& t, Scratch& s) const {
     if (s.prepared == t.block) return;
     strip_runs(plan_, t.start, s.runs);
-    if (!nhwc_ && g_.groups * g_.from_per_group >= kLeastShuffled)
+    if (g_.from_stride.axis[2] == 1 && g_.groups * g_.from_per_group >= kLeastShuffled)
       strip_shuffles(plan_, s.runs, kernels_.lanes, s.shuffles);
     for (int64_t f = 0; f < family_.size(); ++f)
       s.terms[f].prepare(weights_[f], *family_.phases[f], plan_, t.start, sums_[0].channels, skip_zeros_);
