@@ -64,6 +64,21 @@ def test_pairs(rank, padding, mode, seed):
     compare(ours, getattr(F, f"conv{rank}d")(padded, w, b, **parameters), (x, w, b))
 
 
+@pytest.mark.parametrize("channels_last", [False, True], ids=["contiguous", "channels_last"])
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("stride", [1, 2, 3])
+@pytest.mark.parametrize("channels, filters, groups", [(4, 6, 2), (20, 24, 1), (24, 3, 1)])
+def test_one_tap_padded_behind(channels, filters, groups, stride, mode, channels_last, seed):
+    """No pixel comes before the first, but some come behind the last."""
+    torch.manual_seed(seed)
+    memory_format = torch.channels_last if channels_last else torch.contiguous_format
+    x = torch.randn(2, channels, 5, 7, dtype=torch.float64).contiguous(memory_format=memory_format).requires_grad_()
+    w = torch.randn(filters, channels // groups, 1, 1, dtype=torch.float64, requires_grad=True)
+    pairs = [(0, 1), (0, 4)]
+    ours = myconv.functional.conv2d(x, w, None, stride, pairs, 1, groups, padding_mode=mode)
+    compare(ours, F.conv2d(torchs_pad(x, pairs, mode), w, None, stride, 0, 1, groups), (x, w))
+
+
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("stride", [1, 2, 3])
 @pytest.mark.parametrize("dilation", [1, 3])

@@ -34,7 +34,11 @@ struct Problem {
   Problem(const ConvShape& shape, int tile_rows, int lanes, int vectors, int pair)
       : s(shape), weight_group(shape.out_per_group * shape.weight_stride[0]) {
     bool pointwise = s.taps() == 1, merges = true;
-    for (int d = 0; d < 3; ++d) pointwise = pointwise && s.pad[d] == 0, merges = merges && s.stride[d] == 1;
+    for (int d = 0; d < 3; ++d) {
+      merges = merges && s.stride[d] == 1;
+      pointwise = pointwise && s.pad[d] == 0 &&  // nor is there padding behind the last pixel, or more than is read
+                  (s.stride[d] == 1 ? s.in[d] == s.out[d] : source_index(s.out[d] - 1, s.stride[d], 0, 0, 0) < s.in[d]);
+    }
     if (pointwise && merges) {
       const int64_t pixels = s.out_pixels() * (s.channels_last() ? s.batch : 1);
       if (s.channels_last()) s.batch = 1;
