@@ -339,6 +339,8 @@ TRANSPOSED = [
     Case("transposed_depthwise", "conv_transpose2d", (2, 9, 5, 6), 9, 4, stride=2, padding=1, groups=9),
     Case("transposed_depthwise_3x3", "conv_transpose2d", (2, 17, 9, 18), 17, 3, stride=2, padding=1, groups=17),
     Case("transposed_depthwise_times_2", "conv_transpose2d", (1, 5, 5, 6), 10, 3, stride=2, padding=1, groups=5),
+    # A kernel smaller than its stride: lines of the input gradient that read nothing, in a tensor above 2 MB.
+    Case("depthwise_lines_unread", "conv2d", (4, 80, 41, 40), 80, (1, 3), stride=(3, 1), groups=80),
     Case("transposed_3_to_each", "conv_transpose2d", (2, 51, 5, 18), 17, 3, padding=1, groups=17),
     Case("transposed_2_to_each_stride_2", "conv_transpose2d", (2, 8, 5, 6), 4, 3, stride=2, padding=1, groups=4),
     Case("transposed_2_to_each_1d", "conv_transpose1d", (2, 8, 20), 4, 4, stride=3, groups=4),

@@ -147,6 +147,7 @@ class Plan {
                                   : kernels.pixels)[stride_ - 1];
     const int64_t across = shares_ ? along_.taps() : 1;
     const W *const bias = t.bias, *const weight = t.weight;
+    if (walked_ == 0) t.ahead = 0;  // nothing is read
     W* const sums = t.sums;
     T* const to = t.to;
     t.row_step = lines_ ? 0 : phase_.axis[1].from_step;
