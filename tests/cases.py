@@ -219,6 +219,7 @@ KERNELS = [
     Case("1x1_600_channels_7x7", "conv2d", (3, 40, 7, 7), 600, 1),  # and one pixel more than three vectors
     Case("1x1_no_bias", "conv2d", (2, 33, 5, 5), 17, 1, bias=False),
     Case("1x1_stride_2", "conv2d", (2, 8, 8, 9), 16, 1, stride=2),
+    Case("1x1_padded", "conv2d", (2, 5, 4, 4), 6, 1, padding=1),
     Case("1x1_of_1x1", "conv2d", (4, 31, 1, 1), 10, 1),
     Case("1_1d", "conv1d", (2, 12, 15), 8, 1),
     Case("1x1x1_3d", "conv3d", (2, 7, 3, 4, 5), 9, 1),

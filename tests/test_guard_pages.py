@@ -29,7 +29,8 @@ NAMES = (
     "31x31_depthwise depthwise_7x7_plane depthwise_5x5_stride_2 depthwise_stride_2_lines depthwise_stride_3 "
     "depthwise_9x9 depthwise_times_2_5x5 64x1 4x4_stride_2 same_even padding_beyond_kernel reflect_per_dimension "
     "replicate_3d circular_1d resnet_stem resnet_3x3 convnext_depthwise transposed_stride_2 "
-    "transposed_1d_stride_3 transposed_3d"
+    "transposed_1d_stride_3 transposed_3d to_one_channel from_one_channel transposed_3_to_each "
+    "transposed_2_to_each_stride_2 depthwise_lines_unread"
 ).split()
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
