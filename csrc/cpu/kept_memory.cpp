@@ -103,12 +103,6 @@ struct ResultAllocator final : c10::Allocator {
   void copy_data(void* to, const void* from, size_t bytes) const override { default_copy_data(to, from, bytes); }
 };
 
-template <typename Memory>
-std::atomic<Memory*>& kept_workspace() {
-  static std::atomic<Memory*> memory = nullptr;
-  return memory;
-}
-
 }  // namespace
 
 bool keeps_memory() { return most_kept() > 0; }
@@ -118,9 +112,11 @@ c10::Allocator* result_allocator() {
   return allocator;
 }
 
+constinit std::atomic<Workspace::Memory*> Workspace::kept_ = nullptr;
+
 Workspace::Workspace(int64_t bytes) : memory_(nullptr) {
   const bool kept = keeps_memory() && bytes <= kMostWorkspace;
-  if (kept) memory_ = kept_workspace<Memory>().exchange(nullptr);
+  if (kept) memory_ = kept_.exchange(nullptr);
   if (memory_ && memory_->bytes >= bytes) return;
   delete memory_;
   memory_ = new Memory{bytes, bytes > 0 ? c10::GetCPUAllocator()->allocate(bytes) : c10::DataPtr()};
@@ -128,7 +124,7 @@ Workspace::Workspace(int64_t bytes) : memory_(nullptr) {
 
 Workspace::~Workspace() {
   const bool kept = keeps_memory() && memory_->bytes <= kMostWorkspace;
-  delete (kept ? kept_workspace<Memory>().exchange(memory_) : memory_);
+  delete (kept ? kept_.exchange(memory_) : memory_);
 }
 
 int64_t kept_memory() {
@@ -139,7 +135,7 @@ int64_t kept_memory() {
 
 void release_kept_memory() {
   kept_results().release();
-  delete kept_workspace<Workspace::Memory>().exchange(nullptr);
+  Workspace::release();
 }
 
 }  // namespace myconv::cpu
