@@ -42,9 +42,9 @@ constexpr int64_t kLeastPixels = 8;          // NHWC: pixels that are kept befor
 constexpr int64_t kTasks = 16;               // NHWC: pieces of work of a call, at least
 constexpr int64_t kPlanesBytes = 16 << 10;   // NCHW: planes that are done together
 constexpr int64_t kSmallPlane = 256;         // NCHW: values of a plane that may be transposed
-constexpr int64_t kSmallPlanes = 2048;       // NCHW, backward_weight: values of both planes that may be transposed;
-constexpr int64_t kManyTaps = 25;            // from so many taps on, four times as many
 constexpr double kStreamed = 2e6;            // above so many bytes, read and written, values are fetched early
+constexpr double kStreamedRolling = 16e6;    // and where tiles roll
+constexpr int64_t kRolledLines = 7;          // NHWC: lines of a strip where tiles roll
 constexpr int64_t kPixelsBytes = 256 << 10;  // NHWC: what the lines of a strip read
 
 // --- forward and backward_input --------------------------------------------------------------------------------------
@@ -128,11 +128,20 @@ class Plan {
     }
     if (lines && goes_on(a[2])) find_moves(lanes);
     walked_ = static_cast<int64_t>(taps_.size()) / std::max<int64_t>(1, a[0].count);
+    rolled_ = find_rolled();
   }
 
   Plan(const Plan&) = delete;
   const GatherAxis& axis(int d) const { return phase_.axis[d]; }
   bool pads() const { return pads_; }  // whether any tap of any result lies in the padding (NCHW: but for columns)
+
+  // The kernel that rolls, if there is one for this plan.
+  template <typename T>
+  auto rolled(const DepthwiseKernels<T>& kernels, bool weighs) const -> typename RollingKernels<T>::Tile {
+    if (rolled_ < 0) return nullptr;
+    const RollingKernels<T>& k = kernels.rolling;
+    return (weighs ? lines_ ? k.weight_lines : k.weight_pixels : lines_ ? k.lines : k.pixels)[rolled_];
+  }
 
   // Runs results [first, first + count) along the tiles' axis, for depth d and (NHWC) the lists from `line` on. The
   // caller sets lists, from, extent, weight, bias, to and its steps, length, skip_zeros, accumulate and (NHWC) moves;
@@ -150,6 +159,17 @@ class Plan {
     if (walked_ == 0) t.ahead = 0;  // nothing is read
     W* const sums = t.sums;
     T* const to = t.to;
+    if (const auto roll = t.rolls ? rolled(kernels, gy) : nullptr) {
+      t.rows = rows_.data() + (lines_ ? 0 : line);
+      t.weight_step = along_gap_;
+      t.taps = walked_;
+      t.tap = taps_.data() + d * walked_;
+      t.count = count;
+      t.units = units_.data() + first;
+      t.unit_size = unit_size_;
+      if (lines_) set_moves(t);
+      return roll(t);
+    }
     t.row_step = lines_ ? 0 : phase_.axis[1].from_step;
     t.rows = rows_.data() + line * t.row_step;
     t.unit_step = along_.from_step;
@@ -158,10 +178,7 @@ class Plan {
     t.unit_size = unit_size_;
     t.weight_step = along_gap_;
     t.pair_step = pair_gap_;
-    if (lines_ && !moves_.empty()) {
-      t.moves = moves_.data();
-      t.line_moves = line_moves_, t.first_end = first_end_, t.to_end = to_end_;
-    }
+    if (lines_) set_moves(t);
     if (spread()) {
       const auto& tiles = (lines_ ? kernels.spread_lines : kernels.spread_pixels)[along_.taps() / 2 - 1];
       const int64_t most = lines_ ? kernels.most_spread_lines : kernels.most_spread_pixels;
@@ -215,6 +232,27 @@ class Plan {
   }
 
   const std::optional<Spread>& spread() const { return phase_.spread; }
+
+  // Which of the kernels that roll, or -1: the kernel is square, with stride 1 and dilation 1 where values are shared.
+  int find_rolled() const {
+    const GatherAxis &depth = phase_.axis[0], &height = phase_.axis[1], &width = phase_.axis[2];
+    const int64_t taps = along_.taps();
+    const int* const found = std::find(std::begin(kRolledWidths), std::end(kRolledWidths), taps);
+    if (found == std::end(kRolledWidths) || spread() || !shares_ || stride_ != 1 || along_.from_step != 1) return -1;
+    if (depth.taps() != 1 || height.taps() != taps || width.taps() != taps) return -1;
+    const GatherAxis& lists = lines_ ? along_ : height;
+    if (lists.from_step != 1 || lists.offset[1] - lists.offset[0] != 1) return -1;
+    for (const DepthwiseTap& tap : taps_)
+      if (tap.offset < 0) return -1;
+    return static_cast<int>(found - std::begin(kRolledWidths));
+  }
+
+  template <typename T>
+  void set_moves(DepthwiseTile<T>& t) const {
+    if (moves_.empty()) return;
+    t.moves = moves_.data();
+    t.line_moves = line_moves_, t.first_end = first_end_, t.to_end = to_end_;
+  }
 
   // The first position that is read along an axis, and how many there are.
   static int64_t low(const GatherAxis& axis) { return axis.taps() ? axis.offset[0] : 0; }
@@ -276,6 +314,7 @@ class Plan {
   }
 
   bool lines_, shares_, pads_ = false;
+  int rolled_ = -1;
   Phase phase_;
   const GatherAxis& along_;
   int64_t low_, skipped_ = 0, even_taps_ = 0;  // of units, the first; where stride 2 is undone
@@ -467,6 +506,7 @@ void gather_lines(const Gather& g, const Phase& phase, const int64_t* kernel, co
             tile.to_step = scatters ? a[2].count : target_step;
             tile.length = a[2].count;
             tile.skip_zeros = skip_zeros;
+            tile.rolls = true;
             tile.ahead = streams && !copies ? g.from_stride.axis[1] : 0;
             for (int64_t m = 0; m < summed; ++m) {
               tile.from = copies ? mine : plane + m * g.from_stride.channel;
@@ -589,14 +629,20 @@ void gather_pixels(const Gather& g, const Phases& phases, const Kernels<T>& kern
     reads = std::max(reads, a[1].from_step);
     macs += 2.0 * phase.taps() * phase.pixels() * filters * g.batch;
   }
-  // Lines in equal strips: a few for each thread, that fit L2. All phases of a strip follow one another.
-  const int64_t line_bytes = reads * g.from_stride.axis[1] * sizeof(T);
-  const int64_t together = width < 7 || adds ? blocks : 1;
-  const bool streams = bytes_moved<T>(g) > kStreamed;
+  // Lines in equal strips: a few for each thread, that fit L2. All phases of a strip follow one another. Where tiles roll,
+  // strips are theirs, and vectors of channels are shared out.
+  const bool rolls = !adds && moves.empty() && plans[0].rolled(kernels.depthwise, false);
+  const int64_t line_bytes = reads * g.from_stride.axis[1] * sizeof(T), images = std::max<int64_t>(1, g.batch * depths);
+  const bool streams = bytes_moved<T>(g) > (rolls ? kStreamedRolling : kStreamed);
+  int64_t together = width < 7 || adds ? blocks : 1, strip = ceil_div(lines, ceil_div(lines, kRolledLines));
+  if (rolls) {
+    together = ceil_div(blocks, std::min(blocks, ceil_div(kTasks, images * ceil_div(lines, strip))));
+  } else {
+    const int64_t fit = std::max<int64_t>(1, kPixelsBytes / std::max<int64_t>(1, line_bytes));
+    const int64_t wanted = ceil_div(kTasks, images * ceil_div(blocks, together));
+    strip = ceil_div(lines, std::clamp<int64_t>(wanted, ceil_div(lines, fit), lines));
+  }
   const int64_t parts = ceil_div(blocks, together);
-  const int64_t fit = std::max<int64_t>(1, kPixelsBytes / std::max<int64_t>(1, line_bytes));
-  const int64_t wanted = ceil_div(kTasks, std::max<int64_t>(1, g.batch * depths * parts));
-  const int64_t strip = ceil_div(lines, std::clamp<int64_t>(wanted, ceil_div(lines, fit), lines));
   const int64_t strips = ceil_div(lines, strip);
   const int64_t tasks = g.batch * depths * strips * parts;
   parallel_tasks(tasks, macs / tasks, [&](int64_t begin, int64_t end) {
@@ -624,6 +670,7 @@ void gather_pixels(const Gather& g, const Phases& phases, const Kernels<T>& kern
         tile.to_step = axis(2).to_step * g.to_stride.axis[2];
         tile.length = filters - c;
         tile.skip_zeros = finite;
+        tile.rolls = rolls;
         tile.ahead = streams ? axis(1).from_step * g.from_stride.axis[1] : 0;
         if (!adds) {
           plan.run(kernels.depthwise, d, h, 0, axis(2).count, tile);
@@ -683,6 +730,7 @@ void gather_transposed(const Gather& g, const Kernels<T>& kernels, const int64_t
       tile.to_step = lanes;
       tile.length = count;
       tile.skip_zeros = finite;
+      tile.rolls = true;
       plan.run(kernels_of<W>(microkernels()).depthwise, 0, 0, 0, a[2].count, tile);
       kernels.store_transposed(result, lanes, out, count, to + n * g.to_stride.batch + c * out, out);
     }
@@ -745,17 +793,21 @@ class WeightSums {
   WeightSums(const Kernels<W>& kernels, W* sums, W* totals, int64_t count)
       : kernels_(kernels), sums_(sums), totals_(totals), count_(count) {
     std::fill_n(sums_, count_, W(0));
-    std::fill_n(totals_, count_, W(0));
   }
   // Before so many more tiles are added to the sums.
   void reserve(int64_t tiles) {
-    if (tiles_ + tiles > kSumLength) finish();
+    if (tiles_ + tiles > kSumLength && tiles_ > 0) {
+      finish();
+      std::fill_n(sums_, count_, W(0));
+    }
     tiles_ += tiles;
   }
   void finish() {
-    if (tiles_ == 0) return;
-    kernels_.add_row(totals_, sums_, count_);
-    std::fill_n(sums_, count_, W(0));
+    if (first_)
+      std::copy_n(sums_, count_, totals_);
+    else
+      kernels_.add_row(totals_, sums_, count_);
+    first_ = false;
     tiles_ = 0;
   }
 
@@ -763,6 +815,7 @@ class WeightSums {
   const Kernels<W>& kernels_;
   W *sums_, *totals_;
   int64_t count_, tiles_ = 0;
+  bool first_ = true;
 };
 
 // Where the gradient of a filter's taps goes.
@@ -826,13 +879,12 @@ void weight_lines(const ConvShape& s, const Kernels<T>& kernels, const T* gy, co
   W* const scratch = workspace + round_up(cut.shared_words(s, lanes), 16);
 
   // The lanes of some filters' totals, added up in order.
-  const auto store = [&](int64_t filter, int64_t planes, const W* totals, W* turned) {
+  const auto store = [&](int64_t filter, int64_t planes, const W* totals, W* summed) {
     const int64_t count = planes * taps;
-    words.transpose(totals, lanes, count, lanes, turned, count);
-    for (int64_t l = 1; l < lanes; ++l) words.add_row(turned, turned + l * count, count);
-    if (target.dense) return kernels.store_rows(turned, 0, 1, count, gw + filter * taps, 0);
+    words.sum_lanes(totals, count, summed);
+    if (target.dense) return kernels.store_rows(summed, 0, 1, count, gw + filter * taps, 0);
     for (int64_t i = 0; i < count; ++i)
-      kernels.store_rows(turned + i, 0, 1, 1, gw + (filter + i / taps) * target.filter + target.taps[i % taps], 0);
+      kernels.store_rows(summed + i, 0, 1, 1, gw + (filter + i / taps) * target.filter + target.taps[i % taps], 0);
   };
 
   const double macs = 2.0 * s.macs() / (cut.chunks * filters);
@@ -863,6 +915,7 @@ void weight_lines(const ConvShape& s, const Kernels<T>& kernels, const T* gy, co
               tile.gy = gy + (n * filters + f) * out + (d * s.out[1] + l) * s.out[2];
               tile.to_step = tile.length = s.out[2];
               tile.sums = sums;
+              tile.rolls = true;
               tile.ahead = streams && !copies ? s.in[2] : 0;
               all.reserve(most_tiles(lines) * vectors);
               plan.run(kernels.depthwise, copies ? 0 : d, 0, copies ? l - h : l, lines, tile);
@@ -883,7 +936,8 @@ void weight_lines(const ConvShape& s, const Kernels<T>& kernels, const T* gy, co
 // and lanes are not added up.
 bool transposes_weight(const ConvShape& s, int64_t lanes) {
   return !s.channels_last() && s.out_per_group == 1 && s.groups >= lanes && s.in[0] == 1 && s.out[0] == 1 &&
-         s.in_pixels() + s.out_pixels() <= (s.taps() < kManyTaps ? kSmallPlanes : 4 * kSmallPlanes);
+         (getenv("MYCONV_X") ? s.in_pixels() + s.out_pixels() <= (s.taps() < 25 ? 2048 : 8192) :
+         2 * s.out[2] <= lanes && std::max(s.in_pixels(), s.out_pixels()) <= kSmallPlane);
 }
 
 // How pixels are summed up: chunks of the lines (where planes are transposed: of the samples), times parts of the vectors
@@ -967,6 +1021,7 @@ void weight_pixels(const ConvShape& s, const Kernels<T>& kernels, const T* gy, c
           tile.to_step = pixel;
           tile.length = filters - v * lanes;
           tile.sums = sums + (v - first) * of_vector;
+          tile.rolls = moves.empty();
           tile.ahead = streams ? s.stride[1] * x_stride.axis[1] : 0;
           plan.run(tiles, d, h, at, count, tile);
         }

@@ -80,6 +80,7 @@ struct DepthwiseTile {
   T* to;
   int64_t list_step, to_step;
   int64_t length;   // columns, or channels of all planes
+  bool rolls;       // whether kernels that roll may be used
   bool skip_zeros;  // the weights are finite: what lies in the padding adds nothing
   bool accumulate;  // not of 16-bit types
   int64_t
@@ -95,6 +96,17 @@ inline constexpr int kDepthwiseWidths[] = {1, 3, 5, 7};   // K
 inline constexpr int kDepthwiseRows[] = {1, 2, 4, 7, 8};  // R
 inline constexpr int kSpreadWidths[] = {3, 5, 7};         // K, where stride 2 is undone
 inline constexpr int kMaxWalkedTaps = 256;                // of one tile
+inline constexpr int kRolledWidths[] = {3, 5};            // K of the kernels that roll
+inline constexpr int64_t kRolledTerms = 512;              // of backward_weight, a lane's in one sum
+
+// Square kernels with stride 1 (depthwise_rolling.inc): all lists, planes and units of a tile. Its taps are the K of the
+// axis that is walked, in order, and in NHWC those of lines that follow one another.
+template <typename T>
+struct RollingKernels {
+  // [index of K]; null where there is none
+  using Tile = void (*)(const DepthwiseTile<T>&);
+  Tile lines[2], pixels[2], weight_lines[2], weight_pixels[2];
+};
 
 template <typename T>
 struct DepthwiseKernels {
@@ -104,6 +116,7 @@ struct DepthwiseKernels {
   Tile spread_lines[3][2], spread_pixels[3][2];  // of 2 results, and of the most:
   int most_spread_lines, most_spread_pixels;
   Tile weight_lines[2][4][5], weight_pixels[2][4][5];  // [stride - 1], null where there is no such tile
+  RollingKernels<T> rolling;
 };
 
 }  // namespace myconv::cpu
