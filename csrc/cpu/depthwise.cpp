@@ -42,6 +42,8 @@ constexpr int64_t kLeastPixels = 8;          // NHWC: pixels that are kept befor
 constexpr int64_t kTasks = 16;               // NHWC: pieces of work of a call, at least
 constexpr int64_t kPlanesBytes = 16 << 10;   // NCHW: planes that are done together
 constexpr int64_t kSmallPlane = 256;         // NCHW: values of a plane that may be transposed
+constexpr int64_t kSmallPlanes = 2048;       // NCHW, backward_weight: values of both planes that may be transposed;
+constexpr int64_t kManyTaps = 25;            // from so many taps on, four times as many
 constexpr double kStreamed = 2e6;            // above so many bytes, read and written, values are fetched early
 constexpr double kStreamedRolling = 16e6;    // and where tiles roll
 constexpr int64_t kRolledLines = 7;          // NHWC: lines of a strip where tiles roll
@@ -933,11 +935,13 @@ void weight_lines(const ConvShape& s, const Kernels<T>& kernels, const T* gy, co
 }
 
 // Small planes of NCHW: vectors of channels are transposed, x and gy of a sample, and done as NHWC. Then no lane is empty,
-// and lanes are not added up.
+// and lanes are not added up. Where lines roll, and fill more than half of a vector, they are faster as they lie.
 bool transposes_weight(const ConvShape& s, int64_t lanes) {
+  const bool rolls = s.kernel[1] == 3 && s.kernel[2] == 3 && s.stride[1] == 1 && s.stride[2] == 1 && s.dilation[1] == 1;
+  const int64_t most = s.taps() >= kManyTaps ? 4 * kSmallPlanes : kSmallPlanes;
+  if (rolls && 2 * s.out[2] > lanes) return false;
   return !s.channels_last() && s.out_per_group == 1 && s.groups >= lanes && s.in[0] == 1 && s.out[0] == 1 &&
-         (getenv("MYCONV_X") ? s.in_pixels() + s.out_pixels() <= (s.taps() < 25 ? 2048 : 8192) :
-         2 * s.out[2] <= lanes && std::max(s.in_pixels(), s.out_pixels()) <= kSmallPlane);
+         s.in_pixels() + s.out_pixels() <= most;
 }
 
 // How pixels are summed up: chunks of the lines (where planes are transposed: of the samples), times parts of the vectors
