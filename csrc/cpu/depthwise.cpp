@@ -130,7 +130,7 @@ class Plan {
     }
     if (lines && goes_on(a[2])) find_moves(lanes);
     walked_ = static_cast<int64_t>(taps_.size()) / std::max<int64_t>(1, a[0].count);
-    rolled_ = find_rolled();
+    rolls_ = find_rolls();
   }
 
   Plan(const Plan&) = delete;
@@ -140,9 +140,9 @@ class Plan {
   // The kernel that rolls, if there is one for this plan.
   template <typename T>
   auto rolled(const DepthwiseKernels<T>& kernels, bool weighs) const -> typename RollingKernels<T>::Tile {
-    if (rolled_ < 0) return nullptr;
+    if (!rolls_) return nullptr;
     const RollingKernels<T>& k = kernels.rolling;
-    return (weighs ? lines_ ? k.weight_lines : k.weight_pixels : lines_ ? k.lines : k.pixels)[rolled_];
+    return weighs ? lines_ ? k.weight_lines : k.weight_pixels : lines_ ? k.lines : k.pixels;
   }
 
   // Runs results [first, first + count) along the tiles' axis, for depth d and (NHWC) the lists from `line` on. The
@@ -235,18 +235,14 @@ class Plan {
 
   const std::optional<Spread>& spread() const { return phase_.spread; }
 
-  // Which of the kernels that roll, or -1: the kernel is square, with stride 1 and dilation 1 where values are shared.
-  int find_rolled() const {
+  // Whether a kernel that rolls can be used: 3 x 3 taps, stride 1, and dilation 1 where values are shared.
+  bool find_rolls() const {
     const GatherAxis &depth = phase_.axis[0], &height = phase_.axis[1], &width = phase_.axis[2];
-    const int64_t taps = along_.taps();
-    const int* const found = std::find(std::begin(kRolledWidths), std::end(kRolledWidths), taps);
-    if (found == std::end(kRolledWidths) || spread() || !shares_ || stride_ != 1 || along_.from_step != 1) return -1;
-    if (depth.taps() != 1 || height.taps() != taps || width.taps() != taps) return -1;
-    const GatherAxis& lists = lines_ ? along_ : height;
-    if (lists.from_step != 1 || lists.offset[1] - lists.offset[0] != 1) return -1;
-    for (const DepthwiseTap& tap : taps_)
-      if (tap.offset < 0) return -1;
-    return static_cast<int>(found - std::begin(kRolledWidths));
+    if (spread() || !shares_ || stride_ != 1 || along_.from_step != 1) return false;
+    if (depth.taps() != 1 || height.taps() != 3 || width.taps() != 3) return false;
+    const GatherAxis& shared = lines_ ? along_ : height;
+    if (shared.from_step != 1 || shared.offset[1] - shared.offset[0] != 1) return false;
+    return std::all_of(taps_.begin(), taps_.end(), [](const DepthwiseTap& tap) { return tap.offset >= 0; });
   }
 
   template <typename T>
@@ -316,7 +312,7 @@ class Plan {
   }
 
   bool lines_, shares_, pads_ = false;
-  int rolled_ = -1;
+  bool rolls_ = false;
   Phase phase_;
   const GatherAxis& along_;
   int64_t low_, skipped_ = 0, even_taps_ = 0;  // of units, the first; where stride 2 is undone

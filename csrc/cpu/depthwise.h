@@ -96,16 +96,14 @@ inline constexpr int kDepthwiseWidths[] = {1, 3, 5, 7};   // K
 inline constexpr int kDepthwiseRows[] = {1, 2, 4, 7, 8};  // R
 inline constexpr int kSpreadWidths[] = {3, 5, 7};         // K, where stride 2 is undone
 inline constexpr int kMaxWalkedTaps = 256;                // of one tile
-inline constexpr int kRolledWidths[] = {3, 5};            // K of the kernels that roll
 inline constexpr int64_t kRolledTerms = 512;              // of backward_weight, a lane's in one sum
 
-// Square kernels with stride 1 (depthwise_rolling.inc): all lists, planes and units of a tile. Its taps are the K of the
-// axis that is walked, in order, and in NHWC those of lines that follow one another.
+// 3 x 3 taps with stride 1 (depthwise_rolling.inc): all lists, planes and units of a tile, whose taps are the 3 of the
+// axis that is walked; in NHWC the lines that they read follow one another. Null where there is none.
 template <typename T>
 struct RollingKernels {
-  // [index of K]; null where there is none
   using Tile = void (*)(const DepthwiseTile<T>&);
-  Tile lines[2], pixels[2], weight_lines[2], weight_pixels[2];
+  Tile lines, pixels, weight_lines, weight_pixels;
 };
 
 template <typename T>
