@@ -44,8 +44,7 @@ constexpr int64_t kPlanesBytes = 16 << 10;   // NCHW: planes that are done toget
 constexpr int64_t kSmallPlane = 256;         // NCHW: values of a plane that may be transposed
 constexpr int64_t kSmallPlanes = 2048;       // NCHW, backward_weight: values of both planes that may be transposed;
 constexpr int64_t kManyTaps = 25;            // from so many taps on, four times as many
-constexpr double kStreamed = 2e6;            // above so many bytes, read and written, values are fetched early
-constexpr double kStreamedRolling = 16e6;    // and where tiles roll
+constexpr double kStreamed = 16e6;           // above so many bytes, read and written, values are fetched early
 constexpr int64_t kRolledLines = 7;          // NHWC: lines of a strip where tiles roll
 constexpr int64_t kPixelsBytes = 256 << 10;  // NHWC: what the lines of a strip read
 
@@ -631,7 +630,7 @@ void gather_pixels(const Gather& g, const Phases& phases, const Kernels<T>& kern
   // strips are theirs, and vectors of channels are shared out.
   const bool rolls = !adds && moves.empty() && plans[0].rolled(kernels.depthwise, false);
   const int64_t line_bytes = reads * g.from_stride.axis[1] * sizeof(T), images = std::max<int64_t>(1, g.batch * depths);
-  const bool streams = bytes_moved<T>(g) > (rolls ? kStreamedRolling : kStreamed);
+  const bool streams = bytes_moved<T>(g) > kStreamed;
   int64_t together = width < 7 || adds ? blocks : 1, strip = ceil_div(lines, ceil_div(lines, kRolledLines));
   if (rolls) {
     together = ceil_div(blocks, std::min(blocks, ceil_div(kTasks, images * ceil_div(lines, strip))));
