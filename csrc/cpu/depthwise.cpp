@@ -310,8 +310,7 @@ class Plan {
     return m;
   }
 
-  bool lines_, shares_, pads_ = false;
-  bool rolls_ = false;
+  bool lines_, shares_, pads_ = false, rolls_ = false;
   Phase phase_;
   const GatherAxis& along_;
   int64_t low_, skipped_ = 0, even_taps_ = 0;  // of units, the first; where stride 2 is undone
@@ -932,7 +931,8 @@ void weight_lines(const ConvShape& s, const Kernels<T>& kernels, const T* gy, co
 // Small planes of NCHW: vectors of channels are transposed, x and gy of a sample, and done as NHWC. Then no lane is empty,
 // and lanes are not added up. Where lines roll, and fill more than half of a vector, they are faster as they lie.
 bool transposes_weight(const ConvShape& s, int64_t lanes) {
-  const bool rolls = s.kernel[1] == 3 && s.kernel[2] == 3 && s.stride[1] == 1 && s.stride[2] == 1 && s.dilation[1] == 1;
+  const bool rolls = s.kernel[1] == 3 && s.kernel[2] == 3 && s.stride[1] == 1 && s.stride[2] == 1 &&
+                     s.dilation[1] == 1 && microkernels().f32.depthwise.rolling.weight_lines;
   const int64_t most = s.taps() >= kManyTaps ? 4 * kSmallPlanes : kSmallPlanes;
   if (rolls && 2 * s.out[2] > lanes) return false;
   return !s.channels_last() && s.out_per_group == 1 && s.groups >= lanes && s.in[0] == 1 && s.out[0] == 1 &&
