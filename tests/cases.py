@@ -223,6 +223,10 @@ KERNELS = [
     Case("1x1_600_channels_7x7", "conv2d", (3, 40, 7, 7), 600, 1),  # and one pixel more than three vectors
     Case("1x1_no_bias", "conv2d", (2, 33, 5, 5), 17, 1, bias=False),
     Case("1x1_stride_2", "conv2d", (2, 8, 8, 9), 16, 1, stride=2),
+    Case("7x7_results", "conv2d", (9, 140, 13, 13), 20, 3, stride=2, padding=1),  # samples share columns
+    Case("7x7_results_grouped", "conv2d", (5, 20, 14, 14), 40, 2, stride=2, groups=2, bias=False),
+    Case("7x6_results_1x1", "conv2d", (7, 520, 13, 12), 17, 1, stride=2),
+    Case("3_by_4_results", "conv3d", (11, 20, 4, 6, 8), 24, 3, stride=2, padding=1),
     Case("1x1_padded", "conv2d", (2, 5, 4, 4), 6, 1, padding=1),
     Case("1x1_of_1x1", "conv2d", (4, 31, 1, 1), 10, 1),
     Case("1_1d", "conv1d", (2, 12, 15), 8, 1),

@@ -134,8 +134,7 @@ struct Terms {
     };
     // Where a tap reads is a sum over the axes.
     c10::SmallVector<int64_t, 8> at[3];
-    int64_t plane = 1, pixel = 1;
-    for (int d = 0; d < 3; ++d) plane *= plan.axis[d].length(block[d]);
+    int64_t plane = plan.images * plan.image, pixel = 1;
     for (int d = 2; d >= 0; --d) {
       const StripAxis& axis = plan.axis[d];
       for (const int64_t offset : phase.axis[d].offset) {
@@ -220,7 +219,7 @@ class FamilyProduct {
         from_words_(ceil_div(g.from_per_group, kernels.pair)),
         along_w_(family.along_w),
         gathers_(ceil_div(g.groups, plan.groups_at_once)),
-        problems_(plan.blocks[0] * plan.blocks[1] * plan.blocks[2] * g.batch * gathers_),
+        image_blocks_(ceil_div(g.batch, plan.images)),
         all_tiles_(ceil_div(channels_, plan.tile_rows)),
         line_step_(axis_[1].to_step * g.to_stride.axis[1]),
         pixel_step_(axis_[2].to_step * g.to_stride.axis[2]),
@@ -249,15 +248,15 @@ class FamilyProduct {
     const double macs =
         static_cast<double>(plan_.columns) * family_.all_taps * from_words_ * plan_.groups_at_once * channels_;
     // A split that packs its own tiles is one task.
-    const int64_t splits = plan_.splits, tasks = plan_.own_tiles ? splits : problems_ * splits;
-    const int64_t of_task = problems_ * splits / tasks;
+    const int64_t splits = plan_.splits, tasks = plan_.own_tiles ? splits : plan_.problems * splits;
+    const int64_t of_task = plan_.problems * splits / tasks;
     parallel_tasks(tasks, macs * of_task / splits, [&](int64_t begin, int64_t end) {
       Scratch s;
       s.strips = of_threads_ + at::get_thread_num() * plan_.of_thread();
       s.kept = s.strips + plan_.strips();
       s.terms.resize(family_.size());
       for (int64_t i = begin * of_task; i < end * of_task; ++i) {
-        const Task task = plan_.own_tiles ? at(i % problems_, i / problems_) : at(i / splits, i % splits);
+        const Task task = plan_.own_tiles ? at(i % plan_.problems, i / plan_.problems) : at(i / splits, i % splits);
         if (plan_.own_tiles && task.problem == 0)
           pack(0, channel_pieces(g_), task.row0 / plan_.tile_rows, ceil_div(task.row1, plan_.tile_rows));
         prepare(task, s);
@@ -267,10 +266,11 @@ class FamilyProduct {
   }
 
  private:
-  // A block of results: of groups [first_group, first_group + groups) of sample n, rows [row0, row1) of each group. Its
-  // first result lies at `start` along each axis, and at `result`, and it has so many lines of so many pixels.
+  // A block of results: of groups [first_group, first_group + groups) of samples [n, n + images), rows [row0, row1) of
+  // each group. Its first result lies at `start` along each axis, and at `result`, and it has so many lines of so many
+  // pixels of each sample.
   struct Task {
-    int64_t problem, block, n, first_group, groups, row0, row1;
+    int64_t problem, block, n, images, first_group, groups, row0, row1;
     int64_t start[3], lines, line;
     T* result;
   };
@@ -281,7 +281,7 @@ class FamilyProduct {
     Shuffles shuffles;
     c10::SmallVector<Terms, 1> terms;  // of each phase
     c10::SmallVector<StripVector, 32> vectors;
-    int64_t prepared = -1, filled = -1;
+    int64_t prepared = -1, images = 0, filled = -1;
   };
 
   void pack(int64_t begin, int64_t end, int64_t tile0, int64_t tile1) const {
@@ -299,9 +299,10 @@ class FamilyProduct {
   }
 
   Task at(int64_t problem, int64_t split) const {
-    const int64_t gather = problem % gathers_, block = problem / gathers_ / g_.batch;
+    const int64_t gather = problem % gathers_, block = problem / gathers_ / image_blocks_;
     Task t;
-    t.problem = problem, t.block = block, t.n = problem / gathers_ % g_.batch;
+    t.problem = problem, t.block = block, t.n = problem / gathers_ % image_blocks_ * plan_.images;
+    t.images = std::min(plan_.images, g_.batch - t.n);
     t.first_group = gather * plan_.groups_at_once;
     t.groups = std::min(plan_.groups_at_once, g_.groups - t.first_group);
     t.row0 = first_row(split), t.row1 = first_row(split + 1);
@@ -316,21 +317,21 @@ class FamilyProduct {
     return t;
   }
 
-  // What depends on the place of the block alone.
+  // What depends on the place and size of the block alone.
   void prepare(const Task& t, Scratch& s) const {
-    if (s.prepared == t.block) return;
-    strip_runs(plan_, t.start, s.runs);
+    if (s.prepared == t.block && s.images == t.images) return;
+    strip_runs(plan_, t.start, t.images, g_.from_stride.batch, s.runs);
     if (g_.from_stride.axis[2] == 1 && g_.groups * g_.from_per_group >= kLeastShuffled)
       strip_shuffles(plan_, s.runs, kernels_.lanes, s.shuffles);
     for (int64_t f = 0; f < family_.size(); ++f)
       s.terms[f].prepare(weights_[f], *family_.phases[f], plan_, t.start, sums_[0].channels, skip_zeros_);
     s.vectors.clear();
     const int64_t c_line = plan_.keep ? plan_.pitch : line_step_;
-    const int64_t length = plan_.joined ? (t.lines - 1) * plan_.pitch + t.line : t.line;
+    const int64_t length = plan_.joined ? (t.images - 1) * plan_.image + (t.lines - 1) * plan_.pitch + t.line : t.line;
     for (int64_t h = 0; h < (plan_.joined ? 1 : t.lines); ++h)
       for (int64_t j = 0; j < length; j += kernels_.lanes)
         s.vectors.push_back({h * plan_.pitch + j, h * c_line + j, std::min<int64_t>(kernels_.lanes, length - j)});
-    s.prepared = t.block;
+    s.prepared = t.block, s.images = t.images;
   }
 
   void compute(const Task& t, Scratch& s) const {
@@ -427,7 +428,12 @@ class FamilyProduct {
   // Rows [first, first + rows) of the groups go from scratch to the result: those of all phases of a line, which lie at
   // one distance from each other.
   void deliver(const Task& t, int64_t h_phase, const W* source, int64_t distance, int64_t first, int64_t rows) const {
-    T* const target = begin_of(t, h_phase) + first * g_.to_stride.channel;
+    for (int64_t n = 0; n < t.images; ++n, source += plan_.image)
+      deliver_image(t, h_phase, source, distance, rows,
+                    begin_of(t, h_phase) + n * g_.to_stride.batch + first * g_.to_stride.channel);
+  }
+
+  void deliver_image(const Task& t, int64_t h_phase, const W* source, int64_t distance, int64_t rows, T* target) const {
     const int64_t count = lines_of(t, h_phase);
     if (along_w_ > 1 && !nhwc_) {
       const int64_t values = std::min(t.line * along_w_, g_.to_extent[2] - t.start[2] * axis_[2].to_step);
@@ -475,7 +481,7 @@ class FamilyProduct {
   const bool skip_zeros_;
   const GatherAxis* const axis_;  // of what the phases share
   const int64_t channels_, from_words_, along_w_;
-  const int64_t gathers_, problems_, all_tiles_;
+  const int64_t gathers_, image_blocks_, all_tiles_;
   const int64_t line_step_, pixel_step_;
   const bool nhwc_;
   const Blocks sums_;
@@ -484,17 +490,31 @@ class FamilyProduct {
   W *tiled_, *of_threads_;
 };
 
+// The cheapest of the plans. Small planes of NCHW leave lanes empty at their end: several samples share a block.
 template <typename T>
 Plan plan_for(const Gather& g, const Family& family, const Kernels<T>& kernels, int threads) {
   Gather words = g;
   words.from_per_group = ceil_div(g.from_per_group, kernels.pair);
-  const auto plan = [&](bool line_per_tap) {
-    return Plan(words, family, kernels.rows, kernels.lanes, sizeof(Word<T>), kIsHalf<T>, threads, line_per_tap);
+  const auto plan = [&](const Cut& cut) {
+    return Plan(words, family, kernels.rows, kernels.lanes, sizeof(Word<T>), kIsHalf<T>, threads, cut);
   };
-  Plan shared = plan(false);
-  if (family.shared.axis[2].taps() <= 1) return shared;
-  Plan per_tap = plan(true);
-  return per_tap.cost(words, family) < shared.cost(words, family) ? per_tap : shared;
+  const GatherAxis* const a = family.shared.axis;
+  Cut best;
+  double least = plan(best).cost(words, family, threads);
+  const auto consider = [&](const Cut& cut) {
+    if (cut.line_per_tap && a[2].taps() <= 1) return;
+    if (cut.plane_per_tap && a[1].taps() <= 1) return;
+    const Plan other = plan(cut);
+    const double cost = other.is_possible() ? other.cost(words, family, threads) : least;
+    if (cost < least) least = cost, best = cut;
+  };
+  consider({.line_per_tap = true});
+  const int64_t pixels = family.shared.pixels();
+  const bool nchw = g.from_stride.axis[2] == 1 && g.to_stride.axis[2] == 1;
+  for (int64_t images = 2; nchw && images <= g.batch && images * pixels <= kMostColumns; images *= 2)
+    for (const auto& [line, plane] : {std::pair{false, false}, {true, false}, {true, true}})
+      consider({.images = images, .line_per_tap = line, .plane_per_tap = plane});
+  return plan(best);
 }
 
 template <typename T>

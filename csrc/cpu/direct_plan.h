@@ -11,9 +11,9 @@
 
 namespace myconv::cpu::direct {
 
-inline constexpr int64_t kStripsBytes = 384
+inline constexpr int64_t kStripsBytes = 416
                                         << 10;  // strips of the in channels that are in use at a time: they stay in L2
-inline constexpr int64_t kKeptBytes = 256 << 10;  // result rows of a task that are in the making
+inline constexpr int64_t kKeptBytes = 448 << 10;  // result rows of a task that are in the making
 inline constexpr int64_t kLeastColumns =
     384;  // of a block, if there are as many: a row tile of weights is read for all
 inline constexpr int64_t kMostColumns = 512;
@@ -117,26 +117,36 @@ inline Families families(const Gather& g) {
   return found;
 }
 
+// What a plan is made for: samples that share a block, and axes of a strip along which every tap has its own copy, whose
+// lines follow each other without a gap.
+struct Cut {
+  int64_t images = 1;
+  bool line_per_tap = false, plane_per_tap = false;
+};
+
 // How a family is cut. Scratch of each thread, in elements: the strips of a chunk of channels, result rows in the
 // making.
 struct Plan {
   StripAxis axis[3];
   int64_t block[3] = {1, 1, 1}, blocks[3];
-  int64_t pitch, size, columns;       // of a strip: distance of lines, elements; of the result at its pitch
-  int64_t vectors;                    // of a block
+  int64_t images;  // samples of a block, one after the other in each plane of a strip
+  int64_t pitch, image, size,
+      columns;      // of a strip: distance of lines and of samples, elements; of the result at its pitch
+  int64_t vectors;  // of a block
   int64_t groups_at_once = 1, chunk;  // channels whose strips are in use at a time
-  int64_t kept_rows, splits;
+  int64_t problems, kept_rows, splits;
   int64_t tile_rows;            // of the register tile
   int64_t tile_weights = 0;     // weights of a channel of a packed tile; 0: they are read where they lie
   bool own_tiles = false;       // each split packs those that it reads
   bool joined, keep, keep_all;  // lines are joined to one run of columns; results go through scratch rows, all at once
 
   Plan(const Gather& g, const Family& family, int64_t tile_rows, int64_t lanes, int64_t element_size, bool half,
-       int threads, bool line_per_tap)
+       int threads, const Cut& cut)
       : axis{StripAxis(family.shared.axis[0]), StripAxis(family.shared.axis[1]), StripAxis(family.shared.axis[2])},
+        images(ceil_div(g.batch, ceil_div(g.batch, cut.images))),
         tile_rows(tile_rows) {
     const GatherAxis* a = family.shared.axis;
-    axis[2].per_tap = line_per_tap;
+    axis[1].per_tap = cut.plane_per_tap, axis[2].per_tap = cut.line_per_tap;
     const bool nhwc = g.to_stride.channel == 1 && g.to_stride.axis[2] != 1;
     const Blocks sums = reduction_blocks(g.from_per_group, family.most_taps, /*taps_inside=*/true);
     if (nhwc)
@@ -145,13 +155,15 @@ struct Plan {
     const int64_t step = groups_at_once * sums[0].channels;
     const int64_t budget = kStripsBytes / element_size / std::max<int64_t>(step, 1);
     const auto fits = [&](int64_t lines, int64_t line) {
-      return axis[0].values(1) * axis[1].values(lines) * axis[2].values(line) <= budget;
+      return images * axis[0].values(1) * axis[1].values(lines) * axis[2].values(line) <= budget;
     };
     block[2] = ceil_div(a[2].count, ceil_div(a[2].count, kMostColumns));
     block[1] = std::min(a[1].count, ceil_div(kLeastColumns, block[2]));
     while (block[1] > 1 && !fits(block[1], block[2])) --block[1];
     while (block[2] > 1 && !fits(block[1], block[2])) block[2] /= 2;
-    const auto values = [&] { return axis[0].values(1) * axis[1].values(block[1]) * axis[2].values(block[2]); };
+    const auto values = [&] {
+      return images * axis[0].values(1) * axis[1].values(block[1]) * axis[2].values(block[2]);
+    };
     const int64_t fit = std::max<int64_t>(1, budget / std::max<int64_t>(1, values()));
     chunk = family.most_taps == 0 ? g.from_per_group : std::min(g.from_per_group, sums[0].channels * fit);
     if (chunk < g.from_per_group) groups_at_once = 1;
@@ -159,7 +171,7 @@ struct Plan {
       const int64_t all = kStripsBytes / element_size / std::max<int64_t>(1, groups_at_once * chunk);
       const auto more = [&](int64_t lines) {
         return lines * block[2] <= kMostColumns &&
-               axis[0].values(1) * axis[1].values(lines) * axis[2].values(block[2]) <= all;
+               images * axis[0].values(1) * axis[1].values(lines) * axis[2].values(block[2]) <= all;
       };
       int64_t lines = std::min(a[1].count, kMostColumns / block[2]);
       while (lines > block[1] && !more(lines)) --lines;
@@ -172,18 +184,20 @@ struct Plan {
     }
     size = values();
     pitch = axis[2].length(block[2]);
-    columns = (block[1] - 1) * pitch + block[2];
+    image = axis[0].length(1) * axis[1].length(block[1]) * pitch;
+    columns = (images - 1) * image + (block[1] - 1) * pitch + block[2];
     const bool scatter = nhwc || a[2].to_step != 1;
-    const int64_t joined_vectors = ceil_div(columns, lanes), line_vectors = block[1] * ceil_div(block[2], lanes);
-    joined = joined_vectors < line_vectors;
-    vectors = std::min(joined_vectors, line_vectors);
+    const int64_t joined_vectors = ceil_div(columns, lanes);
+    const int64_t line_vectors = images * block[1] * ceil_div(block[2], lanes);
+    joined = images > 1 || joined_vectors < line_vectors;
+    vectors = joined ? joined_vectors : line_vectors;
     // Joined lines that follow each other in the result, too, are a run there.
-    const bool gapless = block[1] == 1 || (pitch == block[2] && a[1].to_step == 1 && blocks[2] == 1);
+    const bool gapless = images == 1 && (block[1] == 1 || (pitch == block[2] && a[1].to_step == 1 && blocks[2] == 1));
     keep = half || scatter || (joined && !gapless);
 
     // Threads take different blocks, or where these do not go round, different result channels.
     const int64_t rows = g.to_per_group;
-    const int64_t problems = g.batch * ceil_div(g.groups, groups_at_once) * blocks[0] * blocks[1] * blocks[2];
+    problems = ceil_div(g.batch, images) * ceil_div(g.groups, groups_at_once) * blocks[0] * blocks[1] * blocks[2];
     splits = problems < 8 * threads ? ceil_div(threads, problems) : 1;
     for (int64_t s = splits; s < splits + threads && problems < 8 * threads; ++s)
       if (problems * s % threads == 0) {
@@ -212,10 +226,13 @@ struct Plan {
         tile_weights ? ceil_div(ceil_div(rows, tile_rows), splits) * tile_rows : ceil_div(rows, splits);
     kept_rows = keep_all ? groups_at_once * of_split * family.size() : keep ? kMaxRows * family.along_w : 0;
   }
-  // About how many cycles one image and group take.
-  double cost(const Gather& g, const Family& family) const {
+  // Samples share a block if that holds all of their results.
+  bool is_possible() const { return images == 1 || (blocks[0] == 1 && blocks[1] == 1 && blocks[2] == 1); }
+  // About how many cycles a thread takes.
+  double cost(const Gather& g, const Family& family, int threads) const {
     const double products = 0.5 * vectors * family.all_taps * round_up(g.to_per_group, kMaxRows), copies = 0.7 * size;
-    return (products + copies) * g.from_per_group * blocks[0] * blocks[1] * blocks[2];
+    const auto of_task = static_cast<double>(groups_at_once * g.from_per_group) * (products / splits + copies);
+    return of_task * ceil_div(problems * splits, threads);
   }
   int64_t strips() const { return groups_at_once * chunk * size + kSlack; }
   int64_t of_thread() const { return strips() + kept_rows * columns; }
@@ -225,10 +242,11 @@ struct Plan {
   int64_t elements(const Gather& g, int threads) const { return packed_tiles(g) + threads * of_thread(); }
 };
 
-// The runs that fill a strip for the block that begins at result (d, h, w). Sources are pixels.
+// The runs that fill a strip for the block of `images` samples that begins at result (d, h, w) of each. Sources are
+// pixels, of which a sample has image_step to the next one.
 using Runs = c10::SmallVector<Segment, 16>;
 
-inline void strip_runs(const Plan& plan, const int64_t (&start)[3], Runs& runs) {
+inline void strip_runs(const Plan& plan, const int64_t (&start)[3], int64_t images, int64_t image_step, Runs& runs) {
   runs.clear();
   const int64_t* const block = plan.block;
   const GatherAxis* const a[3] = {&plan.axis[0].axis, &plan.axis[1].axis, &plan.axis[2].axis};
@@ -251,41 +269,42 @@ inline void strip_runs(const Plan& plan, const int64_t (&start)[3], Runs& runs) 
   for (int64_t dp = 0; dp < planes[0]; ++dp)
     for (int64_t hp = 0; hp < planes[1]; ++hp)
       for (int64_t wp = 0; wp < planes[2]; ++wp)
-        for (int64_t di = 0; di < left[0]; ++di)
-          for (int64_t hi = 0; hi < left[1]; ++hi) {
-            const int64_t plane = (dp * planes[1] + hp) * planes[2] + wp;
-            const int64_t target = ((plane * length[0] + di) * length[1] + hi) * length[2];
-            const int64_t from_d = source(0, dp, di), from_h = source(1, hp, hi);
-            if (from_d < 0 || from_h < 0) {
-              add(0, target, left[2], 0, 0);
-              continue;
-            }
-            const int64_t line = (from_d * a[1]->from_extent + from_h) * extent;
-            // Position i of this plane is base + i * step; those in [first, last) lie in the line.
-            const int64_t base = source_index(start[2], step, 0, 0, -plan.axis[2].plane_base(wp, block[2]));
-            const int64_t first = base >= 0 ? 0 : std::min(left[2], (-base - 1) / step + 1);
-            const int64_t last = base >= extent ? first : std::clamp((extent - 1 - base) / step + 1, first, left[2]);
-            if (a[2]->mode == PaddingMode::kZeros) {
-              // Lines that follow each other here and there are copied at once; what is padding is zeroed after.
-              int64_t lines = 1;
-              if (step == 1 && length[2] == extent && left[2] == extent && first < last)
-                while (hi + lines < left[1] && source(1, hp, hi + lines) == from_h + lines) ++lines;
-              add(line + base, target, (lines - 1) * extent + left[2], first, (lines - 1) * extent + last);
-              for (int64_t l = 0; l + 1 < lines; ++l) {
-                if (last < extent) add(0, target + l * extent + last, extent - last, 0, 0);
-                if (first > 0) add(0, target + (l + 1) * extent, first, 0, 0);
+        for (int64_t n = 0; n < images; ++n)
+          for (int64_t di = 0; di < left[0]; ++di)
+            for (int64_t hi = 0; hi < left[1]; ++hi) {
+              const int64_t plane = (dp * planes[1] + hp) * planes[2] + wp;
+              const int64_t target = (plane * plan.images + n) * plan.image + (di * length[1] + hi) * length[2];
+              const int64_t from_d = source(0, dp, di), from_h = source(1, hp, hi);
+              if (from_d < 0 || from_h < 0) {
+                add(0, target, left[2], 0, 0);
+                continue;
               }
-              hi += lines - 1;
-              continue;
-            }
-            if (first < last) add(line + base + first * step, target + first, last - first, 0, last - first);
-            for (int64_t i = 0; i < left[2]; ++i)
-              if (i < first || i >= last) {
-                // What no tap reads (the end of a residue) may lie beyond any padding mode's reach.
-                const int64_t w = padded_index(base + i * step, extent, a[2]->mode);
-                add(line + w, target + i, 1, 0, w >= 0 && w < extent);
+              const int64_t line = n * image_step + (from_d * a[1]->from_extent + from_h) * extent;
+              // Position i of this plane is base + i * step; those in [first, last) lie in the line.
+              const int64_t base = source_index(start[2], step, 0, 0, -plan.axis[2].plane_base(wp, block[2]));
+              const int64_t first = base >= 0 ? 0 : std::min(left[2], (-base - 1) / step + 1);
+              const int64_t last = base >= extent ? first : std::clamp((extent - 1 - base) / step + 1, first, left[2]);
+              if (a[2]->mode == PaddingMode::kZeros) {
+                // Lines that follow each other here and there are copied at once; what is padding is zeroed after.
+                int64_t lines = 1;
+                if (step == 1 && length[2] == extent && left[2] == extent && first < last)
+                  while (hi + lines < left[1] && source(1, hp, hi + lines) == from_h + lines) ++lines;
+                add(line + base, target, (lines - 1) * extent + left[2], first, (lines - 1) * extent + last);
+                for (int64_t l = 0; l + 1 < lines; ++l) {
+                  if (last < extent) add(0, target + l * extent + last, extent - last, 0, 0);
+                  if (first > 0) add(0, target + (l + 1) * extent, first, 0, 0);
+                }
+                hi += lines - 1;
+                continue;
               }
-          }
+              if (first < last) add(line + base + first * step, target + first, last - first, 0, last - first);
+              for (int64_t i = 0; i < left[2]; ++i)
+                if (i < first || i >= last) {
+                  // What no tap reads (the end of a residue) may lie beyond any padding mode's reach.
+                  const int64_t w = padded_index(base + i * step, extent, a[2]->mode);
+                  add(line + w, target + i, 1, 0, w >= 0 && w < extent);
+                }
+            }
 }
 
 // The same, vector by vector, where runs are short. Empty where they are not, or where too many windows would be read.
