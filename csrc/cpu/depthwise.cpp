@@ -45,7 +45,9 @@ constexpr int64_t kSmallPlane = 256;         // NCHW: values of a plane that may
 constexpr int64_t kSmallPlanes = 2048;       // NCHW, backward_weight: values of both planes that may be transposed;
 constexpr int64_t kManyTaps = 25;            // from so many taps on, four times as many
 constexpr double kStreamed = 16e6;           // above so many bytes, read and written, values are fetched early
-constexpr int64_t kRolledLines = 7;          // NHWC: lines of a strip where tiles roll
+constexpr int64_t kRolledLines = 7;          // NHWC: lines of a strip where tiles roll,
+constexpr int64_t kFewRolledLines = 4;       // or so many: with stride 2, of more lines than that,
+constexpr int64_t kSameSets = 4096;          // whose distance is a multiple of this: 15 would not fit their sets of L1
 constexpr int64_t kPixelsBytes = 256 << 10;  // NHWC: what the lines of a strip read
 
 // --- forward and backward_input --------------------------------------------------------------------------------------
@@ -60,10 +62,14 @@ bool goes_on(const GatherAxis& w) {
 }
 
 // Where backward_input undoes stride 2, results of both residues together: a phase has all positions and taps along its
-// tiles' axis, as they are, and in NCHW all columns and the taps of the even ones.
+// tiles' axis, as they are, and in NCHW all columns and the taps of the even ones. Where pixels roll, all lines, too.
 struct Spread {
-  int64_t pad;     // along the tiles' axis
-  GatherAxis odd;  // NCHW: the odd columns
+  int64_t pad;                         // along the tiles' axis
+  GatherAxis odd;                      // NCHW: the odd columns
+  std::optional<int64_t> lines_pad{};  // NHWC, of all lines
+  // The first unit, and the results before those that exist.
+  static int64_t skipped(int64_t pad) { return pad % 2; }
+  static int64_t low(int64_t pad, int64_t taps) { return (pad - skipped(pad)) / 2 - taps / 2; }
 };
 
 struct Phase : GatherPhase {
@@ -92,8 +98,8 @@ class Plan {
     pair_gap_ = gap(2);
     unit_size_ = step[lines ? 1 : 2];
     if (spread()) {
-      skipped_ = spread()->pad % 2;
-      low_ = (spread()->pad - skipped_) / 2 - n / 2;
+      skipped_ = Spread::skipped(spread()->pad);
+      low_ = Spread::low(spread()->pad, n);
       even_taps_ = a[0].taps() * a[2].taps();
       read(along_, low_, round_up(along_.count + skipped_, kDepthwiseRows[std::size(kDepthwiseRows) - 1]) / 2 + n / 2,
            unit_size_, units_);
@@ -103,6 +109,8 @@ class Plan {
     }
     if (lines)
       rows_.push_back(0);
+    else if (pairs_lines())
+      read(a[1], Spread::low(*spread()->lines_pad, a[1].taps()), pairs() + a[1].taps() / 2, step[1], rows_);
     else
       read(a[1], low(a[1]), reach(a[1]), step[1], rows_);
 
@@ -134,6 +142,13 @@ class Plan {
 
   Plan(const Plan&) = delete;
   const GatherAxis& axis(int d) const { return phase_.axis[d]; }
+  // Lists: lines of results (NHWC), or pairs of them.
+  bool pairs_lines() const { return spread() && spread()->lines_pad; }
+  int64_t lists() const { return pairs_lines() ? pairs() : phase_.axis[1].count; }
+  // Of a list, the number of its first line; the first pair may begin with one that does not exist.
+  int64_t first_line(int64_t list) const {
+    return pairs_lines() ? 2 * list - Spread::skipped(*spread()->lines_pad) : list;
+  }
   bool pads() const { return pads_; }  // whether any tap of any result lies in the padding (NCHW: but for columns)
 
   // The kernel that rolls, if there is one for this plan.
@@ -141,7 +156,8 @@ class Plan {
   auto rolled(const DepthwiseKernels<T>& kernels, bool weighs) const -> typename RollingKernels<T>::Tile {
     if (!rolls_) return nullptr;
     const RollingKernels<T>& k = kernels.rolling;
-    return weighs ? lines_ ? k.weight_lines : k.weight_pixels : lines_ ? k.lines : k.pixels;
+    if (spread()) return lines_ ? k.spread_lines : k.spread_pixels;
+    return (weighs ? lines_ ? k.weight_lines : k.weight_pixels : lines_ ? k.lines : k.pixels)[stride_ - 1];
   }
 
   // Runs results [first, first + count) along the tiles' axis, for depth d and (NHWC) the lists from `line` on. The
@@ -161,14 +177,24 @@ class Plan {
     W* const sums = t.sums;
     T* const to = t.to;
     if (const auto roll = t.rolls ? rolled(kernels, gy) : nullptr) {
-      t.rows = rows_.data() + (lines_ ? 0 : line);
+      t.rows = rows_.data() + (lines_ ? 0 : line * stride_);
       t.weight_step = along_gap_;
+      t.pair_step = pair_gap_;
       t.taps = walked_;
       t.tap = taps_.data() + d * walked_;
+      t.from += t.tap->offset;  // of the one tap along D
       t.count = count;
-      t.units = units_.data() + first;
+      t.units = units_.data() + first * stride_;
       t.unit_size = unit_size_;
       if (lines_) set_moves(t);
+      if (spread()) {
+        t.even_taps = even_taps_;
+        t.units = units_.data();
+        t.to = to - skipped_ * t.to_step;
+        t.first_stored = skipped_, t.end_stored = along_.count + skipped_;
+        const int64_t before = -first_line(line);
+        t.first_list = std::max<int64_t>(0, before), t.end_list = phase_.axis[1].count + before;
+      }
       return roll(t);
     }
     t.row_step = lines_ ? 0 : phase_.axis[1].from_step;
@@ -233,14 +259,19 @@ class Plan {
   }
 
   const std::optional<Spread>& spread() const { return phase_.spread; }
+  int64_t pairs() const { return ceil_div(phase_.axis[1].count + Spread::skipped(*spread()->lines_pad), 2); }
 
-  // Whether a kernel that rolls can be used: 3 x 3 taps, stride 1, and dilation 1 where values are shared.
+  // Whether a kernel that rolls can be used: 3 x 3 taps, one stride of 1 or 2, and dilation 1 where values are shared.
   bool find_rolls() const {
     const GatherAxis &depth = phase_.axis[0], &height = phase_.axis[1], &width = phase_.axis[2];
-    if (spread() || !shares_ || stride_ != 1 || along_.from_step != 1) return false;
-    if (depth.taps() != 1 || height.taps() != 3 || width.taps() != 3) return false;
+    if (!shares_ || depth.taps() != 1 || height.taps() != 3) return false;
+    if (spread())
+      return lines_ ? walked_ == 3 && spread()->odd.taps() + width.taps() == 3 && width.taps() > 0 && width.taps() < 3
+                    : pairs_lines();
+    if (width.taps() != 3) return false;
     const GatherAxis& shared = lines_ ? along_ : height;
-    if (shared.from_step != 1 || shared.offset[1] - shared.offset[0] != 1) return false;
+    if (shared.from_step != stride_ || shared.offset[1] - shared.offset[0] != 1) return false;
+    if (lines_ && stride_ == 2 && !moves_.empty()) return false;
     return std::all_of(taps_.begin(), taps_.end(), [](const DepthwiseTap& tap) { return tap.offset >= 0; });
   }
 
@@ -348,23 +379,41 @@ bool spreads(const ConvShape& s, Direction direction) {
   return s.channels_last() ? s.out_per_group == 1 : s.stride[2] == 2 && s.in[2] >= 2;
 }
 
+// NHWC: result lines that tiles roll along together, of `lines` that read lines so many bytes apart.
+int64_t rolled_lines(int64_t lines, int64_t stride, int64_t line_bytes) {
+  const bool conflicts = stride == 2 && lines > kRolledLines && line_bytes % kSameSets == 0;
+  return conflicts ? kFewRolledLines : kRolledLines;
+}
+
+// NHWC: whether pixels roll where stride 2 is undone, along both axes.
+bool spreads_lines(const ConvShape& s) {
+  if (!s.channels_last() || !microkernels().f32.depthwise.rolling.spread_pixels) return false;
+  if (s.kernel[0] != 1 || s.stride[0] != 1 || s.pad[0] != 0 || s.kernel[1] != 3 || s.kernel[2] != 3) return false;
+  return s.stride[1] == 2 && s.dilation[1] == 1 && s.pad[1] >= 0 && s.in[1] >= 2;
+}
+
 using Phases = c10::SmallVector<Phase, 1>;
 
 Phases phases_of(const ConvShape& s, Direction direction) {
   const bool spreading = spreads(s, direction);
   const int along = s.channels_last() ? 2 : 1;
+  const bool pairs = spreading && spreads_lines(s);
   Phases phases;
   const Direction read = direction == Direction::kBackwardWeight ? Direction::kForward : direction;
   for (const GatherPhase& gather : make_gather(s, read).phases) {
     Phase phase{gather, std::nullopt};
     if (spreading) {
       const GatherAxis *h = gather.axis + 1, *w = gather.axis + 2;
-      if (w->to_start > 0 || (h->to_start > 0 && along == 1)) continue;
+      if (w->to_start > 0 || (h->to_start > 0 && (along == 1 || pairs))) continue;
       phase.spread = Spread{s.pad[along], backward_input_axis(s, 2, 1)};
-      GatherAxis& axis = phase.axis[along];
-      axis = {s.in[along], 0, 1, 1, s.out[along], {}, {}, PaddingMode::kZeros};
-      for (int64_t t = 0; t < s.kernel[along]; ++t) axis.tap.push_back(t), axis.offset.push_back(t);
+      const auto take_all = [&](int d) {
+        GatherAxis& axis = phase.axis[d];
+        axis = {s.in[d], 0, 1, 1, s.out[d], {}, {}, PaddingMode::kZeros};
+        for (int64_t t = 0; t < s.kernel[d]; ++t) axis.tap.push_back(t), axis.offset.push_back(t);
+      };
+      take_all(along);
       if (along == 1) phase.axis[2].count = s.in[2], phase.axis[2].to_step = 1;
+      if (pairs) take_all(1), phase.spread->lines_pad = s.pad[1];
     }
     phases.push_back(phase);
   }
@@ -621,7 +670,8 @@ void gather_pixels(const Gather& g, const Phases& phases, const Kernels<T>& kern
   for (const Phase& phase : phases) {
     const GatherAxis* a = phase.axis;
     plans.emplace_back(phase, /*lines=*/false, g.from_stride.axis, packed_step, lanes);
-    depths = std::max(depths, a[0].count), lines = std::max(lines, a[1].count), width = std::max(width, a[2].taps());
+    depths = std::max(depths, a[0].count), lines = std::max(lines, plans.back().lists());
+    width = std::max(width, a[2].taps());
     reads = std::max(reads, a[1].from_step);
     macs += 2.0 * phase.taps() * phase.pixels() * filters * g.batch;
   }
@@ -630,8 +680,10 @@ void gather_pixels(const Gather& g, const Phases& phases, const Kernels<T>& kern
   const bool rolls = !adds && moves.empty() && plans[0].rolled(kernels.depthwise, false);
   const int64_t line_bytes = reads * g.from_stride.axis[1] * sizeof(T), images = std::max<int64_t>(1, g.batch * depths);
   const bool streams = bytes_moved<T>(g) > kStreamed;
-  int64_t together = width < 7 || adds ? blocks : 1, strip = ceil_div(lines, ceil_div(lines, kRolledLines));
+  int64_t together = width < 7 || adds ? blocks : 1, strip = lines;
   if (rolls) {
+    const int64_t step = g.from_stride.axis[1] * static_cast<int64_t>(sizeof(T));
+    strip = ceil_div(lines, ceil_div(lines, rolled_lines(lines, reads, step)));
     together = ceil_div(blocks, std::min(blocks, ceil_div(kTasks, images * ceil_div(lines, strip))));
   } else {
     const int64_t fit = std::max<int64_t>(1, kPixelsBytes / std::max<int64_t>(1, line_bytes));
@@ -647,16 +699,16 @@ void gather_pixels(const Gather& g, const Phases& phases, const Kernels<T>& kern
         const auto axis = [&](int j) -> const GatherAxis& { return plan.axis(j); };
         const int64_t part = i % parts, c = part * together * lanes, h = i / parts % strips * strip;
         const int64_t d = i / (parts * strips) % depths, n = i / (parts * strips * depths);
-        if (d >= axis(0).count || h >= axis(1).count) continue;
+        if (d >= axis(0).count || h >= plan.lists()) continue;
         T* const result = to + n * g.to_stride.batch + (axis(0).to_start + d * axis(0).to_step) * g.to_stride.axis[0] +
-                          (axis(1).to_start + h * axis(1).to_step) * g.to_stride.axis[1] +
+                          (axis(1).to_start + plan.first_line(h) * axis(1).to_step) * g.to_stride.axis[1] +
                           axis(2).to_start * g.to_stride.axis[2];
         DepthwiseTile<T> tile{};
         tile.planes = std::min(together, blocks - part * together);
         tile.from_plane = tile.to_plane = lanes;
         tile.weight_plane = taps * lanes;
         tile.bias_plane = bias ? lanes : 0;
-        tile.lists = std::min(strip, axis(1).count - h);
+        tile.lists = std::min(strip, plan.lists() - h);
         tile.from = from + n * g.from_stride.batch + (moves.empty() ? c : 0);
         tile.moves = moves.empty() ? nullptr : moves.data() + part * together;
         tile.weight = packed + c * taps;
@@ -686,12 +738,22 @@ void gather_pixels(const Gather& g, const Phases& phases, const Kernels<T>& kern
   });
 }
 
+// NCHW: whether lines roll, as far as the shape tells (Plan::find_rolls).
+bool lines_roll(const ConvShape& s, Direction direction) {
+  const RollingKernels<float>& kernels = microkernels().f32.depthwise.rolling;
+  const int64_t stride = s.stride[1];
+  if (s.kernel[0] != 1 || s.kernel[1] != 3 || s.kernel[2] != 3 || s.dilation[1] != 1) return false;
+  if (stride > 2 || s.stride[2] != stride || (stride == 2 && s.dilation[2] != 1)) return false;
+  return (direction == Direction::kBackwardWeight ? kernels.weight_lines : kernels.lines)[stride - 1];
+}
+
 // Small planes of NCHW, whose lines would leave half of a vector empty: a vector of channels is transposed, done as
-// above, and transposed back.
+// above, and transposed back. Not where lines roll and a quarter of a vector is full.
 bool transposes(const ConvShape& s, Direction direction, int64_t lanes) {
   const bool forward = direction == Direction::kForward;
   const int64_t columns = forward ? s.out[2] : s.in[2], plane = std::max(s.in_pixels(), s.out_pixels());
   const bool phases = !forward && s.stride[0] * s.stride[1] * s.stride[2] != 1;
+  if (lines_roll(s, direction) && 4 * columns > lanes) return false;
   return !s.channels_last() && s.out_per_group == 1 && !phases && s.groups >= lanes && 2 * columns <= lanes &&
          s.in[0] == 1 && s.out[0] == 1 && plane <= kSmallPlane;
 }
@@ -931,10 +993,8 @@ void weight_lines(const ConvShape& s, const Kernels<T>& kernels, const T* gy, co
 // Small planes of NCHW: vectors of channels are transposed, x and gy of a sample, and done as NHWC. Then no lane is empty,
 // and lanes are not added up. Where lines roll, and fill more than half of a vector, they are faster as they lie.
 bool transposes_weight(const ConvShape& s, int64_t lanes) {
-  const bool rolls = s.kernel[1] == 3 && s.kernel[2] == 3 && s.stride[1] == 1 && s.stride[2] == 1 &&
-                     s.dilation[1] == 1 && microkernels().f32.depthwise.rolling.weight_lines;
   const int64_t most = s.taps() >= kManyTaps ? 4 * kSmallPlanes : kSmallPlanes;
-  if (rolls && 2 * s.out[2] > lanes) return false;
+  if (lines_roll(s, Direction::kBackwardWeight) && 2 * s.out[2] > lanes) return false;
   return !s.channels_last() && s.out_per_group == 1 && s.groups >= lanes && s.in[0] == 1 && s.out[0] == 1 &&
          s.in_pixels() + s.out_pixels() <= most;
 }
@@ -981,8 +1041,12 @@ void weight_pixels(const ConvShape& s, const Kernels<T>& kernels, const T* gy, c
   const int64_t line_bytes = (s.stride[1] * x_stride.axis[1] + width * filters) * sizeof(T);
   const bool wide = s.kernel[2] >= 7;  // a strip of lines for each vector
   const int64_t columns = std::min(width, (kSumLength - 3) * 7), line_tiles = most_tiles(columns);
-  const int64_t fit = std::min(kSumLength / line_tiles,
-                               wide && !cut.turns ? std::max<int64_t>(1, kPixelsBytes / line_bytes) : kSumLength);
+  int64_t fit = std::min(kSumLength / line_tiles,
+                         wide && !cut.turns ? std::max<int64_t>(1, kPixelsBytes / line_bytes) : kSumLength);
+  if (plan.rolled(kernels.depthwise, true) && moves.empty()) {
+    const int64_t step = x_stride.axis[1] * static_cast<int64_t>(sizeof(T));
+    if (const int64_t most = rolled_lines(s.out[1], s.stride[1], step); most < kRolledLines) fit = std::min(fit, most);
+  }
   const bool streams = !cut.turns && bytes_moved<T>(make_gather(s, Direction::kForward)) > kStreamed;
   const WeightTarget target(s);
   W* const shared = workspace;

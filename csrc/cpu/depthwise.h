@@ -87,6 +87,7 @@ struct DepthwiseTile {
       ahead;     // 0, or fetch early: the step from a line of what is read to the next (NHWC: that the next list reads)
   int64_t line;  // NCHW, of the first unit
   int64_t even_taps, first_stored, end_stored;  // where stride 2 is undone; results outside are left alone
+  int64_t first_list, end_list;                 // where it is undone along both axes: so are lines outside
   const T* gy;                                  // with the steps of `to`
   W* sums;
   int64_t sums_plane;
@@ -98,12 +99,14 @@ inline constexpr int kSpreadWidths[] = {3, 5, 7};         // K, where stride 2 i
 inline constexpr int kMaxWalkedTaps = 256;                // of one tile
 inline constexpr int64_t kRolledTerms = 512;              // of backward_weight, a lane's in one sum
 
-// 3 x 3 taps with stride 1 (depthwise_rolling.inc): all lists, planes and units of a tile, whose taps are the 3 of the
-// axis that is walked; in NHWC the lines that they read follow one another. Null where there is none.
+// 3 x 3 taps with stride 1 or 2 (depthwise_rolling.inc): all lists, planes and units of a tile, whose taps are the 3 of
+// the axis that is walked; in NHWC the lines that they read follow one another. With stride 2 lines do not move. Null where
+// there is none.
 template <typename T>
 struct RollingKernels {
   using Tile = void (*)(const DepthwiseTile<T>&);
-  Tile lines, pixels, weight_lines, weight_pixels;
+  Tile lines[2], pixels[2], weight_lines[2], weight_pixels[2];  // [stride - 1]
+  Tile spread_lines, spread_pixels;  // stride 2 undone; of pixels along both axes: a list is a pair of lines of results
 };
 
 template <typename T>

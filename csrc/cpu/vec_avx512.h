@@ -29,6 +29,7 @@ struct F32 {
   static void store(float* p, V v) { _mm512_storeu_ps(p, v); }
   static void store(float* p, V v, Mask m) { _mm512_mask_storeu_ps(p, m, v); }
   static V add(V a, V b) { return _mm512_add_ps(a, b); }
+  static V mul(V a, V b) { return _mm512_mul_ps(a, b); }
   static V fma(V a, V b, V c) { return _mm512_fmadd_ps(a, b, c); }
   // 16-bit values in memory: all lanes, the first few, or any.
   static constexpr bool kMasksBits = true;
@@ -75,6 +76,11 @@ struct F32 {
     b = _mm512_permutex2var_ps(even, _mm512_add_epi32(at, _mm512_set1_epi32(8)), odd);
   }
   static V keep(V v, Mask m) { return _mm512_maskz_mov_ps(m, v); }  // zero outside
+  // Lane 0 is the last one of `before`, lane l is v[l - 1]; zero outside the mask.
+  static V shift_in(V before, V v, Mask m) {
+    return _mm512_castsi512_ps(
+        _mm512_maskz_alignr_epi32(m, _mm512_castps_si512(v), _mm512_castps_si512(before), kLanes - 1));
+  }
   using Index = __m512i;
   static Index index(const int32_t* lanes) { return _mm512_loadu_si512(lanes); }
   static V permute(V v, Index at) { return _mm512_permutexvar_ps(at, v); }               // lane l is v[at[l]]
@@ -125,6 +131,7 @@ struct F64 {
   static void store(double* p, V v) { _mm512_storeu_pd(p, v); }
   static void store(double* p, V v, Mask m) { _mm512_mask_storeu_pd(p, m, v); }
   static V add(V a, V b) { return _mm512_add_pd(a, b); }
+  static V mul(V a, V b) { return _mm512_mul_pd(a, b); }
   static V fma(V a, V b, V c) { return _mm512_fmadd_pd(a, b, c); }
   static void deinterleave(V a, V b, V& even, V& odd) {
     const __m512i at = _mm512_setr_epi64(0, 2, 4, 6, 8, 10, 12, 14);
@@ -137,6 +144,10 @@ struct F64 {
     b = _mm512_permutex2var_pd(even, _mm512_add_epi64(at, _mm512_set1_epi64(4)), odd);
   }
   static V keep(V v, Mask m) { return _mm512_maskz_mov_pd(m, v); }
+  static V shift_in(V before, V v, Mask m) {
+    return _mm512_castsi512_pd(
+        _mm512_maskz_alignr_epi64(m, _mm512_castpd_si512(v), _mm512_castpd_si512(before), kLanes - 1));
+  }
   using Index = __m512i;
   static Index index(const int32_t* lanes) {
     return _mm512_cvtepi32_epi64(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(lanes)));
