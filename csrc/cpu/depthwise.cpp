@@ -265,14 +265,13 @@ class Plan {
   bool find_rolls() const {
     const GatherAxis &depth = phase_.axis[0], &height = phase_.axis[1], &width = phase_.axis[2];
     if (!shares_ || depth.taps() != 1 || height.taps() != 3) return false;
-    if (spread())
-      return lines_ ? walked_ == 3 && spread()->odd.taps() + width.taps() == 3 && width.taps() > 0 && width.taps() < 3
-                    : pairs_lines();
-    if (width.taps() != 3) return false;
+    const auto in_padding = [](const DepthwiseTap& tap) { return tap.offset < 0; };
+    if (std::any_of(taps_.begin(), taps_.end(), in_padding)) return false;
+    if (pairs_lines()) return true;
+    if (spread()) return lines_ && std::max(width.taps(), spread()->odd.taps()) == 2 && walked_ == 3;
     const GatherAxis& shared = lines_ ? along_ : height;
-    if (shared.from_step != stride_ || shared.offset[1] - shared.offset[0] != 1) return false;
-    if (lines_ && stride_ == 2 && !moves_.empty()) return false;
-    return std::all_of(taps_.begin(), taps_.end(), [](const DepthwiseTap& tap) { return tap.offset >= 0; });
+    if (width.taps() != 3 || shared.from_step != stride_ || shared.offset[1] - shared.offset[0] != 1) return false;
+    return !lines_ || stride_ == 1 || moves_.empty();
   }
 
   template <typename T>
