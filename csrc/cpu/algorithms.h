@@ -57,6 +57,8 @@ void depthwise_forward(const ConvShape&, const ConvPointers&, void* workspace, i
 const char* depthwise_backward_input_decline(const ConvShape&);
 int64_t depthwise_backward_input_workspace(const ConvShape&, int threads);
 void depthwise_backward_input(const ConvShape&, const ConvPointers&, void* workspace, int threads);
+
+// depthwise_backward_weight.cpp
 const char* depthwise_backward_weight_decline(const ConvShape&);
 const char* depthwise_backward_weight_yield(const ConvShape&);
 int64_t depthwise_backward_weight_workspace(const ConvShape&, int threads);
