@@ -18,8 +18,8 @@ namespace myconv::cpu::depthwise {
 inline constexpr int64_t kStripLimit = 1 << 20;  // a strip that does not fit here is declined
 inline constexpr int64_t kMaxDepthwiseKernel = 4096;
 inline constexpr int64_t kMaxReach = 65536;  // positions from an axis' first tap to its last
-inline constexpr int64_t kKeptBytes =
-    16 << 10;                               // result lines that are kept before they are spread: a whole tile at least
+// Result lines that are kept before they are spread: a whole tile at least.
+inline constexpr int64_t kKeptBytes = 16 << 10;
 inline constexpr int64_t kMostLanes = 64;   // of any ISA, in bytes
 inline constexpr int64_t kLeastPixels = 8;  // NHWC: pixels that are kept before the filters of a channel are added up
 inline constexpr int64_t kTasks = 16;       // NHWC: pieces of work of a call, at least
@@ -45,7 +45,7 @@ struct Spread {
   int64_t pad;                         // along the tiles' axis
   GatherAxis odd;                      // NCHW: the odd columns
   std::optional<int64_t> lines_pad{};  // NHWC, of all lines
-  // The first unit, and the results before those that exist.
+  // The results before those that exist, and the first unit.
   static int64_t skipped(int64_t pad) { return pad % 2; }
   static int64_t low(int64_t pad, int64_t taps) { return (pad - skipped(pad)) / 2 - taps / 2; }
 };
@@ -154,17 +154,18 @@ class Plan {
     if (walked_ == 0) t.ahead = 0;  // nothing is read
     W* const sums = t.sums;
     T* const to = t.to;
+    t.row_step = lines_ ? 0 : phase_.axis[1].from_step;
+    t.rows = rows_.data() + line * t.row_step;
+    t.unit_size = unit_size_;
+    t.weight_step = along_gap_;
+    t.pair_step = pair_gap_;
+    if (lines_) set_moves(t);
     if (const auto roll = t.rolls ? rolled(kernels, gy) : nullptr) {
-      t.rows = rows_.data() + (lines_ ? 0 : line * stride_);
-      t.weight_step = along_gap_;
-      t.pair_step = pair_gap_;
       t.taps = walked_;
       t.tap = taps_.data() + d * walked_;
       t.from += t.tap->offset;  // of the one tap along D
       t.count = count;
       t.units = units_.data() + first * stride_;
-      t.unit_size = unit_size_;
-      if (lines_) set_moves(t);
       if (spread()) {
         t.even_taps = even_taps_;
         t.units = units_.data();
@@ -175,15 +176,9 @@ class Plan {
       }
       return roll(t);
     }
-    t.row_step = lines_ ? 0 : phase_.axis[1].from_step;
-    t.rows = rows_.data() + line * t.row_step;
     t.unit_step = along_.from_step;
     t.first_inside = units_.data() + std::max<int64_t>(0, -low_);
     t.end_inside = units_.data() + std::min<int64_t>(units_.size(), along_.from_extent - low_);
-    t.unit_size = unit_size_;
-    t.weight_step = along_gap_;
-    t.pair_step = pair_gap_;
-    if (lines_) set_moves(t);
     if (spread()) {
       const auto& tiles = (lines_ ? kernels.spread_lines : kernels.spread_pixels)[along_.taps() / 2 - 1];
       const int64_t most = lines_ ? kernels.most_spread_lines : kernels.most_spread_pixels;

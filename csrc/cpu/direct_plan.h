@@ -11,16 +11,16 @@
 
 namespace myconv::cpu::direct {
 
-inline constexpr int64_t kStripsBytes = 416
-                                        << 10;  // strips of the in channels that are in use at a time: they stay in L2
+// Strips of the in channels that are in use at a time, which stay in L2: 512 terms of 208 columns.
+inline constexpr int64_t kStripsBytes = 416 << 10;
 inline constexpr int64_t kKeptBytes = 448 << 10;  // result rows of a task that are in the making
-inline constexpr int64_t kLeastColumns =
-    384;  // of a block, if there are as many: a row tile of weights is read for all
+// Of a block, if there are as many: a row tile of weights is read for all.
+inline constexpr int64_t kLeastColumns = 384;
 inline constexpr int64_t kMostColumns = 512;
 inline constexpr int64_t kChannelsAtOnce = 16;  // of several groups that NHWC transposes together
 inline constexpr int64_t kSlack = 16;           // behind the strips: vectors are read whole
-inline constexpr int64_t kFarWeights =
-    2 << 10;                                  // bytes from a row's weight to its next channel's: then they are packed
+// Bytes from a row's weight to its next channel's: then they are packed.
+inline constexpr int64_t kFarWeights = 2 << 10;
 inline constexpr int64_t kMostTogether = 16;  // phases that share strips
 
 // One axis of a strip: planes of equal length. Position i of plane p holds source position base[p] + i * step, counted
@@ -266,45 +266,44 @@ inline void strip_runs(const Plan& plan, const int64_t (&start)[3], int64_t imag
     runs.push_back({from, step, static_cast<int32_t>(target), static_cast<int32_t>(count), static_cast<int32_t>(first),
                     static_cast<int32_t>(last)});
   };
-  for (int64_t dp = 0; dp < planes[0]; ++dp)
-    for (int64_t hp = 0; hp < planes[1]; ++hp)
-      for (int64_t wp = 0; wp < planes[2]; ++wp)
-        for (int64_t n = 0; n < images; ++n)
-          for (int64_t di = 0; di < left[0]; ++di)
-            for (int64_t hi = 0; hi < left[1]; ++hi) {
-              const int64_t plane = (dp * planes[1] + hp) * planes[2] + wp;
-              const int64_t target = (plane * plan.images + n) * plan.image + (di * length[1] + hi) * length[2];
-              const int64_t from_d = source(0, dp, di), from_h = source(1, hp, hi);
-              if (from_d < 0 || from_h < 0) {
-                add(0, target, left[2], 0, 0);
-                continue;
-              }
-              const int64_t line = n * image_step + (from_d * a[1]->from_extent + from_h) * extent;
-              // Position i of this plane is base + i * step; those in [first, last) lie in the line.
-              const int64_t base = source_index(start[2], step, 0, 0, -plan.axis[2].plane_base(wp, block[2]));
-              const int64_t first = base >= 0 ? 0 : std::min(left[2], (-base - 1) / step + 1);
-              const int64_t last = base >= extent ? first : std::clamp((extent - 1 - base) / step + 1, first, left[2]);
-              if (a[2]->mode == PaddingMode::kZeros) {
-                // Lines that follow each other here and there are copied at once; what is padding is zeroed after.
-                int64_t lines = 1;
-                if (step == 1 && length[2] == extent && left[2] == extent && first < last)
-                  while (hi + lines < left[1] && source(1, hp, hi + lines) == from_h + lines) ++lines;
-                add(line + base, target, (lines - 1) * extent + left[2], first, (lines - 1) * extent + last);
-                for (int64_t l = 0; l + 1 < lines; ++l) {
-                  if (last < extent) add(0, target + l * extent + last, extent - last, 0, 0);
-                  if (first > 0) add(0, target + (l + 1) * extent, first, 0, 0);
-                }
-                hi += lines - 1;
-                continue;
-              }
-              if (first < last) add(line + base + first * step, target + first, last - first, 0, last - first);
-              for (int64_t i = 0; i < left[2]; ++i)
-                if (i < first || i >= last) {
-                  // What no tap reads (the end of a residue) may lie beyond any padding mode's reach.
-                  const int64_t w = padded_index(base + i * step, extent, a[2]->mode);
-                  add(line + w, target + i, 1, 0, w >= 0 && w < extent);
-                }
+  for (int64_t plane = 0; plane < planes[0] * planes[1] * planes[2]; ++plane) {
+    const int64_t wp = plane % planes[2], hp = plane / planes[2] % planes[1], dp = plane / (planes[1] * planes[2]);
+    // Position i of this plane is base + i * step; those in [first, last) lie in the line.
+    const int64_t base = source_index(start[2], step, 0, 0, -plan.axis[2].plane_base(wp, block[2]));
+    const int64_t first = base >= 0 ? 0 : std::min(left[2], (-base - 1) / step + 1);
+    const int64_t last = base >= extent ? first : std::clamp((extent - 1 - base) / step + 1, first, left[2]);
+    for (int64_t n = 0; n < images; ++n)
+      for (int64_t di = 0; di < left[0]; ++di)
+        for (int64_t hi = 0; hi < left[1]; ++hi) {
+          const int64_t target = (plane * plan.images + n) * plan.image + (di * length[1] + hi) * length[2];
+          const int64_t from_d = source(0, dp, di), from_h = source(1, hp, hi);
+          if (from_d < 0 || from_h < 0) {
+            add(0, target, left[2], 0, 0);
+            continue;
+          }
+          const int64_t line = n * image_step + (from_d * a[1]->from_extent + from_h) * extent;
+          if (a[2]->mode == PaddingMode::kZeros) {
+            // Lines that follow each other here and there are copied at once; what is padding is zeroed after.
+            int64_t lines = 1;
+            if (step == 1 && length[2] == extent && left[2] == extent && first < last)
+              while (hi + lines < left[1] && source(1, hp, hi + lines) == from_h + lines) ++lines;
+            add(line + base, target, (lines - 1) * extent + left[2], first, (lines - 1) * extent + last);
+            for (int64_t l = 0; l + 1 < lines; ++l) {
+              if (last < extent) add(0, target + l * extent + last, extent - last, 0, 0);
+              if (first > 0) add(0, target + (l + 1) * extent, first, 0, 0);
             }
+            hi += lines - 1;
+            continue;
+          }
+          if (first < last) add(line + base + first * step, target + first, last - first, 0, last - first);
+          for (int64_t i = 0; i < left[2]; ++i)
+            if (i < first || i >= last) {
+              // What no tap reads (the end of a residue) may lie beyond any padding mode's reach.
+              const int64_t w = padded_index(base + i * step, extent, a[2]->mode);
+              add(line + w, target + i, 1, 0, w >= 0 && w < extent);
+            }
+        }
+  }
 }
 
 // The same, vector by vector, where runs are short. Empty where they are not, or where too many windows would be read.
