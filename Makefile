@@ -4,7 +4,7 @@
 #   make demo         run the example on a photograph
 #   make digits       train on handwritten digits
 #   make cpp          run an exported model in C++    (make library: libmyconv.so alone)
-#   make test         build, and run the tests          (make test ARGS="-k stride")
+#   make test         build, and run the tests          (make test ARGS="-k stride"; -n 0: in one process)
 #   make test-slow    the long tests
 #   make bench        a short benchmark against torch
 #   make lint         check style                       make format   repair it
@@ -26,6 +26,8 @@ VENV := .venv
 PY := $(VENV)/bin/python
 PIP := $(PY) -m pip --disable-pip-version-check -qq
 INSTALL := $(PIP) install -c requirements.txt
+# Threads of one process that wait must not keep another's from running.
+PYTEST := OMP_WAIT_POLICY=passive $(PY) -m pytest -n auto --maxprocesses 4
 STAMPS := $(VENV)/.stamps
 
 # What the build depends on, besides the sources, is in the stamp's name.
@@ -62,10 +64,10 @@ cpp: library $(BUILD)
 	build/cpp/run_model build/cpp
 
 test: $(BUILD) $(STAMPS)/test
-	$(PY) -m pytest $(ARGS)
+	$(PYTEST) $(ARGS)
 
 test-slow: $(BUILD) $(STAMPS)/test
-	$(PY) -m pytest -m slow $(ARGS)
+	$(PYTEST) -m slow $(ARGS)
 
 bench: $(BUILD) $(STAMPS)/bench
 	$(PY) benchmarks/run.py --quick $(ARGS)
@@ -122,7 +124,7 @@ $(STAMPS)/tools: $(STAMPS)/venv requirements.txt | $(TORCH_STAMP)
 	@touch $@
 
 $(STAMPS)/test: $(STAMPS)/venv requirements.txt | $(TORCH_STAMP)
-	$(INSTALL) pytest hypothesis expecttest numpy nvidia-cuda-cuobjdump nvidia-cuda-nvdisasm
+	$(INSTALL) pytest pytest-xdist hypothesis expecttest numpy nvidia-cuda-cuobjdump nvidia-cuda-nvdisasm
 	@touch $@
 
 # facenet-pytorch holds weights that the example reads; its own requirements are for a torch of years ago.

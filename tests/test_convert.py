@@ -247,7 +247,7 @@ def test_not_a_module(convert):
         ({"names": "blocks.*", "filter": lambda name, module: module.groups > 1}, ["blocks.1.body.0"]),
         ({"types": nn.Conv2d, "names": "normed"}, ["normed"]),  # parametrized: a derived class
     ],
-    ids=str,
+    ids="-".join,
 )
 def test_choice(chosen, expected):
     net, x = Net(), net_input()

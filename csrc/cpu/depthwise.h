@@ -113,10 +113,10 @@ template <typename T>
 struct DepthwiseKernels {
   // [index of K][index of R]; of 16-bit types, null where they cannot be loaded by masks
   using Tile = void (*)(const DepthwiseTile<T>&);
-  Tile lines[2][4][5], pixels[2][4][5];          // [stride - 1]
+  Tile lines[2][4][5], pixels[2][4][5];          // [stride - 1], null where there is no such tile
   Tile spread_lines[3][2], spread_pixels[3][2];  // of 2 results, and of the most:
   int most_spread_lines, most_spread_pixels;
-  Tile weight_lines[2][4][5], weight_pixels[2][4][5];  // [stride - 1], null where there is no such tile
+  Tile weight_lines[2][4][5], weight_pixels[2][4][5];  // [stride - 1]
   RollingKernels<T> rolling;
 };
 
