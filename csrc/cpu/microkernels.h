@@ -188,6 +188,21 @@ struct WinogradProduct {
   int64_t ldc;
 };
 
+// Of groups that share vectors: each lane multiplies channels of its own group, which are permuted into place.
+// c[row * c_row + v * lanes + l] = sum over t < taps, k < depth of
+//     a[row * a_row + t * a_tap + v * a_vector + lane[k][l]] * b[(t * depth + k) * ldb + v * lanes + l]
+template <typename T>
+struct GroupsProduct {
+  int64_t taps, depth, vectors;
+  const int32_t (*lane)[kMostIndices];  // [depth]
+  const T* a;                           // read in whole vectors
+  int64_t a_row, a_tap, a_vector, rows;
+  const T* b;
+  int64_t ldb;
+  T* c;
+  int64_t c_row;
+};
+
 // Whatever reads a tensor reads stored values and makes words, of `pair` values each (1 unless words are pairs).
 template <typename T>
 struct Kernels {
@@ -223,6 +238,7 @@ struct Kernels {
                   W* rows, int64_t width);
   WinogradKernels<T> winograd[kWinograds];              // of float32 and the 16-bit types, the same ones
   void (*winograd_product)(const WinogradProduct<T>&);  // of float32
+  void (*groups_product)(const GroupsProduct<T>&);      // of float32
   // to[c * to_step + r] = from[r * from_step + c],  r < rows, c < cols    words are made of neighbours in a row
   void (*transpose)(const T* from, int64_t from_step, int64_t rows, int64_t cols, W* to, int64_t to_step);
   // The same of float32 sums, rounded.

@@ -28,6 +28,7 @@
 // 16-bit types are float32 from the transforms of what is read to those of what is written, and rounded there.
 // Declines: other kernels, strides and types. Yields where direct computation or the other tile size takes less time.
 #include <cmath>
+#include <limits>
 
 #include "cpu/algorithms.h"
 #include "cpu/isa.h"
@@ -37,21 +38,24 @@
 namespace myconv::cpu {
 namespace {
 
-constexpr int64_t kBlock = 128;             // channels of one sum: errors of the transforms add up
-constexpr int64_t kSmallWeights = 1 << 20;  // bytes of U up to which threads split tiles
-constexpr int64_t kLargeWeights = 8 << 20;  // and from which on columns; between, whichever is more
-constexpr int64_t kTilesInL2 = 400 << 10;   // bytes of V and M of one thread
-constexpr int64_t kInputBytes = 12 << 20;   // bytes of V of all threads
-constexpr int64_t kAllWeights = 32 << 20;   // and bytes of U, or of V, that all threads have of their own
-constexpr int64_t kColumnsPerThread = 64;   // from which on all tiles' transforms are little beside the products
-constexpr int64_t kFewChannels = 16;        // whose transforms are not shared by enough products
-constexpr int64_t kFewTogether = 40;        // in and out channels, of which what a tile takes besides is most
-constexpr int64_t kFewResults = 5;          // NHWC
-constexpr int64_t kMostTiles = 64;          // of a block
-constexpr int64_t kMostTaps = 25;           // of a kernel
-constexpr int64_t kMostResults = 64;        // of a tile
-constexpr int64_t kMostFrames = 64;         // taps of the third axis
-constexpr int64_t kWeightChannels = 64;     // whose taps are packed at a time
+constexpr int64_t kBlock = 128;               // channels of one sum: errors of the transforms add up
+constexpr int64_t kSmallWeights = 1 << 20;    // bytes of U up to which threads split tiles
+constexpr int64_t kLargeWeights = 8 << 20;    // and from which on columns; between, whichever is more
+constexpr int64_t kTilesInL2 = 400 << 10;     // bytes of V and M of one thread
+constexpr int64_t kFewTilesInL2 = 160 << 10;  // where U is small
+constexpr int64_t kInputBytes = 12 << 20;     // bytes of V of all threads
+constexpr int64_t kAllWeights = 32 << 20;     // and bytes of U, or of V, that all threads have of their own
+constexpr int64_t kColumnsPerThread = 64;     // from which on all tiles' transforms are little beside the products
+constexpr double kTransforms = 32;            // terms that those of a tile of V and one of M take as long as
+constexpr int64_t kFewChannels = 16;          // whose transforms are not shared by enough products
+constexpr int64_t kFewTogether = 40;          // in and out channels, of which what a tile takes besides is most
+constexpr int64_t kFewResults = 5;            // NHWC
+constexpr int64_t kMostTiles = 64;            // of a block
+constexpr int64_t kMostTaps = 25;             // of a kernel
+constexpr int64_t kMostResults = 64;          // of a tile
+constexpr int64_t kMostFrames = 64;           // taps of the third axis
+constexpr int64_t kNoResult = std::numeric_limits<int64_t>::min();
+constexpr int64_t kWeightChannels = 64;  // whose taps are packed at a time
 
 // What is computed. Frames are the results' positions on the third axis: each is an image of its own.
 struct Problem {
@@ -59,7 +63,9 @@ struct Problem {
   const GatherPhase& phase;  // of a stride, the first one: the third axis is the same in all
   const WinogradKernels<float>& transforms;
   TileAxis h, w;
-  int64_t depth;           // of the products: taps of the third axis times channels
+  Together together;
+  int64_t depth;           // of what is read: taps of the third axis times channels
+  int64_t terms;           // of a sum: of one group
   int64_t tiles_of_image;  // or frame
   int64_t tiles;
 
@@ -69,9 +75,15 @@ struct Problem {
         transforms(t),
         h(tiles_of(s, phase, t, 1)),
         w(tiles_of(s, phase, t, 2)),
-        depth(phase.axis[0].taps() * gather.from_per_group),
+        together(phase.axis[0].taps() * gather.from_per_group <= kBlock ? gather.groups : 1, gather.from_per_group,
+                 gather.to_per_group),
+        depth(phase.axis[0].taps() * gather.from_per_group * together.groups),
+        terms(depth / together.groups),
         tiles_of_image(h.tiles() * w.tiles()),
-        tiles(gather.batch * frames() * tiles_of_image) {}
+        tiles(gather.batch * frames() * tiles_of_image) {
+    gather.groups /= together.groups;
+    gather.from_per_group *= together.groups, gather.to_per_group *= together.groups;
+  }
   Problem(const Problem&) = delete;
   Problem& operator=(const Problem&) = delete;
   int64_t frames() const { return phase.axis[0].count; }
@@ -92,13 +104,14 @@ struct Plan {
   int64_t u, v, m, strip, result_strip, taps;
   int64_t shared, of_thread;
 
-  Plan(const Problem& p, bool channels_last, int64_t lanes, int64_t vectors, int threads) {
+  Plan(const Problem& p, bool channels_last, const Kernels<float>& kernels, int threads) {
+    const int64_t lanes = kernels.lanes, vectors = kernels.vectors;
     const int64_t from = p.gather.from_per_group, depth = p.depth, to = p.gather.to_per_group;
     const int64_t positions = p.transforms.positions, bytes = positions * sizeof(float);
     // Threads repeat the transforms of what they do not split.
-    const int64_t all_u = bytes * depth * round_up(to, lanes);
-    split_columns =
-        all_u > std::min(kLargeWeights, kAllWeights / threads) || (all_u > kSmallWeights && 2 * p.tiles < to);
+    const int64_t all_u = bytes * p.terms * round_up(to, lanes);
+    split_columns = p.together.groups == 1 && (all_u > std::min(kLargeWeights, kAllWeights / threads) ||
+                                               (all_u > kSmallWeights && 2 * p.tiles < to));
     const Panels widest(to, lanes, vectors);
     width = widest.width;
     if (split_columns) {
@@ -108,9 +121,13 @@ struct Plan {
         if (best < 0 || most < best) best = most, width = n * lanes;
       }
     }
+    if (p.together.groups > 1) width = round_up(to, lanes);
     panels = ceil_div(to, width);
     // Columns of large weights are read again for each block: better that M does not fit.
-    block = split_columns ? kMostTiles : std::clamp<int64_t>(kTilesInL2 / (bytes * (depth + width)), 8, kMostTiles);
+    block = split_columns
+                ? kMostTiles
+                : std::clamp<int64_t>((p.together.groups > 1 ? kFewTilesInL2 : kTilesInL2) / (bytes * (depth + width)),
+                                      8, kMostTiles);
     block = std::min(block, split_columns || p.gather.groups >= threads ? p.tiles : ceil_div(p.tiles, threads));
     own_input = !split_columns || (threads * kColumnsPerThread <= to && threads * bytes * depth * block <= kAllWeights);
     // All of a panel's U, or where that is much for all threads, a block of channels at a time and as few tiles.
@@ -118,7 +135,7 @@ struct Plan {
     chunk = block;
     if (split_columns && whole_u)
       chunk = std::clamp<int64_t>(kInputBytes / (own_input ? threads : 1) / (bytes * depth), block, p.tiles);
-    u_channels = split_columns && chunk <= block ? std::min(depth, kBlock) : depth;
+    u_channels = split_columns && chunk <= block ? std::min(p.terms, kBlock) : p.terms;
     u = positions * position_step(u_channels * width) * (split_columns ? 1 : panels);
     v = positions * position_step(chunk * depth), m = positions * position_step(block * width);
     strip = result_strip = 0;
@@ -155,6 +172,12 @@ class Winograd {
         scratch_(workspace + plan_.shared),
         threads_(threads) {
     std::fill_n(zeros_, g_.from_per_group, T{});
+    const int64_t pixel = channels_last_ ? g_.to_stride.axis[2] : plan_.width;
+    for (const int64_t first : p_.w.first)
+      for (int64_t j = 0; j < p_.w.out; ++j) {
+        const int64_t at = p_.w.result(first, j);
+        columns_.push_back(channels_last_ && !p_.w.is_result(at) ? kNoResult : at * pixel);
+      }
   }
 
   void run() const {
@@ -192,8 +215,11 @@ class Winograd {
         transform_input(group, first, last, s, s.v, last - first);
         for (int64_t panel = 0; panel < plan_.panels; ++panel) {
           float* const u = s.u + panel * u_of_panel;
-          if (group != prepared) transform_weights(group, panel, 0, p_.depth, s.taps, u);
-          multiply(panel, 0, p_.depth, u, s.v, last - first, last - first, s.m);
+          if (group != prepared) transform_weights(group, panel, 0, p_.terms, s.taps, u);
+          if (p_.together.groups > 1)
+            multiply_groups(u, s.v, last - first, s.m);
+          else
+            multiply(panel, 0, p_.terms, u, s.v, last - first, last - first, s.m);
           transform_output(group, panel, first, last, s);
         }
         prepared = group;
@@ -233,21 +259,28 @@ class Winograd {
     }
   }
 
-  // Of one group.
-  double macs() const { return static_cast<double>(t_.positions) * p_.tiles * p_.depth * g_.to_per_group; }
+  // Of one group, and where a sum has few terms, what its transforms take.
+  double macs() const {
+    const double terms = p_.terms + (p_.together.groups > 1 ? kTransforms : 0);
+    return static_cast<double>(t_.positions) * p_.tiles * terms * g_.to_per_group;
+  }
 
-  // u[position][d - d0][column] for [d0, d1) of the depth, and one panel.
+  // u[position][d - d0][column] for [d0, d1) of the terms, and one panel.
   void transform_weights(int64_t group, int64_t panel, int64_t d0, int64_t d1, float* packed, float* u) const {
-    const int64_t width = plan_.width, from = g_.from_per_group;
-    const T* const weight = weight_ + group * g_.weight_group_stride + panel * width * g_.weight_to_stride;
+    const int64_t width = plan_.width, from = g_.from_per_group / p_.together.groups;
+    const int64_t columns = panel_columns(panel) / p_.together.groups;
+    const T* const weight =
+        weight_ + group * p_.together.groups * g_.weight_group_stride + panel * width * g_.weight_to_stride;
     const int64_t kernel_w = t_.taps[1], taps = t_.taps[0] * kernel_w;
     int64_t offsets[kMostTaps], *offset = offsets;
     for (const int64_t h : p_.h.tap)
       for (const int64_t w : p_.w.tap) *offset++ = (h * kernel_w + w) * width;
     for (int64_t d = d0; d < d1;) {
       const int64_t tap = d / from, c = d % from, channels = std::min({kWeightChannels, from - c, d1 - d});
-      pack_taps(weight + p_.phase.axis[0].tap[tap] * g_.weight_axis_stride[0] + c * g_.weight_from_stride, channels,
-                panel_columns(panel), packed);
+      const T* const of_tap = weight + p_.phase.axis[0].tap[tap] * g_.weight_axis_stride[0] + c * g_.weight_from_stride;
+      if (p_.together.groups * columns < width) std::fill_n(packed, channels * taps * width, 0.0f);
+      for (int64_t i = 0; i < p_.together.groups; ++i)
+        pack_taps(of_tap + i * g_.weight_group_stride, channels, columns, packed + i * columns);
       for (int64_t i = 0; i < channels; ++i)
         t_.weight(packed + i * taps * width, offsets, width / kernels_.lanes, u + (d - d0 + i) * width,
                   position_step(plan_.u_channels * width));
@@ -260,7 +293,6 @@ class Winograd {
     const int64_t width = plan_.width, taps_w = t_.taps[1], taps = t_.taps[0] * taps_w;
     const int64_t to_stride = g_.weight_to_stride, from_stride = g_.weight_from_stride;
     const int64_t h_stride = g_.weight_axis_stride[1], w_stride = g_.weight_axis_stride[2];
-    if (columns < width) std::fill_n(packed, channels * taps * width, 0.0f);
     const bool run = (taps_w == 1 || w_stride == 1) && (t_.taps[0] == 1 || h_stride == taps_w);
     if (run && from_stride == taps)
       return stored_.transpose(weight, to_stride, columns, channels * taps, packed, width);
@@ -334,30 +366,51 @@ class Winograd {
         }
   }
 
+  // The same of groups that share vectors, all terms of it.
+  void multiply_groups(const float* u, const float* v, int64_t tiles, float* m) const {
+    const Together& together = p_.together;
+    const int64_t depth = p_.depth, width = plan_.width, taps = p_.phase.axis[0].taps();
+    for (int64_t position = 0; position < t_.positions; ++position)
+      kernels_.groups_product({.taps = taps,
+                               .depth = p_.terms / taps,
+                               .vectors = together.vectors,
+                               .lane = together.lane,
+                               .a = v + position * position_step(tiles * depth),
+                               .a_row = depth,
+                               .a_tap = g_.from_per_group,
+                               .a_vector = g_.from_per_group / together.vectors,
+                               .rows = tiles,
+                               .b = u + position * position_step(plan_.u_channels * width),
+                               .ldb = width,
+                               .c = m + position * position_step(tiles * width),
+                               .c_row = width});
+  }
+
   void transform_output(int64_t group, int64_t panel, int64_t first, int64_t last, const Scratch& s) const {
     const TileAxis &h = p_.h, &w = p_.w;
     const int64_t width = plan_.width, k = group * g_.to_per_group + panel * width;
     const ActivationStrides& to_stride = g_.to_stride;
     each_rectangle(p_.h, p_.w, p_.frames(), first, last, [&](const TileRectangle& r, int64_t before) {
       T* const image = to_ + r.image * to_stride.batch + r.frame * to_stride.axis[0] + k * to_stride.channel;
-      const int64_t low = w.first[r.w0], pitch = strip_pixels(r) * width;
+      const int64_t pitch = strip_pixels(r) * width;
       const float* m = s.m + before * width;
-      for (int64_t th = r.h0; th < r.h1; ++th)
+      for (int64_t th = r.h0; th < r.h1; ++th) {
+        T* lines[kMostResults];  // nullptr where there is no such result
+        float* strip_lines[kMostResults];
+        for (int64_t i = 0; i < h.out; ++i) {
+          const int64_t at = h.result(h.first[th], i);
+          lines[i] = h.is_result(at) ? image + at * to_stride.axis[1] : nullptr;
+          strip_lines[i] = s.result_strip + ((th - r.h0) * h.out + i) * pitch - w.first[r.w0] * width;
+        }
         for (int64_t tw = r.w0; tw < r.w1; ++tw, m += width) {
           const Tile tile{group, panel, r.image, r.frame, h.first[th], w.first[tw]};
           const int64_t m_step = position_step((last - first) * width);
           if (channels_last_)
-            finish_tile(stored_, tile, m, m_step, [&](int64_t i, int64_t j) {
-              const int64_t at_h = h.result(tile.h, i), at_w = w.result(tile.w, j);
-              return h.is_result(at_h) && w.is_result(at_w)
-                         ? image + at_h * to_stride.axis[1] + at_w * to_stride.axis[2]
-                         : reinterpret_cast<T*>(s.trash);
-            });
+            finish_tile(stored_, tile, m, m_step, lines, &columns_[tw * w.out], reinterpret_cast<T*>(s.trash));
           else
-            finish_tile(kernels_, tile, m, m_step, [&](int64_t i, int64_t j) {
-              return s.result_strip + ((th - r.h0) * h.out + i) * pitch + (w.result(tile.w, j) - low) * width;
-            });
+            finish_tile(kernels_, tile, m, m_step, strip_lines, &columns_[tw * w.out], s.trash);
         }
+      }
       if (!channels_last_) empty_strip(r, s.result_strip, panel_columns(panel), image);
     });
   }
@@ -367,12 +420,14 @@ class Winograd {
     int64_t group, panel, image, frame, h, w;
   };
 
-  // Result (i, j) goes to pixel(i, j): as it is stored, or float32 in a strip.
-  template <typename P, typename At>
-  void finish_tile(const Kernels<P>& kernels, const Tile& tile, const float* m, int64_t m_step, const At& pixel) const {
+  // Result (i, j) goes to lines[i] + columns[j], as it is stored, or float32 in a strip.
+  template <typename P>
+  void finish_tile(const Kernels<P>& kernels, const Tile& tile, const float* m, int64_t m_step, P* const* lines,
+                   const int64_t* columns, P* trash) const {
     P* pixels[kMostResults];
     for (int64_t i = 0; i < p_.h.out; ++i)
-      for (int64_t j = 0; j < p_.w.out; ++j) pixels[i * p_.w.out + j] = pixel(i, j);
+      for (int64_t j = 0; j < p_.w.out; ++j)
+        pixels[i * p_.w.out + j] = lines[i] != nullptr && columns[j] != kNoResult ? lines[i] + columns[j] : trash;
     const float* const bias =
         bias_.get() ? bias_.get() + tile.group * g_.to_per_group + tile.panel * plan_.width : nullptr;
     if (!kernels.winograd[variant_].output(m, m_step, panel_columns(tile.panel), bias, pixels))
@@ -409,8 +464,9 @@ class Winograd {
   template <typename P>
   void compute_directly(const Kernels<P>& kernels, const Tile& tile, P* const* pixels) const {
     const TileAxis &h = p_.h, &w = p_.w;
-    const int64_t from = g_.from_per_group;
-    const T* const x = from_ + tile.image * g_.from_stride.batch + tile.group * from * g_.from_stride.channel;
+    const int64_t from = g_.from_per_group / p_.together.groups, to_of_group = g_.to_per_group / p_.together.groups;
+    const T* const x =
+        from_ + tile.image * g_.from_stride.batch + tile.group * g_.from_per_group * g_.from_stride.channel;
     const auto value = [&](const T& stored) {
       float single;
       stored_.copy_rows(&stored, 0, 1, 1, &single, 0);
@@ -423,8 +479,9 @@ class Winograd {
         const GatherPhase& phase = phase_of(out_h, out_w);
         const GatherAxis* const a = phase.axis;
         for (int64_t k = 0; k < panel_columns(tile.panel); ++k) {
-          const int64_t to = tile.panel * plan_.width + k;
-          const T* const g = weight_ + tile.group * g_.weight_group_stride + to * g_.weight_to_stride;
+          const int64_t to = tile.panel * plan_.width + k, group = to / to_of_group, first = group * from;
+          const T* const g = weight_ + (tile.group * p_.together.groups + group) * g_.weight_group_stride +
+                             to % to_of_group * g_.weight_to_stride;
           double sum = 0;
           for (int64_t t = 0; t < phase.taps(); ++t) {
             const int64_t td = t / (a[1].taps() * a[2].taps()), th = t / a[2].taps() % a[1].taps(),
@@ -436,7 +493,8 @@ class Winograd {
             const T* const pixel =
                 x + at_d * g_.from_stride.axis[0] + at_h * g_.from_stride.axis[1] + at_w * g_.from_stride.axis[2];
             for (int64_t c = 0; c < from; ++c)
-              sum += (zero ? 0 : value(pixel[c * g_.from_stride.channel])) * value(tap[c * g_.weight_from_stride]);
+              sum += (zero ? 0 : value(pixel[(first + c) * g_.from_stride.channel])) *
+                     value(tap[c * g_.weight_from_stride]);
           }
           if (bias_.get()) sum += bias_.get()[tile.group * g_.to_per_group + to];
           const float single = static_cast<float>(sum);
@@ -459,6 +517,7 @@ class Winograd {
   const Kernels<T>& stored_;
   const int variant_;  // of the transforms
   const bool channels_last_;
+  c10::SmallVector<int64_t, 64> columns_;  // [tile][result of it] along a line: offsets, or kNoResult
   const T* const from_;
   const T* const weight_;
   const Bias<T> bias_;
@@ -508,16 +567,20 @@ double winograd_cycles(const ConvShape& s, Direction direction, const WinogradKe
     return static_cast<double>(longer * ceil_div(length + 1, out) + (dilation - longer) * ceil_div(length, out));
   };
   const double tiles = static_cast<double>(extent[0]) * tiles_of(1) * tiles_of(2), taps_d = s.kernel[0];
-  const double positions = t.positions, columns = std::ceil(to / kVector), rows = std::ceil(from / kVector);
+  const bool together = Together(s.groups, static_cast<int64_t>(from), static_cast<int64_t>(to)).groups > 1;
+  const double positions = t.positions, columns = together ? to / kVector : std::ceil(to / kVector);
+  const double rows = together ? from / kVector : std::ceil(from / kVector);
   // NCHW transposes what a tile reads and writes.
   double out = 1, read = 1;
   for (int d = 0; d < 2; ++d) out *= t.out[d], read *= s.kernel[d + 1] > 1 ? t.out[d] / t.result_stride * t.stride : 1;
   const double moved = s.channels_last() ? 0 : 0.5 * kVector * (1.5 * taps_d * read + out);
-  const double transforms = 3 * positions * (tiles * (rows * taps_d + columns) + 0.6 * from * taps_d * columns);
   // With more than 36 positions operands come from beyond L2.
   const double waits = positions > 36 ? 1.3 : 1;
-  return waits * product_cycles(std::max(tiles, 3.0), from * taps_d, columns) * positions + transforms +
-         moved * tiles * std::max(rows, columns);
+  double transforms = 3 * positions * (tiles * (rows * taps_d + columns) + 0.6 * from * taps_d * columns) +
+                      moved * tiles * std::max(rows, columns);
+  // Of few channels they are most of it. Against a core that multiplies once a cycle, as many do, they are half as much.
+  if (together && waits == 1) transforms /= 2;
+  return waits * product_cycles(std::max(tiles, 3.0), from * taps_d, columns) * positions + transforms;
 }
 
 double direct_cycles(const ConvShape& s, Direction direction) {
@@ -548,8 +611,10 @@ double direct_cycles(const ConvShape& s, Direction direction) {
 
 const char* yield(const ConvShape& s, Direction direction, bool small) {
   const int64_t from = direction == Direction::kForward ? s.in_per_group : s.out_per_group;
-  if (from < kFewChannels || s.in_per_group + s.out_per_group < kFewTogether) return "few channels";
-  if (s.channels_last() && s.groups == 1 && s.in_per_group + s.out_per_group - from < kFewResults)
+  const int64_t to = s.in_per_group + s.out_per_group - from;
+  if (Together(s.groups, from, to).groups == 1 && (from < kFewChannels || from + to < kFewTogether))
+    return "few channels";
+  if (s.channels_last() && s.groups == 1 && to < kFewResults)
     return "few result channels";  // they leave most lanes empty; `direct` turns them round
   const WinogradKernels<float>& t = *transforms(s, direction, small);
   if (t.stride * t.result_stride > 1 &&
@@ -567,7 +632,7 @@ const char* yield(const ConvShape& s, Direction direction, bool small) {
 int64_t workspace(const ConvShape& s, Direction direction, bool small, int threads) {
   const Kernels<float>& k = microkernels().f32;
   const Problem problem(s, direction, *transforms(s, direction, small));
-  const Plan plan(problem, s.channels_last(), k.lanes, k.vectors, threads);
+  const Plan plan(problem, s.channels_last(), k, threads);
   return (plan.shared + threads * plan.of_thread) * static_cast<int64_t>(sizeof(float));
 }
 
@@ -576,7 +641,7 @@ void run(const ConvShape& s, const ConvPointers& p, void* workspace, int threads
   const void* const from = direction == Direction::kForward ? p.input : p.grad_output;
   const Kernels<float>& k = microkernels().f32;
   const Problem problem(s, direction, *transforms(s, direction, small));
-  const Plan plan(problem, s.channels_last(), k.lanes, k.vectors, threads);
+  const Plan plan(problem, s.channels_last(), k, threads);
   auto* const scratch = static_cast<float*>(workspace);
   if (s.dtype == Dtype::kBFloat16) return Winograd<bfloat16>(problem, plan, s, from, p, scratch, threads).run();
   if (s.dtype == Dtype::kFloat16) return Winograd<float16>(problem, plan, s, from, p, scratch, threads).run();

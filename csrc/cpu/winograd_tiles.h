@@ -6,6 +6,7 @@
 
 #include "cpu/gather.h"
 #include "cpu/gemm_blocks.h"
+#include "cpu/isa.h"
 #include "cpu/microkernels.h"
 
 namespace myconv::cpu {
@@ -31,6 +32,25 @@ inline const WinogradKernels<float>* find_transforms(const Kernels<float>& kerne
   }
   return nullptr;
 }
+
+// Groups with few channels that are read, transformed and written as one: all that share a vector, and where they fill
+// it, several vectors. Lane l of a vector multiplies channel k of its group, which is lane[k][l] of the vector that is read.
+struct Together {
+  static constexpr int64_t kMostVectors = 4;
+  int64_t groups = 1, vectors = 1;
+  int32_t lane[kMostIndices][kMostIndices] = {};
+
+  Together(int64_t all, int64_t from, int64_t to, int64_t lanes = microkernels().f32.lanes) {
+    int64_t in_vector = std::min(all, lanes / std::max({int64_t{1}, from, to}));
+    while (in_vector > 1 && all % in_vector != 0) --in_vector;
+    if (in_vector == 0) return;
+    const bool full = in_vector * from == lanes && in_vector * to == lanes;
+    while (full && vectors < kMostVectors && all % (2 * vectors * in_vector) == 0) vectors *= 2;
+    groups = vectors * in_vector;
+    for (int64_t k = 0; k < from; ++k)
+      for (int64_t l = 0; l < in_vector * to; ++l) lane[k][l] = static_cast<int32_t>(l / to * from + k);
+  }
+};
 
 // Tiles along an axis, and what they read. Positions count from the first one that is read.
 struct TileAxis {
@@ -167,13 +187,13 @@ struct TileReader {
       each_tile(r, to, [&](int64_t th, int64_t tw, TransformedTiles tile) {
         const T* pixels[kMostTilePixels];
         const int64_t count = h.in * w.in;
+        int64_t column[kMostTilePixels];
+        for (int64_t j = 0; j < w.in; ++j) column[j] = w.source[w.position(tw, j)] * stride[2];
         for (int64_t i = 0; i < h.in; ++i) {
           const int64_t at_h = h.source[h.position(th, i)];
           const T* const line = image + at_h * stride[1];
-          for (int64_t j = 0; j < w.in; ++j) {
-            const int64_t at_w = w.source[w.position(tw, j)];
-            pixels[i * w.in + j] = at_h < 0 || at_w < 0 ? zeros : line + at_w * stride[2];
-          }
+          for (int64_t j = 0; j < w.in; ++j)
+            pixels[i * w.in + j] = at_h < 0 || column[j] < 0 ? zeros : line + column[j];
         }
         for (int64_t c = 0; c < channels; c += to.panel) {
           of_stored(pixels, std::min(to.panel, channels - c), tile.data, to.position_step);
