@@ -95,7 +95,10 @@ void depthwise(const Kernels<T>& k, int rows, int cols, int depth, const T* x, c
   int side = 1, width = 0, row = 0;
   while (side * side < depth) ++side;
   while (width < int(std::size(kDepthwiseWidths)) && kDepthwiseWidths[width] != side) ++width;
-  while (row < int(std::size(kDepthwiseRows)) && kDepthwiseRows[row] != rows) ++row;
+  const auto& tiles = (kLines ? k.depthwise.lines : k.depthwise.pixels)[S - 1];
+  // The highest tile there is that takes these rows.
+  for (int r = 0; r < int(std::size(kDepthwiseRows)); ++r)
+    if (tiles[width][r] && rows % kDepthwiseRows[r] == 0) row = r;
   const int64_t units = (rows - 1) * S + side, unit = kLines ? (cols - 1) * S + side : cols;
   std::vector<int64_t> unit_offsets, row_offsets;
   for (int64_t i = 0; i < units; ++i) unit_offsets.push_back(i * unit);
@@ -136,8 +139,7 @@ void depthwise(const Kernels<T>& k, int rows, int cols, int depth, const T* x, c
   tile.to_step = cols;
   tile.length = cols;
   tile.skip_zeros = true;
-  const auto run = (kLines ? k.depthwise.lines : k.depthwise.pixels)[S - 1][width][row];
-  for (int64_t i = 0; i < times; ++i) run(tile);
+  for (int64_t i = 0; i < times; ++i) tiles[width][row](tile);
 }
 
 template <typename T>

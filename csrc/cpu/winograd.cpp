@@ -48,6 +48,7 @@ constexpr int64_t kAllWeights = 32 << 20;     // and bytes of U, or of V, that a
 constexpr int64_t kColumnsPerThread = 64;     // from which on all tiles' transforms are little beside the products
 constexpr double kTransforms = 32;            // terms that those of a tile of V and one of M take as long as
 constexpr int64_t kFewChannels = 16;          // whose transforms are not shared by enough products
+constexpr int64_t kFewTerms = 8;              // the same of groups that share vectors
 constexpr int64_t kFewTogether = 40;          // in and out channels, of which what a tile takes besides is most
 constexpr int64_t kFewResults = 5;            // NHWC
 constexpr int64_t kMostTiles = 64;            // of a block
@@ -578,8 +579,8 @@ double winograd_cycles(const ConvShape& s, Direction direction, const WinogradKe
   const double waits = positions > 36 ? 1.3 : 1;
   double transforms = 3 * positions * (tiles * (rows * taps_d + columns) + 0.6 * from * taps_d * columns) +
                       moved * tiles * std::max(rows, columns);
-  // Of few channels they are most of it. Against a core that multiplies once a cycle, as many do, they are half as much.
-  if (together && waits == 1) transforms /= 2;
+  // Of few channels they are most of it. Where a core multiplies once a cycle, as many do, they are half as much beside it.
+  if (together && t.stride * t.result_stride == 1) transforms /= 2;
   return waits * product_cycles(std::max(tiles, 3.0), from * taps_d, columns) * positions + transforms;
 }
 
@@ -593,8 +594,11 @@ double direct_cycles(const ConvShape& s, Direction direction) {
   // What the direct way leaves out of the padding.
   const double inside = works_on_padding(s) ? dilated_share_inside(s) : 1;
   const double depth = static_cast<double>(s.taps()) * words / phases;
-  if (s.channels_last()) return phases * product_cycles(pixels * inside, depth, std::ceil(to / kVector));
-  // NCHW: vectors of pixels, of each line or of the lines of a strip joined. A vector of the strip takes 4 cycles.
+  const bool few_of_groups = s.groups > 1 && std::max(from, to) < kVector;
+  if (s.channels_last() && !few_of_groups)
+    return phases * product_cycles(pixels * inside, depth, std::ceil(to / kVector));
+  // NCHW, and few channels of groups: vectors of pixels, of each line or of the lines of a strip joined. A vector of the
+  // strip takes 4 cycles.
   const int64_t* const extent = forward ? s.out : s.in;
   double strip = 1, line[3], count[3];  // pixels of a strip and of its result, along each axis
   for (int d = 0; d < 3; ++d) {
@@ -612,7 +616,8 @@ double direct_cycles(const ConvShape& s, Direction direction) {
 const char* yield(const ConvShape& s, Direction direction, bool small) {
   const int64_t from = direction == Direction::kForward ? s.in_per_group : s.out_per_group;
   const int64_t to = s.in_per_group + s.out_per_group - from;
-  if (Together(s.groups, from, to).groups == 1 && (from < kFewChannels || from + to < kFewTogether))
+  const bool together = Together(s.groups, from, to).groups > 1;
+  if (from < (together ? kFewTerms : kFewChannels) || (s.groups == 1 && from + to < kFewTogether))
     return "few channels";
   if (s.channels_last() && s.groups == 1 && to < kFewResults)
     return "few result channels";  // they leave most lanes empty; `direct` turns them round

@@ -368,7 +368,7 @@ double winograd_cycles(const ConvShape& s, const WinogradKernels<float>& t) {
   // With more than 36 positions operands come from beyond L2.
   const double waits = positions > 36 ? 1.4 : 1.1;
   // NCHW transposes what a tile reads.
-  double moved = s.channels_last() ? 0 : 16;
+  double moved = s.channels_last() ? 0 : 8;
   for (int d = 0; d < 2; ++d) moved *= t.out[d];
   return waits * positions * tiles * rows * columns / 32 +
          (4 * positions + moved) * tiles * (std::ceil(rows / 16) + std::ceil(columns / 16)) +
