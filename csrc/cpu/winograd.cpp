@@ -21,6 +21,8 @@
 // NHWC reads pixels where they lie, through a pointer each (a row of zeros in the padding). NCHW transposes the lines of
 // a few tiles at a time, on the way in and on the way out. backward_input is the same with the taps reversed (gather.h).
 //
+// Groups with few channels are taken together, so that they fill vectors (Together): each multiplies its own lanes.
+//
 // Threads: where U is small, they split groups and tiles, each with all of a group's U; else they split the columns,
 // each with U of its own and, unless they are many, V of all tiles. What a thread needs it computes: to fetch it from
 // another costs more. Sums: blocks of kBlock channels, each from a fresh accumulator, added in order.
