@@ -51,7 +51,7 @@ constexpr int64_t kColumnsPerThread = 64;     // from which on all tiles' transf
 constexpr double kTransforms = 32;            // terms that those of a tile of V and one of M take as long as
 constexpr int64_t kFewChannels = 16;          // whose transforms are not shared by enough products
 constexpr int64_t kFewTerms = 8;              // the same of groups that share vectors
-constexpr int64_t kFewTogether = 40;          // in and out channels, of which what a tile takes besides is most
+constexpr int64_t kFewInAndOut = 40;          // in and out channels, of which what a tile takes besides is most
 constexpr int64_t kFewResults = 5;            // NHWC
 constexpr int64_t kMostTiles = 64;            // of a block
 constexpr int64_t kMostTaps = 25;             // of a kernel
@@ -166,6 +166,7 @@ class Winograd {
         stored_(kernels_of<T>(microkernels())),
         variant_(static_cast<int>(&t_ - kernels_.winograd)),
         channels_last_(s.channels_last()),
+        lanes_(p_.together, g_.from_per_group / p_.together.groups, g_.to_per_group / p_.together.groups),
         from_(static_cast<const T*>(from)),
         weight_(static_cast<const T*>(p.weight)),
         bias_(microkernels(), p.bias, g_.groups * g_.to_per_group),
@@ -377,7 +378,7 @@ class Winograd {
       kernels_.groups_product({.taps = taps,
                                .depth = p_.terms / taps,
                                .vectors = together.vectors,
-                               .lane = together.lane,
+                               .lane = lanes_.lane,
                                .a = v + position * position_step(tiles * depth),
                                .a_row = depth,
                                .a_tap = g_.from_per_group,
@@ -520,6 +521,7 @@ class Winograd {
   const Kernels<T>& stored_;
   const int variant_;  // of the transforms
   const bool channels_last_;
+  const GroupLanes lanes_;
   c10::SmallVector<int64_t, 64> columns_;  // [tile][result of it] along a line: offsets, or kNoResult
   const T* const from_;
   const T* const weight_;
@@ -619,7 +621,7 @@ const char* yield(const ConvShape& s, Direction direction, bool small) {
   const int64_t from = direction == Direction::kForward ? s.in_per_group : s.out_per_group;
   const int64_t to = s.in_per_group + s.out_per_group - from;
   const bool together = Together(s.groups, from, to).groups > 1;
-  if (from < (together ? kFewTerms : kFewChannels) || (s.groups == 1 && from + to < kFewTogether))
+  if (from < (together ? kFewTerms : kFewChannels) || (s.groups == 1 && from + to < kFewInAndOut))
     return "few channels";
   if (s.channels_last() && s.groups == 1 && to < kFewResults)
     return "few result channels";  // they leave most lanes empty; `direct` turns them round

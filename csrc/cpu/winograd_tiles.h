@@ -34,19 +34,29 @@ inline const WinogradKernels<float>* find_transforms(const Kernels<float>& kerne
 }
 
 // Groups with few channels that are read, transformed and written as one: all that share a vector, and where they fill
-// it, several vectors. Lane l of a vector multiplies channel k of its group, which is lane[k][l] of the vector that is read.
+// it, several vectors.
 struct Together {
   static constexpr int64_t kMostVectors = 4;
   int64_t groups = 1, vectors = 1;
-  int32_t lane[kMostIndices][kMostIndices] = {};
 
-  Together(int64_t all, int64_t from, int64_t to, int64_t lanes = microkernels().f32.lanes) {
+  Together(int64_t all, int64_t from, int64_t to) {
+    const int64_t lanes = microkernels().f32.lanes;
     int64_t in_vector = std::min(all, lanes / std::max({int64_t{1}, from, to}));
     while (in_vector > 1 && all % in_vector != 0) --in_vector;
     if (in_vector == 0) return;
     const bool full = in_vector * from == lanes && in_vector * to == lanes;
     while (full && vectors < kMostVectors && all % (2 * vectors * in_vector) == 0) vectors *= 2;
     groups = vectors * in_vector;
+  }
+};
+
+// Where the lanes of a vector, that hold `to` results of each group, find channel k of the `from` of their own group.
+struct GroupLanes {
+  int32_t lane[kMostIndices][kMostIndices] = {};
+
+  GroupLanes(const Together& together, int64_t from, int64_t to) {
+    if (together.groups == 1) return;
+    const int64_t in_vector = together.groups / together.vectors;
     for (int64_t k = 0; k < from; ++k)
       for (int64_t l = 0; l < in_vector * to; ++l) lane[k][l] = static_cast<int32_t>(l / to * from + k);
   }
