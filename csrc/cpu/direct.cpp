@@ -16,8 +16,8 @@
 // Where weights of neighbouring channels lie far apart (backward_input), they are packed once into tiles of rows: with the
 // taps of all phases, as they lie.
 //
-// Where much of the work would be on zeros of the padding and all weights are finite, each block leaves out the taps
-// that read nothing else for its results; adding 0 changes nothing.
+// Where much of the work would be on zeros of the padding and all weights are finite, the vectors that are multiplied
+// together leave out the taps that read nothing else for them; adding 0 changes nothing.
 //
 // Sums: blocks of channels with at most kSumLength terms, each from a fresh accumulator, added in order; inside a block
 // channels outermost; the bias with the first block. Threads split samples, groups, lines and result channels.
@@ -118,19 +118,23 @@ void pack_tiles(const Gather& g, const Plan& plan, const Kernels<T>& kernels, co
   }
 }
 
+// Results of a block, [begin, end) along each axis.
+struct Range {
+  int64_t begin[3], end[3];
+};
+
 // The terms of one sum block, a channel after the other, and the tap of each term of the first channel.
 struct Terms {
   c10::SmallVector<Term, 64> list;
   c10::SmallVector<int64_t, 16> taps;
 
-  void prepare(const Weights& weights, const GatherPhase& phase, const Plan& plan, const int64_t (&start)[3],
-               int64_t channels, bool skip_zeros) {
-    list.clear(), taps.clear();
+  // Those of the first channel, for these results; where zeros are skipped, taps that read something else.
+  Terms(const Weights& weights, const GatherPhase& phase, const Plan& plan, const Range& results, bool skip_zeros) {
     const int64_t* const block = plan.block;
     const auto alive = [&](int d, int64_t t) {
       const GatherAxis& a = plan.axis[d].axis;
-      return !skip_zeros ||
-             std::max(start[d], a.first_inside(t)) < std::min({start[d] + block[d], a.count, a.last_inside(t)});
+      return !skip_zeros || std::max(results.begin[d], a.first_inside(t)) <
+                                std::min({results.end[d], a.count, a.last_inside(t)});
     };
     // Where a tap reads is a sum over the axes.
     c10::SmallVector<int64_t, 8> at[3];
@@ -150,6 +154,8 @@ struct Terms {
           if (d >= 0 && h >= 0 && w >= 0) list.push_back({weights.tap[t], d + h + w}), taps.push_back(t);
           ++t;
         }
+  }
+  void add_channels(const Weights& weights, const Plan& plan, int64_t channels) {
     const auto live = static_cast<int64_t>(taps.size());
     list.resize(live * channels);
     for (int64_t c = 1; c < channels; ++c)
@@ -254,7 +260,6 @@ class FamilyProduct {
       Scratch s;
       s.strips = of_threads_ + at::get_thread_num() * plan_.of_thread();
       s.kept = s.strips + plan_.strips();
-      s.terms.resize(family_.size());
       for (int64_t i = begin * of_task; i < end * of_task; ++i) {
         const Task task = plan_.own_tiles ? at(i % plan_.problems, i / plan_.problems) : at(i / splits, i % splits);
         if (plan_.own_tiles && task.problem == 0)
@@ -279,8 +284,9 @@ class FamilyProduct {
     W *strips, *kept;
     Runs runs;
     Shuffles shuffles;
-    c10::SmallVector<Terms, 1> terms;  // of each phase
     c10::SmallVector<StripVector, 32> vectors;
+    c10::SmallVector<Terms, 1> terms;
+    c10::SmallVector<int32_t, 16> terms_of;  // [phase][vectors that are multiplied together]
     int64_t prepared = -1, images = 0, filled = -1;
   };
 
@@ -323,15 +329,61 @@ class FamilyProduct {
     strip_runs(plan_, t.start, t.images, g_.from_stride.batch, s.runs);
     if (g_.from_stride.axis[2] == 1 && g_.groups * g_.from_per_group >= kLeastShuffled)
       strip_shuffles(plan_, s.runs, kernels_.lanes, s.shuffles);
-    for (int64_t f = 0; f < family_.size(); ++f)
-      s.terms[f].prepare(weights_[f], *family_.phases[f], plan_, t.start, sums_[0].channels, skip_zeros_);
     s.vectors.clear();
-    const int64_t c_line = plan_.keep ? plan_.pitch : line_step_;
+    const int64_t c_line = plan_.keep ? plan_.pitch : line_step_, lanes = kernels_.lanes;
     const int64_t length = plan_.joined ? (t.images - 1) * plan_.image + (t.lines - 1) * plan_.pitch + t.line : t.line;
-    for (int64_t h = 0; h < (plan_.joined ? 1 : t.lines); ++h)
-      for (int64_t j = 0; j < length; j += kernels_.lanes)
-        s.vectors.push_back({h * plan_.pitch + j, h * c_line + j, std::min<int64_t>(kernels_.lanes, length - j)});
+    const int64_t lines = plan_.joined ? 1 : t.lines, of_line = ceil_div(length, lanes);
+    for (int64_t i = 0; i < lines * of_line; ++i) {
+      // Vectors below each other leave out the same taps. (Of phases with fewer lines, the first vectors must be theirs.)
+      const bool down = skip_zeros_ && family_.size() == 1;
+      const int64_t h = down ? i % lines : i / of_line, j = (down ? i / lines : i % of_line) * lanes;
+      s.vectors.push_back({h * plan_.pitch + j, h * c_line + j, std::min<int64_t>(lanes, length - j)});
+    }
+    s.terms.clear(), s.terms_of.clear();
+    for (int64_t f = 0; f < family_.size(); ++f) {
+      const auto first = static_cast<int64_t>(s.terms.size());
+      for (int64_t panel = 0, panels = panels_of(t, s, f); panel < panels; ++panel) {
+        if (!skip_zeros_ && panel > 0) {
+          s.terms_of.push_back(first);
+          continue;
+        }
+        Terms terms(weights_[f], *family_.phases[f], plan_, results_of(t, s, f, panel), skip_zeros_);
+        auto found = first;
+        while (found < static_cast<int64_t>(s.terms.size()) && s.terms[found].taps != terms.taps) ++found;
+        s.terms_of.push_back(found);
+        if (found < static_cast<int64_t>(s.terms.size())) continue;
+        terms.add_channels(weights_[f], plan_, sums_[0].channels);
+        s.terms.push_back(std::move(terms));
+      }
+    }
     s.prepared = t.block, s.images = t.images;
+  }
+
+  // Panels are vectors that are multiplied together: as many as fit into a register tile, or one less.
+  int64_t vectors_of(const Task& t, const Scratch& s, int64_t f) const {
+    const auto all = static_cast<int64_t>(s.vectors.size());
+    return plan_.keep || plan_.joined ? all : all / t.lines * std::max<int64_t>(0, lines_of(t, f / along_w_));
+  }
+  int64_t panels_of(const Task& t, const Scratch& s, int64_t f) const {
+    return ceil_div(vectors_of(t, s, f), kernels_.vectors);
+  }
+  static int64_t first_vector(int64_t vectors, int64_t panel, int64_t panels) { return vectors * panel / panels; }
+
+  Range results_of(const Task& t, const Scratch& s, int64_t f, int64_t panel) const {
+    Range r;
+    for (int d = 0; d < 3; ++d) r.begin[d] = t.start[d], r.end[d] = t.start[d] + plan_.block[d];
+    if (!skip_zeros_ || t.images > 1) return r;
+    const int64_t vectors = vectors_of(t, s, f), panels = panels_of(t, s, f), pitch = plan_.pitch;
+    int64_t h0 = plan_.block[1], h1 = 0, w0 = plan_.block[2], w1 = 0;
+    for (int64_t v = first_vector(vectors, panel, panels); v < first_vector(vectors, panel + 1, panels); ++v) {
+      const int64_t first = s.vectors[v].b, last = first + s.vectors[v].lanes - 1;
+      const bool one_line = first / pitch == last / pitch;
+      h0 = std::min(h0, first / pitch), h1 = std::max(h1, last / pitch + 1);
+      w0 = std::min(w0, one_line ? first % pitch : 0), w1 = std::max(w1, one_line ? last % pitch + 1 : plan_.block[2]);
+    }
+    r.begin[1] = t.start[1] + h0, r.end[1] = t.start[1] + h1;
+    r.begin[2] = t.start[2] + w0, r.end[2] = t.start[2] + w1;
+    return r;
   }
 
   void compute(const Task& t, Scratch& s) const {
@@ -391,15 +443,14 @@ class FamilyProduct {
   void multiply(const Task& t, const Scratch& s, int64_t f, int64_t group, int64_t row, int64_t rows, int64_t c0,
                 int64_t c1, W* sums_at) const {
     const int64_t in_group = t.first_group + group, h = f / along_w_;
-    auto vector_count = static_cast<int64_t>(s.vectors.size());
-    if (!plan_.keep && !plan_.joined) vector_count = vector_count / t.lines * lines_of(t, h);
-    const int64_t panels = ceil_div(vector_count, kernels_.vectors);
+    const int64_t vectors = vectors_of(t, s, f), panels = panels_of(t, s, f);
+    const int32_t* terms_of = s.terms_of.data();
+    for (int64_t before = 0; before < f; ++before) terms_of += panels_of(t, s, before);
     T* c = nullptr;  // of 16-bit types, only sums in scratch rows
     if constexpr (!kIsHalf<T>) c = plan_.keep ? sums_at : begin_of(t, h) + row * g_.to_stride.channel;
     const int64_t c_row = plan_.keep ? plan_.columns : g_.to_stride.channel;
     for (const Block& sum : sums_) {
       if (sum.channel < c0 || (sum.channel >= c1 && sum.channels > 0)) continue;
-      const auto [term, count] = s.terms[f].of(sum, family_.most_taps);
       const W* const w = plan_.tile_weights
                              ? tiled_ + ((in_group * all_tiles_ + row / plan_.tile_rows) * from_words_ + sum.channel) *
                                             plan_.tile_weights
@@ -407,7 +458,8 @@ class FamilyProduct {
                                    sum.channel * weights_[f].from_stride;
       const W* const b = s.strips + (group * (c1 - c0) + sum.channel - c0) * plan_.size;
       for (int64_t panel = 0; panel < panels; ++panel) {
-        const int64_t v0 = vector_count * panel / panels, v1 = vector_count * (panel + 1) / panels;
+        const int64_t v0 = first_vector(vectors, panel, panels), v1 = first_vector(vectors, panel + 1, panels);
+        const auto [term, count] = s.terms[terms_of[panel]].of(sum, family_.most_taps);
         kernels_.strip[rows - 1]({.terms = count,
                                   .term = term,
                                   .a = w,

@@ -138,18 +138,18 @@ class Bias {
   c10::SmallVector<Word<T>, 64> copy_;
 };
 
-// Any number of rows, in tiles of nearly equal height; t.tiles is filled in here.
+// Any number of rows, in tiles of nearly equal height; t.tiles is filled in here. Returns the end of what was fetched.
 template <typename T>
-void multiply_rows(const Kernels<T>& kernels, GemmRows<T> t, int64_t rows) {
-  if (rows == 0) return;
+const Word<T>* multiply_rows(const Kernels<T>& kernels, GemmRows<T> t, int64_t rows) {
+  if (rows == 0) return t.next;
   const int64_t tiles = ceil_div(rows, kernels.rows), height = rows / tiles, higher = rows % tiles;
   t.tiles = higher;
-  if (higher > 0) kernels.gemm_rows[height](t);
+  if (higher > 0) t.next = kernels.gemm_rows[height](t);
   t.a += higher * (height + 1) * t.a_row;
   t.c += higher * (height + 1) * t.c_row;
   t.partial += higher * (height + 1) * t.partial_step;
   t.tiles = tiles - higher;
-  kernels.gemm_rows[height - 1](t);
+  return kernels.gemm_rows[height - 1](t);
 }
 
 }  // namespace myconv::cpu

@@ -39,6 +39,7 @@ constexpr int64_t kPointerBytes = 64 << 10;      // pointers to what tiles read 
 constexpr int64_t kMostTilesAtOnce = 16;         // by pointers
 constexpr int64_t kBandBytes = 256 << 10;        // of what a band of result lines reads for one block of a sum
 constexpr int64_t kFewBytes = 256;               // a pixel's channels of a group: what a band reads of them is copied
+constexpr int64_t kSetBytes = 4096;  // apart, lines of memory are in one set of L1
 constexpr int64_t kCopyBytes = 32 << 10;         // of such a copy: L1
 constexpr int64_t kOwnPanels = 16 << 20;         // of all threads, that share panels and each pack them for themselves
 constexpr int64_t kOwnPixels = 192;              // of a thread, from which on that takes little
@@ -62,9 +63,11 @@ bool is_padded(const GatherAxis& axis) {
   return false;
 }
 
-// Positions [begin, end) of a result that read inside through taps [tap0, tap1), and no others.
+// Positions [begin, end) of a result that read inside through taps [tap0, tap1), and no others. Or an edge: those of one
+// tile, of which some read the padding instead.
 struct Segment {
   int64_t begin, end, tap0, tap1;
+  bool edge = false;
   int64_t length() const { return end - begin; }
   int64_t taps() const { return tap1 - tap0; }
 };
@@ -85,6 +88,24 @@ Segments segments(const GatherAxis& axis) {
       s.tap1 = t + 1;
     }
     found.push_back(s);
+  }
+  return found;
+}
+
+// The same with as few tiles of so many positions as there can be: those at the edges of a line read zeros, too.
+Segments segments_of_tiles(const GatherAxis& axis, int64_t rows) {
+  int64_t first = 0, last = axis.count;  // from there and to there all taps are inside
+  for (int64_t t = 0; t < axis.taps(); ++t)
+    first = std::max(first, axis.first_inside(t)), last = std::min(last, axis.last_inside(t));
+  const int64_t tiles = ceil_div(axis.count, rows);
+  Segments found;
+  for (int64_t i = 0; i < tiles; ++i) {
+    const Segment s{axis.count * i / tiles, axis.count * (i + 1) / tiles, 0, axis.taps(),
+                    axis.count * i / tiles < first || axis.count * (i + 1) / tiles > last};
+    if (s.edge || found.empty() || found.back().edge)
+      found.push_back(s);
+    else
+      found.back().end = s.end;
   }
   return found;
 }
@@ -293,6 +314,13 @@ struct Operands {
   const T* zeros;  // of a pixel
 };
 
+// A call of a kernel takes as long as this many terms of a pixel.
+template <typename T>
+double call_terms(const Kernels<T>& kernels, const Panels& panels) {
+  constexpr double kCallCycles = 60;
+  return kCallCycles * 2.0 * kernels.lanes / static_cast<double>(panels.width);
+}
+
 // By rectangles: what results between two cuts of each axis have in common is found once.
 template <typename T>
 class Rectangles {
@@ -308,8 +336,9 @@ class Rectangles {
         blocks_(reduction_blocks(channels_, phase.taps(), /*taps_inside=*/false)),
         in_place_(reads_in_place(kernels, g.from_per_group)) {
     const GatherAxis* a = phase.axis;
-    const int64_t line = a[1].from_step * a[2].count * a[2].from_step * std::min(channels_, kSumLength);
-    band_ = std::max<int64_t>(kernels.rows, kBandBytes / static_cast<int64_t>(sizeof(W)) / std::max<int64_t>(line, 1));
+    const int64_t line = a[1].from_step * a[2].count * a[2].from_step * g.groups * std::min(channels_, kSumLength);
+    band_ = std::max<int64_t>(g.groups > 1 ? 1 : kernels.rows,
+                              kBandBytes / static_cast<int64_t>(sizeof(W)) / std::max<int64_t>(line, 1));
     for (int d = 0; d < 3; ++d) {
       segments_[d] = segments(a[d]);
       stride_[d] = g.from_stride.axis[d] / kernels.pair;
@@ -318,8 +347,8 @@ class Rectangles {
       const auto [least, most] = std::minmax_element(a[d].offset.begin(), a[d].offset.end());
       low_[d] = *least, reach_[d] = static_cast<double>(*most) - static_cast<double>(*least);
     }
-    // Few channels of each of many groups lie far apart, in the same few sets of the cache.
-    if (in_place_ && g.groups > 1 && channels_ * static_cast<int64_t>(sizeof(W)) <= kFewBytes && phase.taps() > 0 &&
+    // Few channels of each of many groups lie far apart, at worst all rows of a tile in the same set of the cache.
+    if (in_place_ && g.groups > 1 && a[2].from_step * stride_[2] * static_cast<int64_t>(sizeof(W)) % kSetBytes == 0 && channels_ * static_cast<int64_t>(sizeof(W)) <= kFewBytes && phase.taps() > 0 &&
         a[0].taps() == 1 && blocks_.size() == 1) {
       const int64_t fit = kCopyBytes / static_cast<int64_t>(sizeof(W)) / (a[2].from_extent * channels_);
       in_place_ = reach_[1] >= static_cast<double>(fit);
@@ -333,6 +362,11 @@ class Rectangles {
     for (int d = 0; d < 3; ++d) from_step_[d] = a[d].from_step * stride_[d];
     joined_ = stride_[2] == channels_ && phase.taps() > 0;
     for (int64_t t = 1; t < a[2].taps(); ++t) joined_ = joined_ && a[2].offset[t] == a[2].offset[t - 1] + 1;
+    if (a[2].mode != PaddingMode::kZeros || segments_[2].size() < 2) return;
+    const double apart = cost(true);
+    Segments tiles = segments_of_tiles(a[2], kernels.rows);
+    std::swap(segments_[2], tiles);
+    if (cost(true) > apart) std::swap(segments_[2], tiles);
   }
 
   // What a pixel costs, as a share of the products of a full tile.
@@ -342,8 +376,7 @@ class Rectangles {
     for (const Segments& of_axis : segments_)
       if (static_cast<int64_t>(of_axis.size()) > kMostSegments) return 1e9;
     if (!fits()) return 1e9;
-    // A call takes as long as this many terms of a pixel.
-    const double call = kCallCycles * 2.0 * kernels_.lanes / static_cast<double>(panels_.width) * blocks_.size();
+    const double call = call_terms(kernels_, panels_) * static_cast<double>(blocks_.size());
     for (const Segment& d : segments_[0])
       for (const Segment& h : segments_[1])
         for (const Segment& w : segments_[2]) {
@@ -352,7 +385,7 @@ class Rectangles {
           // What is not left out is done by pointers, anew for each panel.
           const double terms = inside == taps || skip_zeros ? static_cast<double>(inside * channels_)
                                                             : static_cast<double>(taps * (channels_ + 16));
-          const bool down = is_down(w.length(), lines);
+          const bool down = !w.edge && is_down(w.length(), lines);
           const double runs = static_cast<double>(down ? w.length() * bands : h.length());
           const double run = run_cost(down ? ceil_div(h.length(), bands) : w.length(), kernels_.rows);
           sum += static_cast<double>(d.length()) * runs * (run * terms + call);
@@ -372,9 +405,9 @@ class Rectangles {
   void multiply(const Operands<T>& o, const W* packed, W* scratch, int64_t begin, int64_t end, int64_t unit0,
                 int64_t unit1, bool finite) const {
     const GatherAxis* a = phase_.axis;
-    std::vector<Piece> pieces;
-    std::vector<Term> terms;
-    Band band{.lines = scratch, .sums = scratch + converted()};
+    Pieces pieces;
+    std::vector<const W*> pixels;
+    Band band{.lines = scratch, .sums = scratch + converted(), .pixels = &pixels};
     TileWords<T> words(kernels_, g_.from_per_group, kSumLength);
     const auto block_count = static_cast<int64_t>(blocks_.size()), units = unit1 - unit0;
     for (int64_t at = begin; at < end; at += band.count) {
@@ -382,15 +415,15 @@ class Rectangles {
       const Segment &of_d = find(0, band.d), &of_h = find(1, band.h);
       band.count = std::min({band_, of_h.end - band.h, end - at});
       int64_t found = -1, copied = -1;
+      fetch_band(o, at + band.count, end, unit1 - unit0, band);
       for (int64_t j = 0; j < block_count * units; ++j) {
         // All panels for a block; sums that are rounded at their end, all blocks for a panel.
         const int64_t i = kIsHalf<T> ? j % block_count : j / units;
         const int64_t unit = unit0 + (kIsHalf<T> ? j / block_count : j % units);
         const Block& block = blocks_[i];
         if (found != i) {
-          pieces.clear(), terms.clear();
-          for (const Segment& of_w : segments_[2])
-            add_piece(of_d, of_h, of_w, band.count, block, finite, pieces, terms);
+          pieces = {};
+          for (const Segment& of_w : segments_[2]) add_piece(of_d, of_h, of_w, band.count, block, finite, pieces);
           found = i;
         }
         if (!in_place_ && copied != unit / panels_.count) {
@@ -398,11 +431,13 @@ class Rectangles {
           copy_lines(o, of_d, copied, band);
         }
         const W* const b = packed + (unit - unit0) * unit_size() + block.start * panels_.width;
-        for (const Piece& piece : pieces)
+        for (const Piece& piece : pieces.list)
           if (piece.by_pointers)
             multiply_by_pointers(o, b, band, piece, block, unit, words);
+          else if (piece.edge)
+            multiply_edge(o, b, band, piece, pieces, block, unit);
           else
-            multiply_runs(o, b, band, piece, terms.data(), block, unit);
+            multiply_runs(o, b, band, piece, pieces.terms.data(), block, unit);
       }
     }
   }
@@ -410,20 +445,29 @@ class Rectangles {
   int64_t unit_size() const { return phase_.taps() * channels_ * panels_.width; }
 
  private:
-  static constexpr double kCallCycles = 60;
-
   // Result lines [h, h + count) of depth d of a sample. Packed, what they read is [tap along d][line][pixel][channel]
   // from line `first` on; sums are [line][pixel][column].
   struct Band {
     W *lines, *sums;
+    std::vector<const W*>* pixels;  // of an edge
     int64_t n = 0, d = 0, h = 0, count = 0, first = 0;
+    const W *next = nullptr, *next_end = nullptr;  // what the next band reads, as far as it is not fetched yet
+    int64_t next_step = 0;
   };
 
-  // Of a band of result lines, those positions whose terms are the same.
+  // Of a band of result lines, those positions whose terms are the same; or those of a tile, the terms being its taps,
+  // whose pixels are at `reads` from the first one of the line, kOutside being in the padding.
   struct Piece {
     int64_t begin, end, first_run, runs, depth;
-    bool down, by_pointers;
+    bool down, by_pointers, edge;
+    int64_t first_read;
   };
+  struct Pieces {
+    std::vector<Piece> list;
+    std::vector<Term> terms;
+    std::vector<int64_t> reads, taps;  // [tap][pixel], and where the weights of a tap are
+  };
+  static constexpr int64_t kOutside = INT64_MIN;
 
   // Whether tiles lie across lines: a page each, which must save much.
   bool is_down(int64_t width, int64_t lines) const {
@@ -438,14 +482,21 @@ class Rectangles {
   bool unfinished(const Block& block) const { return block.start + block.terms() < channels_ * phase_.taps(); }
 
   void add_piece(const Segment& d, const Segment& h, const Segment& w, int64_t lines, const Block& block, bool finite,
-                 std::vector<Piece>& pieces, std::vector<Term>& terms) const {
+                 Pieces& pieces) const {
     const GatherAxis* a = phase_.axis;
     const bool whole = d.taps() == a[0].taps() && h.taps() == a[1].taps() && w.taps() == a[2].taps();
-    Piece piece{w.begin, w.end, static_cast<int64_t>(terms.size()), 0, block.channels, is_down(w.length(), lines),
-                false};
+    Piece piece{.begin = w.begin,
+                .end = w.end,
+                .first_run = static_cast<int64_t>(w.edge ? pieces.taps.size() : pieces.terms.size()),
+                .runs = 0,
+                .depth = block.channels,
+                .down = !w.edge && is_down(w.length(), lines),
+                .by_pointers = false,
+                .edge = w.edge,
+                .first_read = static_cast<int64_t>(pieces.reads.size())};
     piece.by_pointers = !whole && (!finite || a[2].mode != PaddingMode::kZeros);
     // Of a whole kernel line the taps are one run.
-    const bool joined = joined_ && block.tap % a[2].taps() == 0 && block.taps % a[2].taps() == 0;
+    const bool joined = joined_ && !w.edge && block.tap % a[2].taps() == 0 && block.taps % a[2].taps() == 0;
     if (joined) piece.depth = w.taps() * block.channels;
     for (int64_t td = d.tap0; td < d.tap1 && !piece.by_pointers; ++td)
       for (int64_t th = h.tap0; th < h.tap1; ++th)
@@ -455,10 +506,34 @@ class Rectangles {
           const int64_t of_d = in_place_ ? a[0].offset[td] : td;
           const int64_t source =
               of_d * stride_[0] + a[1].offset[th] * stride_[1] + a[2].offset[tw] * stride_[2] + block.channel;
-          terms.push_back({source, tap * block.channels * panels_.width});
           ++piece.runs;
+          if (!w.edge) {
+            pieces.terms.push_back({source, tap * block.channels * panels_.width});
+            continue;
+          }
+          pieces.taps.push_back(tap * block.channels * panels_.width);
+          for (int64_t i = w.begin; i < w.end; ++i)
+            pieces.reads.push_back(a[2].source(i, tw) < 0 ? kOutside : source + i * from_step_[2]);
         }
-    pieces.push_back(piece);
+    pieces.list.push_back(piece);
+  }
+
+  // Finds what the lines from line `at` of all samples on read and those of the band do not.
+  void fetch_band(const Operands<T>& o, int64_t at, int64_t end, int64_t units, Band& band) const {
+    band.next = band.next_end = nullptr;
+    const GatherAxis* a = phase_.axis;
+    if (!in_place_ || a[0].taps() != 1 || at >= end) return;
+    const int64_t h = at % a[1].count, d = at / a[1].count % a[0].count, n = at / a[1].count / a[0].count;
+    const auto reach = static_cast<int64_t>(std::min(reach_[1], static_cast<double>(a[1].from_extent)));
+    const auto end_of = [&](int64_t line) {
+      return std::clamp<int64_t>(line * a[1].from_step + low_[1] + reach + 1, 0, a[1].from_extent);
+    };
+    const int64_t first = h == 0 ? 0 : end_of(h - 1), last = end_of(std::min({h + band_, a[1].count, h + end - at}) - 1);
+    const W* const plane = as_words(o.from + n * g_.from_stride.batch) + (d * a[0].from_step + a[0].offset[0]) * stride_[0];
+    band.next = plane + first * stride_[1], band.next_end = plane + std::max(first, last) * stride_[1];
+    const int64_t high = kernels_.rows * (panels_.width == kernels_.lanes ? 2 : 1);
+    const int64_t steps = units * band.count * ceil_div(a[2].count, high) * phase_.taps() * ceil_div(channels_, 2);
+    band.next_step = ceil_div(band.next_end - band.next, std::max<int64_t>(steps, 1));
   }
 
   // Packs the lines that a band reads.
@@ -485,21 +560,65 @@ class Rectangles {
       }
   }
 
-  void multiply_runs(const Operands<T>& o, const W* b, const Band& band, const Piece& piece, const Term* terms,
+  // What a unit reads for the first pixel of a band, and writes there.
+  const W* image(const Operands<T>& o, const Band& band, int64_t group) const {
+    const W* const first = in_place_ ? as_words(o.from + band.n * g_.from_stride.batch + group * g_.from_per_group) +
+                                           band.d * from_step_[0]
+                                     : band.lines - band.first * stride_[1];
+    return first + band.h * from_step_[1];
+  }
+
+  // A tile of each line, by pointers.
+  void multiply_edge(const Operands<T>& o, const W* b, Band& band, const Piece& piece, const Pieces& pieces,
+                     const Block& block, int64_t unit) const {
+    const int64_t group = unit / panels_.count, panel = unit % panels_.count, rows = piece.end - piece.begin;
+    const int64_t column = group * g_.to_per_group + panels_.begin(panel), count = piece.runs * rows;
+    const W *const zeros = as_words(o.zeros), *line = image(o, band, group);
+    const int64_t* const reads = pieces.reads.data() + piece.first_read;
+    T* result = result_pixel(g_, phase_, {band.n, band.d, band.h, piece.begin}, o.to) + column;
+    W* sums = band.sums + piece.begin * panels_.width;
+    std::vector<const W*>& pixels = *band.pixels;
+    pixels.resize(count);
+    for (int64_t l = 0; l < band.count; ++l) {
+      for (int64_t i = 0; i < count; ++i) pixels[i] = reads[i] == kOutside ? zeros : line + reads[i];
+      T* c[kMaxRows];
+      for (int64_t r = 0; r < rows; ++r) c[r] = result + r * to_step_[2];
+      kernels_.gemm[rows - 1]({.taps = piece.runs,
+                               .depth = piece.depth,
+                               .a = pixels.data(),
+                               .a_offset = 0,
+                               .a_step = 1,
+                               .b = b,
+                               .b_offsets = pieces.taps.data() + piece.first_run,
+                               .ldb = panels_.width,
+                               .c = c,
+                               .cols = panels_.size(panel),
+                               .row_bias = nullptr,
+                               .column_bias = o.bias ? o.bias + column : nullptr,
+                               .accumulate = block.start > 0,
+                               .next = band.next < band.next_end ? band.next : nullptr,
+                               .partial = sums,
+                               .partial_step = panels_.width,
+                               .unfinished = unfinished(block)});
+      if (band.next < band.next_end) band.next += piece.runs * piece.depth * rows;
+      line += from_step_[1];
+      result += to_step_[1];
+      sums += phase_.axis[2].count * panels_.width;
+    }
+  }
+
+  void multiply_runs(const Operands<T>& o, const W* b, Band& band, const Piece& piece, const Term* terms,
                      const Block& block, int64_t unit) const {
     const GatherAxis* a = phase_.axis;
     const int64_t group = unit / panels_.count, panel = unit % panels_.count, width = piece.end - piece.begin;
     const int64_t column = group * g_.to_per_group + panels_.begin(panel);
     const int along = piece.down ? 1 : 2, across = piece.down ? 2 : 1;
     const int64_t sums_step[3] = {0, a[2].count * panels_.width, panels_.width};
-    const W* const image = in_place_ ? as_words(o.from + band.n * g_.from_stride.batch + group * g_.from_per_group) +
-                                           band.d * from_step_[0]
-                                     : band.lines - band.first * stride_[1];
     GemmRows<T> rows{.tiles = 0,
                      .runs = piece.runs,
                      .depth = piece.depth,
                      .run = terms + piece.first_run,
-                     .a = image + band.h * from_step_[1] + piece.begin * from_step_[2],
+                     .a = image(o, band, group) + piece.begin * from_step_[2],
                      .a_row = from_step_[along],
                      .b = b,
                      .ldb = panels_.width,
@@ -512,7 +631,9 @@ class Rectangles {
                      .partial_step = sums_step[along],
                      .unfinished = unfinished(block)};
     for (int64_t i = 0; i < (piece.down ? width : band.count); ++i) {
-      multiply_rows(kernels_, rows, piece.down ? band.count : width);
+      rows.next = band.next < band.next_end ? band.next : nullptr;
+      rows.next_step = band.next_step;
+      band.next = multiply_rows(kernels_, rows, piece.down ? band.count : width);
       rows.a += from_step_[across];
       rows.c += to_step_[across];
       rows.partial += sums_step[across];
@@ -634,8 +755,19 @@ void multiply_by_pointers(const Gather& g, const GatherPhase& phase, const Kerne
   std::vector<W> sums(in_parts ? at_once * kernels.rows * panels.width : 0);
   std::vector<W> words(in_place ? 0 : kernels.rows * std::min(depth, kSumLength));  // what a tile reads, packed
   std::vector<const W*> a(in_place ? 0 : taps * kernels.rows);
+  // What tile `tile` reads first, up to a line: tiles along lines read what lies between that and the next one's.
+  const auto first_line = [&](int64_t tile) {
+    const Pixel at = cut.first(tile);
+    const GatherAxis& h = phase.axis[1];
+    const int64_t line = std::clamp<int64_t>(at.h * h.from_step, 0, h.from_extent - 1);
+    return as_words(o.from + at.n * g.from_stride.batch + line * g.from_stride.axis[1]);
+  };
+  const bool ahead = in_place && g.groups > 1 && cut.along == Tiles::kAll && phase.axis[0].from_extent == 1;
   for (int64_t tile0 = begin; tile0 < end; tile0 += at_once) {
     const int64_t tile1 = std::min(end, tile0 + at_once);
+    // What the tiles after these read is fetched meanwhile.
+    const W* next = ahead && tile1 < end ? first_line(tile1) : nullptr;
+    const W* const next_end = next ? first_line(std::min(end, tile1 + at_once) - 1) + g.from_stride.axis[1] : nullptr;
     for (int64_t tile = tile0; tile < tile1; ++tile) {
       Pixel at = cut.first(tile);
       const int64_t slot = (tile - tile0) * kernels.rows, rows = cut.size(tile);
@@ -684,9 +816,11 @@ void multiply_by_pointers(const Gather& g, const GatherPhase& phase, const Kerne
                                 .row_bias = nullptr,
                                 .column_bias = o.bias ? o.bias + column : nullptr,
                                 .accumulate = block.start > 0,
+                                .next = next < next_end ? next : nullptr,
                                 .partial = sums.data() + slot * panels.width,
                                 .partial_step = panels.width,
                                 .unfinished = block.start + block.terms() < depth});
+        next += next < next_end ? tap_count * block.channels * rows : 0;
       }
     }
   }
@@ -697,7 +831,9 @@ template <typename T>
 double pointer_cost(const Gather& g, const GatherPhase& phase, const Kernels<T>& kernels, bool skip_zeros) {
   const auto vectors = static_cast<double>(ceil_div(g.to_per_group, kernels.lanes) * g.groups);
   const auto channels = static_cast<double>(ceil_div(g.from_per_group, kernels.pair));
-  return Tiles(g, phase, kernels.rows, skip_zeros).least + 16 / (vectors * channels);
+  const double terms = channels * static_cast<double>(std::max<int64_t>(1, phase.taps()) * kernels.rows);
+  const double calls = call_terms(kernels, Panels(g.to_per_group, kernels.lanes, kernels.vectors)) / terms;
+  return Tiles(g, phase, kernels.rows, skip_zeros).least + 16 / (vectors * channels) + calls;
 }
 
 // A phase that no tap reaches: its pixels are the bias, or zeros.
@@ -791,7 +927,7 @@ template <typename T>
 void run(const ConvShape& s, Direction direction, const void* from, const ConvPointers& p, void* workspace,
          int threads) {
   Gather g = make_gather(s, direction);
-  const Kernels<T>& kernels = dense_kernels<T>();
+  const Kernels<T>& kernels = dense_kernels<T>(g.to_per_group);
   const auto* const weight = static_cast<const T*>(p.weight);
   const bool skip_zeros = works_on_padding(s) && all_finite(s, weight);
   if (skip_zeros) drop_idle_taps(g);
@@ -811,10 +947,10 @@ int64_t workspace(const ConvShape& s, Direction direction, int threads) {
   return with_type(s.dtype, [&](auto type) {
     using T = decltype(type);
     Gather g = make_gather(s, direction);
-    int64_t words = Workspace(g, dense_kernels<T>(), s.taps(), threads).elements(threads);
+    int64_t words = Workspace(g, dense_kernels<T>(g.to_per_group), s.taps(), threads).elements(threads);
     if (works_on_padding(s)) {
       drop_idle_taps(g);
-      words = std::max(words, Workspace(g, dense_kernels<T>(), s.taps(), threads).elements(threads));
+      words = std::max(words, Workspace(g, dense_kernels<T>(g.to_per_group), s.taps(), threads).elements(threads));
     }
     return words * static_cast<int64_t>(sizeof(Word<T>));
   });

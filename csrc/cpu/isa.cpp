@@ -16,8 +16,14 @@ struct Isa {
 };
 
 #ifdef MYCONV_X86
-const Microkernels kAvx512Bf16 = [] {
+const Microkernels kAvx512 = [] {
   Microkernels kernels = avx512::kMicrokernels;
+  kernels.half = &avx2::kMicrokernels;  // which every such processor runs
+  return kernels;
+}();
+
+const Microkernels kAvx512Bf16 = [] {
+  Microkernels kernels = kAvx512;
   kernels.isa = "avx512_bf16";
   kernels.bfloat16_pairs = &avx512_bf16::kPairs;
   return kernels;
@@ -43,7 +49,7 @@ const Isa kIsas[] = {
 #ifdef MYCONV_X86
     {&avx2::kMicrokernels,
      [] { return bool(__builtin_cpu_supports("avx2")) && __builtin_cpu_supports("fma") && has_f16c(); }},
-    {&avx512::kMicrokernels, has_avx512},
+    {&kAvx512, has_avx512},
     {&kAvx512Bf16, [] { return has_avx512() && __builtin_cpu_supports("avx512bf16"); }},
 #endif
 };

@@ -9,6 +9,8 @@
 
 namespace myconv::cpu {
 
+inline constexpr double kIdleShare = 0.1;  // of the columns
+
 // The kernels in force on the calling thread. Resolve it before a parallel region, never inside.
 const Microkernels& microkernels();
 
@@ -19,6 +21,18 @@ const Kernels<T>& dense_kernels() {
 }
 template <>
 const Kernels<bfloat16>& dense_kernels();
+
+// The same for a product of so many columns: with shorter vectors where long ones would leave many more lanes idle, which
+// take as long.
+template <typename T>
+const Kernels<T>& dense_kernels(int64_t columns) {
+  const Kernels<T>& whole = dense_kernels<T>();
+  const Microkernels* const half = microkernels().half;
+  if (half == nullptr || whole.pair > 1) return whole;
+  const Kernels<T>& shorter = kernels_of<T>(*half);
+  const auto idle = [&](int64_t lanes) { return (lanes - columns % lanes) % lanes; };
+  return idle(whole.lanes) - idle(shorter.lanes) > kIdleShare * columns ? shorter : whole;
+}
 
 // f(T()) for the floating-point type T that a dtype is stored as.
 template <typename F>

@@ -71,7 +71,9 @@ struct GemmRows {
   int64_t c_row, cols;
   const W* column_bias;  // [cols] or nullptr
   bool accumulate;
-  bool ahead = false;    // the rows of the next tile are fetched into L2 meanwhile
+  bool ahead = false;       // the rows of the next tile are fetched into L2 meanwhile
+  const W* next = nullptr;  // or what lies here, so many words for every two k
+  int64_t next_step = 0;
   W* partial = nullptr;  // as in GemmTile
   int64_t partial_step = 0;
   bool unfinished = false;
@@ -211,7 +213,7 @@ struct Kernels {
   int pair;                                         // values of a word
   void (*gemm[kMaxRows])(const GemmTile<T>&);       // [rows - 1]
   void (*gemm_packing)(const GemmTile<T>&);         // of `rows` rows
-  void (*gemm_rows[kMaxRows])(const GemmRows<T>&);  // [rows of a tile - 1]
+  const W* (*gemm_rows[kMaxRows])(const GemmRows<T>&);  // [rows of a tile - 1]; the end of what it fetched from `next` on
   void (*strip[kMaxRows])(const StripTile<T>&);     // [rows - 1]
   void (*lanes_of_groups)(const LaneTile<T>&);
   void (*dot)(const DotTile<T>&);
@@ -261,6 +263,7 @@ struct Microkernels {
   Kernels<float16> f16;
   Widening widening[2];                               // bfloat16, float16
   const Kernels<bfloat16>* bfloat16_pairs = nullptr;  // where the processor multiplies bfloat16: words are pairs
+  const Microkernels* half = nullptr;                 // whose vectors are half as long
 };
 
 inline const Kernels<float>& kernels_for(const Microkernels& m, float) { return m.f32; }
