@@ -366,6 +366,8 @@ ConvShape make_conv_shape(const OperatorCall<int64_t>& call, c10::IntArrayRef we
   s.layout = channels_last ? Layout::kChannelsLast : Layout::kChannelsFirst;
   s.padding_mode = static_cast<PaddingMode>(call.padding_mode);
   fold_patches(s);
+  // Of one pixel both layouts are the same.
+  if (s.in_pixels() == 1 && s.out_pixels() == 1) s.layout = Layout::kChannelsLast;
   return s;
 }
 

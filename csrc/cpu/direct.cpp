@@ -458,6 +458,7 @@ class FamilyProduct {
                                    sum.channel * weights_[f].from_stride;
       const W* const b = s.strips + (group * (c1 - c0) + sum.channel - c0) * plan_.size;
       for (int64_t panel = 0; panel < panels; ++panel) {
+        if (sum.start == 0) own_results(t, h, row, rows, panel, panels);
         const int64_t v0 = first_vector(vectors, panel, panels), v1 = first_vector(vectors, panel + 1, panels);
         const auto [term, count] = s.terms[terms_of[panel]].of(sum, family_.most_taps);
         kernels_.strip[rows - 1]({.terms = count,
@@ -475,6 +476,16 @@ class FamilyProduct {
                                   .partial = sums_at});
       }
     }
+  }
+
+  // Fetches lines of memory that results will be written to, a share for each panel: else each store waits for them.
+  void own_results(const Task& t, int64_t h_phase, int64_t row, int64_t rows, int64_t panel, int64_t panels) const {
+    if (pixel_step_ != 1 || t.line != line_step_ || t.images > 1) return;
+    const int64_t values = lines_of(t, h_phase) * t.line, line = 64 / sizeof(T);
+    const T* const target = begin_of(t, h_phase) + row * g_.to_stride.channel;
+    for (int64_t r = 0; r < rows; ++r)
+      for (int64_t i = values * panel / panels; i < values * (panel + 1) / panels; i += line)
+        __builtin_prefetch(target + r * g_.to_stride.channel + i, 1);
   }
 
   // Rows [first, first + rows) of the groups go from scratch to the result: those of all phases of a line, which lie at

@@ -25,6 +25,7 @@ namespace myconv::cpu {
 namespace {
 
 constexpr int64_t kDotPixels = 4;
+constexpr int64_t kShortDot = 32;
 constexpr int64_t kFewRows = 256;               // NHWC: up to here a thread packs the panels that it alone multiplies
 constexpr int64_t kChunkBytes = 64 << 10;       // NHWC: pixels that meet all panels while these stay in L2
 constexpr int64_t kWideChunkBytes = 256 << 10;  // NHWC: and where the panels come from farther away
@@ -56,10 +57,11 @@ struct Product {
   bool rows_in_place(int64_t pair) const {
     return in_rows() && (!half || (pair > 1 && from % pair == 0 && to_stride % pair == 0));
   }
-  // A sample of at most kDotPixels pixels, whose channels are contiguous, against weights that lie as [to][from].
-  bool is_dot(bool channels_last) const { return pixels <= kDotPixels && (channels_last || pixels == 1) && in_rows(); }
-  // Of one pixel both layouts are the same.
-  bool is_rows(bool channels_last) const { return channels_last || pixels == 1; }
+  // A sample of at most kDotPixels pixels, whose channels are contiguous, against weights that lie as [to][from]. To add
+  // the lanes of a dot product up takes as long as to pack the weights of kShortDot channels.
+  bool is_dot(bool channels_last) const {
+    return pixels <= kDotPixels && channels_last && in_rows() && from >= kShortDot;
+  }
   // NCHW: weights that are not transposed, against planes that are not packed.
   bool is_few_pixels() const {
     return !half && !in_rows() && to_stride == 1 &&
@@ -570,10 +572,9 @@ void run(const ConvShape& s, Direction direction, const void* from, const ConvPo
                       static_cast<T*>(pointers.result)};
   if (p.is_dot(s.channels_last())) return dot_products(p, o, kernels);
   if constexpr (!kIsHalf<T>)
-    if (!p.is_rows(s.channels_last()) && p.is_few_pixels())
+    if (!s.channels_last() && p.is_few_pixels())
       return columns_are_few_pixels(p, o, kernels, static_cast<T*>(workspace), threads);
-  (p.is_rows(s.channels_last()) ? rows_are_pixels<T>
-                                : columns_are_pixels<T>)(p, o, kernels, static_cast<Word<T>*>(workspace), threads);
+  (s.channels_last() ? rows_are_pixels<T> : columns_are_pixels<T>)(p, o, kernels, static_cast<Word<T>*>(workspace), threads);
 }
 
 template <typename T>
@@ -583,7 +584,7 @@ int64_t workspace_bytes(const ConvShape& s, Direction direction, int threads) {
   const Product p(s, direction, k.pair);
   const bool in_place = reads_in_place(k, p.from);
   if (p.is_dot(s.channels_last())) return 0;
-  if (p.is_rows(s.channels_last())) {
+  if (s.channels_last()) {
     const RowPlan plan(p, k.rows, k.lanes, k.vectors, size, in_place, threads);
     return (plan.packed(p, size, threads) + threads * plan.of_thread()) * size;
   }
