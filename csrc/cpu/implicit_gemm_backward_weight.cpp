@@ -13,6 +13,9 @@
 // Groups of few out channels do not fill a vector. Then its lanes belong to several groups, and each is multiplied with
 // the in channels of its own, which a permutation spreads over the lanes.
 //
+// With few out channels x and gy change places, for then these are few in channels. What the padding adds, zeros times gy,
+// is then left out, and zeros times x that is not in the sum are added: if the result is not finite, it is computed again.
+//
 // Pointwise convolutions are one product over all pixels of a plane or batch; in and out channels change places where
 // that makes fuller tiles or a cheaper transposition.
 //
@@ -268,7 +271,7 @@ struct Operands {
         kernels(kernels_of<W>(microkernels())),
         x(static_cast<const T*>(problem.exchanged ? grad_output : input)),
         gy(static_cast<const T*>(problem.exchanged ? input : grad_output)),
-        gw(gw),
+        gw(gw + problem.first_tap),
         of_threads(workspace),
         slabs(workspace + threads * split.of_thread()),
         axis{forward_axis(problem.s, 0), forward_axis(problem.s, 1), forward_axis(problem.s, 2)} {
@@ -655,10 +658,19 @@ void add_slabs(const Operands<T>& o) {
   });
 }
 
+// f(problem) for the problem as it is computed first, and then as it may have to be computed.
+template <typename T, typename F>
+void each_problem(const ConvShape& s, const Kernels<T>& kernels, const F& f) {
+  for (const bool may_mirror : {true, false}) {
+    const Problem problem(s, kernels.rows, kernels.lanes, kernels.vectors, kernels.pair, may_mirror);
+    if (problem.mirrored() && !Plan(problem, sizeof(Word<T>), kernels.lanes, kernels.pair).folded) continue;
+    if (f(problem)) return;
+  }
+}
+
 template <typename T>
-void run(const ConvShape& shape, const void* grad_output, const void* input, T* gw, Word<T>* workspace, int threads) {
+void run(const Problem& problem, const void* grad_output, const void* input, T* gw, Word<T>* workspace, int threads) {
   const Kernels<T>& kernels = dense_kernels<T>();
-  const Problem problem(shape, kernels.rows, kernels.lanes, kernels.vectors, kernels.pair);
   const Plan plan(problem, sizeof(Word<T>), kernels.lanes, kernels.pair);
   const Split split(problem, plan, kernels.rows, kernels.lanes, kernels.vectors, sizeof(Word<T>), threads);
   const Operands<T> operands(problem, plan, split, grad_output, input, gw, workspace, threads);
@@ -685,17 +697,26 @@ int64_t implicit_gemm_backward_weight_workspace(const ConvShape& s, int threads)
   return with_type(s.dtype, [&](auto zero) {
     using W = Word<decltype(zero)>;
     const Kernels<decltype(zero)>& kernels = dense_kernels<decltype(zero)>();
-    const Problem problem(s, kernels.rows, kernels.lanes, kernels.vectors, kernels.pair);
-    const Plan plan(problem, sizeof(W), kernels.lanes, kernels.pair);
-    const Split split(problem, plan, kernels.rows, kernels.lanes, kernels.vectors, sizeof(W), threads);
-    return static_cast<int64_t>(sizeof(W)) * (threads * split.of_thread() + plan.slabs * split.slab);
+    int64_t words = 0;
+    each_problem(s, kernels, [&](const Problem& problem) {
+      const Plan plan(problem, sizeof(W), kernels.lanes, kernels.pair);
+      const Split split(problem, plan, kernels.rows, kernels.lanes, kernels.vectors, sizeof(W), threads);
+      words = std::max(words, threads * split.of_thread() + plan.slabs * split.slab);
+      return false;
+    });
+    return static_cast<int64_t>(sizeof(W)) * words;
   });
 }
 
 void implicit_gemm_backward_weight(const ConvShape& s, const ConvPointers& p, void* workspace, int threads) {
   with_type(s.dtype, [&](auto zero) {
     using T = decltype(zero);
-    run<T>(s, p.grad_output, p.input, static_cast<T*>(p.result), static_cast<Word<T>*>(workspace), threads);
+    auto* const gw = static_cast<T*>(p.result);
+    const Kernels<T>& kernels = dense_kernels<T>();
+    each_problem(s, kernels, [&](const Problem& problem) {
+      run<T>(problem, p.grad_output, p.input, gw, static_cast<Word<T>*>(workspace), threads);
+      return !problem.mirrored() || all_finite(s, gw);
+    });
   });
 }
 

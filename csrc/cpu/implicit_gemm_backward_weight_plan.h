@@ -24,15 +24,23 @@ inline constexpr int64_t kSlabValues = 128 << 10;  // totals of all slabs togeth
 
 // The problem with its sides in their roles: the channels of x are rows, those of gy columns. Exchanged, x and gy have
 // changed places. A pointwise convolution of stride 1 has all pixels in one line (NHWC), or a line for each sample.
+// Few out channels of stride 1 would fill a few lanes of a vector. Exchanged, they are folded as few in channels are: gy
+// is what taps read, from the last one to the first.
 struct Problem {
   ConvShape s;
   int64_t weight_group;  // between groups of the result
   bool exchanged = false;
+  int64_t first_tap = 0;      // mirrored: where it is in the result
   bool strided = false;       // what is in the place of gy has gaps
   ActivationStrides columns;  // and these strides
 
-  Problem(const ConvShape& shape, int tile_rows, int lanes, int vectors, int pair)
+  Problem(const ConvShape& shape, int tile_rows, int lanes, int vectors, int pair, bool may_mirror)
       : s(shape), weight_group(shape.out_per_group * shape.weight_stride[0]) {
+    if (may_mirror && can_mirror()) {
+      mirror();
+      columns = activation_strides(s.layout, s.out_channels(), s.out);
+      return;
+    }
     bool pointwise = s.taps() == 1, merges = true;
     for (int d = 0; d < 3; ++d) {
       merges = merges && s.stride[d] == 1;
@@ -54,6 +62,25 @@ struct Problem {
     for (int d = 0; d < 3; ++d) columns.axis[d] *= s.stride[d], s.stride[d] = 1, s.in[d] = s.out[d];
     std::swap(s.in_per_group, s.out_per_group);
     std::swap(s.weight_stride[0], s.weight_stride[1]);
+  }
+
+  bool mirrored() const { return exchanged && s.taps() > 1; }
+  bool can_mirror() const {
+    bool can = s.groups == 1 && s.taps() > 1 && s.padding_mode == PaddingMode::kZeros &&
+               s.out_per_group <= kFoldChannels && s.out_per_group < s.in_per_group;
+    for (int d = 0; d < 3; ++d) can = can && s.stride[d] == 1 && s.pad[d] <= (s.kernel[d] - 1) * s.dilation[d];
+    return can;
+  }
+  void mirror() {
+    exchanged = true;
+    std::swap(s.in_per_group, s.out_per_group);
+    std::swap(s.weight_stride[0], s.weight_stride[1]);
+    for (int d = 0; d < 3; ++d) {
+      std::swap(s.in[d], s.out[d]);
+      s.pad[d] = (s.kernel[d] - 1) * s.dilation[d] - s.pad[d];
+      first_tap += (s.kernel[d] - 1) * s.weight_stride[d + 2];
+      s.weight_stride[d + 2] = -s.weight_stride[d + 2];
+    }
   }
 
   // About how many cycles a group of a pointwise convolution takes.
