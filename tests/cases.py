@@ -177,6 +177,16 @@ GROUPS = [
     Case("groups_5_of_17", "conv2d", (1, 85, 4, 5), 35, 1, groups=5),
     Case("groups_narrowing", "conv2d", (2, 12, 6, 6), 4, 3, padding=1, groups=4),
     Case("groups_of_4", "conv2d", (2, 72, 7, 9), 72, 3, padding=1, groups=18),
+    # Shorter vectors, edges of lines as tiles, groups a page apart, taps left out vector by vector.
+    Case("groups_of_24_stride_2", "conv2d", (2, 72, 13, 28), 72, 3, stride=2, padding=1, groups=3),
+    Case("groups_of_40_wide_padding", "conv2d", (1, 80, 5, 30), 80, (3, 7), padding=(1, 3), groups=2),
+    Case("groups_a_page_apart", "conv2d", (2, 1024, 3, 9), 64, 3, padding=1, groups=64),
+    Case("groups_of_16_two_bands", "conv2d", (2, 96, 40, 29), 96, 3, stride=2, padding=1, groups=6),
+    Case("dilation_12_in_three_vectors", "conv2d", (1, 9, 28, 28), 11, 3, padding=12, dilation=12),
+    # Few out channels: x and gy change places in the weight gradient.
+    Case("to_3_channels", "conv2d", (2, 20, 9, 14), 3, 3, padding=1),
+    Case("to_7_channels_uneven", "conv2d", (2, 9, 8, 21), 7, (5, 2), padding=(1, 0), dilation=(1, 3)),
+    Case("to_2_channels_3d", "conv3d", (1, 5, 4, 5, 6), 2, (2, 3, 3), padding=(0, 1, 2)),
     Case("groups_of_8_stride_2", "conv2d", (2, 40, 11, 10), 40, 3, stride=2, padding=1, groups=5),
     Case("groups_of_5_dilated", "conv2d", (2, 20, 9, 8), 20, (3, 5), padding=2, dilation=(1, 2), groups=4),
     Case("groups_of_3_to_6", "conv2d", (2, 15, 6, 7), 30, 5, padding=2, groups=5),

@@ -42,6 +42,7 @@ namespace {
 using namespace direct;
 
 constexpr int64_t kFewChannels = 16;        // of a group: with fewer NHWC is transposed
+constexpr int64_t kShortVector = 8;         // NHWC: result channels of a group that are multiplied as they lie
 constexpr int64_t kFewResults = 9;          // or with so few result channels, which would leave most lanes empty
 constexpr int64_t kLeastShuffled = 16;      // channels of a sample, for which the shuffles of a strip are worth finding
 constexpr int64_t kMostWeights = 48 << 20;  // bytes of packed weights
@@ -604,6 +605,10 @@ const char* decline(const ConvShape& s, Direction direction) {
   const int64_t results = direction == Direction::kForward ? s.out_per_group : s.in_per_group;
   if (s.channels_last() && s.groups > 1 && std::max(s.in_per_group, s.out_per_group) >= kFewChannels)
     return "NHWC with 16 channels a group or more";
+  // Of a strided input gradient a phase has too few terms for that.
+  if (s.channels_last() && s.groups > 1 && direction == Direction::kForward && dtype_size(s.dtype) > 2 &&
+      s.in_per_group >= kShortVector && s.out_per_group == kShortVector)
+    return "NHWC with groups that fill a short vector";
   if (s.channels_last() && s.groups == 1 && results > kFewResults) return "NHWC with more than 9 result channels";
   if (s.taps() > kMaxTaps) return "more than 16384 taps";
   const int64_t words = s.in_channels() * s.out_per_group * s.taps();
