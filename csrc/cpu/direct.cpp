@@ -134,8 +134,8 @@ struct Terms {
     const int64_t* const block = plan.block;
     const auto alive = [&](int d, int64_t t) {
       const GatherAxis& a = plan.axis[d].axis;
-      return !skip_zeros || std::max(results.begin[d], a.first_inside(t)) <
-                                std::min({results.end[d], a.count, a.last_inside(t)});
+      return !skip_zeros ||
+             std::max(results.begin[d], a.first_inside(t)) < std::min({results.end[d], a.count, a.last_inside(t)});
     };
     // Where a tap reads is a sum over the axes.
     c10::SmallVector<int64_t, 8> at[3];

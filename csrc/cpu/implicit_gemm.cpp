@@ -39,7 +39,7 @@ constexpr int64_t kPointerBytes = 64 << 10;      // pointers to what tiles read 
 constexpr int64_t kMostTilesAtOnce = 16;         // by pointers
 constexpr int64_t kBandBytes = 256 << 10;        // of what a band of result lines reads for one block of a sum
 constexpr int64_t kFewBytes = 256;               // a pixel's channels of a group: what a band reads of them is copied
-constexpr int64_t kSetBytes = 4096;  // apart, lines of memory are in one set of L1
+constexpr int64_t kSetBytes = 4096;              // apart, lines of memory are in one set of L1
 constexpr int64_t kCopyBytes = 32 << 10;         // of such a copy: L1
 constexpr int64_t kOwnPanels = 16 << 20;         // of all threads, that share panels and each pack them for themselves
 constexpr int64_t kOwnPixels = 192;              // of a thread, from which on that takes little
@@ -348,8 +348,9 @@ class Rectangles {
       low_[d] = *least, reach_[d] = static_cast<double>(*most) - static_cast<double>(*least);
     }
     // Few channels of each of many groups lie far apart, at worst all rows of a tile in the same set of the cache.
-    if (in_place_ && g.groups > 1 && a[2].from_step * stride_[2] * static_cast<int64_t>(sizeof(W)) % kSetBytes == 0 && channels_ * static_cast<int64_t>(sizeof(W)) <= kFewBytes && phase.taps() > 0 &&
-        a[0].taps() == 1 && blocks_.size() == 1) {
+    if (in_place_ && g.groups > 1 && a[2].from_step * stride_[2] * static_cast<int64_t>(sizeof(W)) % kSetBytes == 0 &&
+        channels_ * static_cast<int64_t>(sizeof(W)) <= kFewBytes && phase.taps() > 0 && a[0].taps() == 1 &&
+        blocks_.size() == 1) {
       const int64_t fit = kCopyBytes / static_cast<int64_t>(sizeof(W)) / (a[2].from_extent * channels_);
       in_place_ = reach_[1] >= static_cast<double>(fit);
       if (!in_place_) band_ = (fit - static_cast<int64_t>(reach_[1]) - 1) / a[1].from_step + 1;
@@ -528,8 +529,10 @@ class Rectangles {
     const auto end_of = [&](int64_t line) {
       return std::clamp<int64_t>(line * a[1].from_step + low_[1] + reach + 1, 0, a[1].from_extent);
     };
-    const int64_t first = h == 0 ? 0 : end_of(h - 1), last = end_of(std::min({h + band_, a[1].count, h + end - at}) - 1);
-    const W* const plane = as_words(o.from + n * g_.from_stride.batch) + (d * a[0].from_step + a[0].offset[0]) * stride_[0];
+    const int64_t first = h == 0 ? 0 : end_of(h - 1),
+                  last = end_of(std::min({h + band_, a[1].count, h + end - at}) - 1);
+    const W* const plane =
+        as_words(o.from + n * g_.from_stride.batch) + (d * a[0].from_step + a[0].offset[0]) * stride_[0];
     band.next = plane + first * stride_[1], band.next_end = plane + std::max(first, last) * stride_[1];
     const int64_t high = kernels_.rows * (panels_.width == kernels_.lanes ? 2 : 1);
     const int64_t steps = units * band.count * ceil_div(a[2].count, high) * phase_.taps() * ceil_div(channels_, 2);

@@ -209,12 +209,13 @@ struct GroupsProduct {
 template <typename T>
 struct Kernels {
   using W = Word<T>;
-  int rows, lanes, vectors;                         // register tile: rows x (vectors * lanes)
-  int pair;                                         // values of a word
-  void (*gemm[kMaxRows])(const GemmTile<T>&);       // [rows - 1]
-  void (*gemm_packing)(const GemmTile<T>&);         // of `rows` rows
-  const W* (*gemm_rows[kMaxRows])(const GemmRows<T>&);  // [rows of a tile - 1]; the end of what it fetched from `next` on
-  void (*strip[kMaxRows])(const StripTile<T>&);     // [rows - 1]
+  int rows, lanes, vectors;                    // register tile: rows x (vectors * lanes)
+  int pair;                                    // values of a word
+  void (*gemm[kMaxRows])(const GemmTile<T>&);  // [rows - 1]
+  void (*gemm_packing)(const GemmTile<T>&);    // of `rows` rows
+  const W* (*gemm_rows[kMaxRows])(
+      const GemmRows<T>&);                       // [rows of a tile - 1]; the end of what it fetched from `next` on
+  void (*strip[kMaxRows])(const StripTile<T>&);  // [rows - 1]
   void (*lanes_of_groups)(const LaneTile<T>&);
   void (*dot)(const DotTile<T>&);
   // to[r * to_step][0, length) = from[r * from_step][0, length)           words are made of neighbours in a row

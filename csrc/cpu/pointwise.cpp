@@ -574,7 +574,8 @@ void run(const ConvShape& s, Direction direction, const void* from, const ConvPo
   if constexpr (!kIsHalf<T>)
     if (!s.channels_last() && p.is_few_pixels())
       return columns_are_few_pixels(p, o, kernels, static_cast<T*>(workspace), threads);
-  (s.channels_last() ? rows_are_pixels<T> : columns_are_pixels<T>)(p, o, kernels, static_cast<Word<T>*>(workspace), threads);
+  (s.channels_last() ? rows_are_pixels<T> : columns_are_pixels<T>)(p, o, kernels, static_cast<Word<T>*>(workspace),
+                                                                   threads);
 }
 
 template <typename T>
