@@ -336,7 +336,8 @@ class Rectangles {
         blocks_(reduction_blocks(channels_, phase.taps(), /*taps_inside=*/false)),
         in_place_(reads_in_place(kernels, g.from_per_group)) {
     const GatherAxis* a = phase.axis;
-    const int64_t line = a[1].from_step * a[2].count * a[2].from_step * g.groups * std::min(channels_, kSumLength);
+    const auto step = [&](int d) { return std::min(a[d].from_step, a[d].from_extent); };  // they may be huge
+    const int64_t line = step(1) * a[2].count * step(2) * g.groups * std::min(channels_, kSumLength);
     band_ = std::max<int64_t>(g.groups > 1 ? 1 : kernels.rows,
                               kBandBytes / static_cast<int64_t>(sizeof(W)) / std::max<int64_t>(line, 1));
     for (int d = 0; d < 3; ++d) {
@@ -348,7 +349,7 @@ class Rectangles {
       low_[d] = *least, reach_[d] = static_cast<double>(*most) - static_cast<double>(*least);
     }
     // Few channels of each of many groups lie far apart, at worst all rows of a tile in the same set of the cache.
-    if (in_place_ && g.groups > 1 && a[2].from_step * stride_[2] * static_cast<int64_t>(sizeof(W)) % kSetBytes == 0 &&
+    if (in_place_ && g.groups > 1 && step(2) * stride_[2] * static_cast<int64_t>(sizeof(W)) % kSetBytes == 0 &&
         channels_ * static_cast<int64_t>(sizeof(W)) <= kFewBytes && phase.taps() > 0 && a[0].taps() == 1 &&
         blocks_.size() == 1) {
       const int64_t fit = kCopyBytes / static_cast<int64_t>(sizeof(W)) / (a[2].from_extent * channels_);
