@@ -8,6 +8,7 @@ from functools import partial
 import pytest
 import torch
 
+import myconv.functional
 from cases import (
     BY_NAME,
     CASES,
@@ -177,6 +178,19 @@ def test_low_padding_alone(low, direction, seed):
                 assert_accurate(actual, expected)
             else:
                 assert torch.equal(actual.double(), expected), describe_difference(actual, expected)
+
+
+@pytest.mark.parametrize("groups", [1, 2])
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+def test_stride_as_large_as_can_be(layout, groups, seed):
+    """It reads what any other stride beyond the image reads."""
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(2, 4, 8, 8, generator=generator)
+    w = torch.randn(6, 4 // groups, 3, 3, generator=generator)
+    if layout == "channels_last":
+        x, w = (t.to(memory_format=torch.channels_last) for t in (x, w))
+    results = [myconv.functional.conv2d(x, w, stride=stride, groups=groups) for stride in (9, 2**63 - 1)]
+    assert torch.equal(*results)
 
 
 @pytest.mark.parametrize("direction", ["forward", "backward_input"])
