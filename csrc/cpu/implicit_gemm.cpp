@@ -455,6 +455,7 @@ class Rectangles {
     int64_t n = 0, d = 0, h = 0, count = 0, first = 0;
     const W *next = nullptr, *next_end = nullptr;  // what the next band reads, as far as it is not fetched yet
     int64_t next_step = 0;
+    const W* ahead() const { return next < next_end ? next : nullptr; }
   };
 
   // Of a band of result lines, those positions whose terms are the same; or those of a tile, the terms being its taps,
@@ -564,12 +565,33 @@ class Rectangles {
       }
   }
 
-  // What a unit reads for the first pixel of a band, and writes there.
+  // Where a group's part of what the first pixel of a band reads lies.
   const W* image(const Operands<T>& o, const Band& band, int64_t group) const {
     const W* const first = in_place_ ? as_words(o.from + band.n * g_.from_stride.batch + group * g_.from_per_group) +
                                            band.d * from_step_[0]
                                      : band.lines - band.first * stride_[1];
     return first + band.h * from_step_[1];
+  }
+
+  // What tiles by pointers have in common: all but what they read.
+  GemmTile<T> tile(const Operands<T>& o, const W* b, const Block& block, int64_t unit, T* const* c, W* sums) const {
+    const int64_t panel = unit % panels_.count, column = unit / panels_.count * g_.to_per_group + panels_.begin(panel);
+    return {.taps = block.taps,
+            .depth = block.channels,
+            .a = nullptr,
+            .a_offset = 0,
+            .a_step = 1,
+            .b = b,
+            .b_offsets = nullptr,
+            .ldb = panels_.width,
+            .c = c,
+            .cols = panels_.size(panel),
+            .row_bias = nullptr,
+            .column_bias = o.bias ? o.bias + column : nullptr,
+            .accumulate = block.start > 0,
+            .partial = sums,
+            .partial_step = panels_.width,
+            .unfinished = unfinished(block)};
   }
 
   // A tile of each line, by pointers.
@@ -587,24 +609,11 @@ class Rectangles {
       for (int64_t i = 0; i < count; ++i) pixels[i] = reads[i] == kOutside ? zeros : line + reads[i];
       T* c[kMaxRows];
       for (int64_t r = 0; r < rows; ++r) c[r] = result + r * to_step_[2];
-      kernels_.gemm[rows - 1]({.taps = piece.runs,
-                               .depth = piece.depth,
-                               .a = pixels.data(),
-                               .a_offset = 0,
-                               .a_step = 1,
-                               .b = b,
-                               .b_offsets = pieces.taps.data() + piece.first_run,
-                               .ldb = panels_.width,
-                               .c = c,
-                               .cols = panels_.size(panel),
-                               .row_bias = nullptr,
-                               .column_bias = o.bias ? o.bias + column : nullptr,
-                               .accumulate = block.start > 0,
-                               .next = band.next < band.next_end ? band.next : nullptr,
-                               .partial = sums,
-                               .partial_step = panels_.width,
-                               .unfinished = unfinished(block)});
-      if (band.next < band.next_end) band.next += piece.runs * piece.depth * rows;
+      GemmTile<T> t = tile(o, b, block, unit, c, sums);
+      t.taps = piece.runs, t.a = pixels.data(), t.b_offsets = pieces.taps.data() + piece.first_run;
+      t.next = band.ahead();
+      kernels_.gemm[rows - 1](t);
+      if (t.next) band.next += piece.runs * piece.depth * rows;
       line += from_step_[1];
       result += to_step_[1];
       sums += phase_.axis[2].count * panels_.width;
@@ -635,7 +644,7 @@ class Rectangles {
                      .partial_step = sums_step[along],
                      .unfinished = unfinished(block)};
     for (int64_t i = 0; i < (piece.down ? width : band.count); ++i) {
-      rows.next = band.next < band.next_end ? band.next : nullptr;
+      rows.next = band.ahead();
       rows.next_step = band.next_step;
       band.next = multiply_rows(kernels_, rows, piece.down ? band.count : width);
       rows.a += from_step_[across];
@@ -662,22 +671,9 @@ class Rectangles {
         int64_t offset;
         const W* const* const pixels = words.prepare(sources.data() + block.tap * rows, block.taps * rows,
                                                      group * g_.from_per_group, block, offset);
-        kernels_.gemm[rows - 1]({.taps = block.taps,
-                                 .depth = block.channels,
-                                 .a = pixels,
-                                 .a_offset = offset,
-                                 .a_step = 1,
-                                 .b = b,
-                                 .b_offsets = nullptr,
-                                 .ldb = panels_.width,
-                                 .c = c,
-                                 .cols = panels_.size(panel),
-                                 .row_bias = nullptr,
-                                 .column_bias = o.bias ? o.bias + column : nullptr,
-                                 .accumulate = block.start > 0,
-                                 .partial = sums,
-                                 .partial_step = panels_.width,
-                                 .unfinished = unfinished(block)});
+        GemmTile<T> t = tile(o, b, block, unit, c, sums);
+        t.a = pixels, t.a_offset = offset;
+        kernels_.gemm[rows - 1](t);
       }
   }
 
