@@ -143,12 +143,17 @@ template <typename T>
 const Word<T>* multiply_rows(const Kernels<T>& kernels, GemmRows<T> t, int64_t rows) {
   if (rows == 0) return t.next;
   const int64_t tiles = ceil_div(rows, kernels.rows), height = rows / tiles, higher = rows % tiles;
+  const auto next_to_each_other = [&t](int64_t of_tile) {
+    t.a_tile = of_tile * t.a_row, t.c_tile = of_tile * t.c_row, t.partial_tile = of_tile * t.partial_step;
+  };
   t.tiles = higher;
+  next_to_each_other(height + 1);
   if (higher > 0) t.next = kernels.gemm_rows[height](t);
-  t.a += higher * (height + 1) * t.a_row;
-  t.c += higher * (height + 1) * t.c_row;
-  t.partial += higher * (height + 1) * t.partial_step;
+  t.a += higher * t.a_tile;
+  t.c += higher * t.c_tile;
+  t.partial += higher * t.partial_tile;
   t.tiles = tiles - higher;
+  next_to_each_other(height);
   return kernels.gemm_rows[height - 1](t);
 }
 

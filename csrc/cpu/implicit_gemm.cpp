@@ -38,9 +38,11 @@ constexpr int64_t kMaxPhases = 65536;            // of backward_input: each cost
 constexpr int64_t kPointerBytes = 64 << 10;      // pointers to what tiles read at a time
 constexpr int64_t kMostTilesAtOnce = 16;         // by pointers
 constexpr int64_t kBandBytes = 256 << 10;        // of what a band of result lines reads for one block of a sum
-constexpr int64_t kFewBytes = 256;               // a pixel's channels of a group: what a band reads of them is copied
+constexpr int64_t kFewBytes = 256;               // a pixel's channels of a group, few of those that lie together
 constexpr int64_t kSetBytes = 4096;              // apart, lines of memory are in one set of L1
+constexpr double kConflicts = 1.5;               // how much longer reading takes then
 constexpr int64_t kCopyBytes = 32 << 10;         // of such a copy: L1
+constexpr double kCopyCycles = 2;                // of a pixel, and 2 for every vector of it
 constexpr int64_t kOwnPanels = 16 << 20;         // of all threads, that share panels and each pack them for themselves
 constexpr int64_t kOwnPixels = 192;              // of a thread, from which on that takes little
 constexpr int64_t kMostSegments = 64;            // of an axis, by rectangles
@@ -321,20 +323,32 @@ double call_terms(const Kernels<T>& kernels, const Panels& panels) {
   return kCallCycles * 2.0 * kernels.lanes / static_cast<double>(panels.width);
 }
 
+// How much longer a tile by pointers takes for having fewer sums than are begun before the first is done.
+template <typename T>
+double idle_sums(const Kernels<T>& kernels, const Panels& panels) {
+  constexpr int64_t kSums = 8;
+  int64_t cycles = 0;
+  for (int64_t i = 0; i < panels.count; ++i)
+    cycles += std::max(kSums, kernels.rows * ceil_div(panels.size(i), panels.lanes));
+  return static_cast<double>(cycles) / static_cast<double>(kernels.rows * panels.vectors);
+}
+
 // By rectangles: what results between two cuts of each axis have in common is found once.
 template <typename T>
 class Rectangles {
  public:
   using W = Word<T>;
 
-  Rectangles(const Gather& g, const GatherPhase& phase, const Kernels<T>& kernels)
+  // Padded: of copies of what a band of result lines reads, with the padding to its left and right.
+  Rectangles(const Gather& g, const GatherPhase& phase, const Kernels<T>& kernels, bool padded)
       : g_(g),
         phase_(phase),
         kernels_(kernels),
         channels_(ceil_div(g.from_per_group, kernels.pair)),
         panels_(g.to_per_group, kernels.lanes, kernels.vectors),
         blocks_(reduction_blocks(channels_, phase.taps(), /*taps_inside=*/false)),
-        in_place_(reads_in_place(kernels, g.from_per_group)) {
+        padded_(padded),
+        in_place_(!padded && reads_in_place(kernels, g.from_per_group)) {
     const GatherAxis* a = phase.axis;
     const auto step = [&](int d) { return std::min(a[d].from_step, a[d].from_extent); };  // they may be huge
     const int64_t line = step(1) * a[2].count * step(2) * g.groups * std::min(channels_, kSumLength);
@@ -348,18 +362,23 @@ class Rectangles {
       const auto [least, most] = std::minmax_element(a[d].offset.begin(), a[d].offset.end());
       low_[d] = *least, reach_[d] = static_cast<double>(*most) - static_cast<double>(*least);
     }
-    // Few channels of each of many groups lie far apart, at worst all rows of a tile in the same set of the cache.
-    if (in_place_ && g.groups > 1 && step(2) * stride_[2] * static_cast<int64_t>(sizeof(W)) % kSetBytes == 0 &&
-        channels_ * static_cast<int64_t>(sizeof(W)) <= kFewBytes && phase.taps() > 0 && a[0].taps() == 1 &&
-        blocks_.size() == 1) {
-      const int64_t fit = kCopyBytes / static_cast<int64_t>(sizeof(W)) / (a[2].from_extent * channels_);
-      in_place_ = reach_[1] >= static_cast<double>(fit);
-      if (!in_place_) band_ = (fit - static_cast<int64_t>(reach_[1]) - 1) / a[1].from_step + 1;
-    }
     if (!in_place_) {
+      columns_ = a[2].from_extent;
+      if (padded) {
+        // All of a group's channels at once, in L1; further away, what is gained by it is lost.
+        const double width = static_cast<double>(a[2].count - 1) * a[2].from_step + reach_[2] + 1;
+        const auto fit = static_cast<int64_t>(kCopyBytes / (width * static_cast<double>(channels_ * sizeof(W))));
+        if (blocks_.size() > 1 || a[0].taps() != 1 || phase.taps() == 0 || static_cast<double>(fit) <= reach_[1]) {
+          padded_ = false;
+          return;
+        }
+        columns_ = static_cast<int64_t>(width), first_column_ = low_[2];
+        band_ = (fit - static_cast<int64_t>(reach_[1]) - 1) / a[1].from_step + 1;
+        segments_[2] = {Segment{0, a[2].count, 0, a[2].taps()}};
+      }
       const double reads = static_cast<double>(std::min(band_, a[1].count) - 1) * a[1].from_step + reach_[1] + 1;
       const auto lines = static_cast<int64_t>(std::min(reads, static_cast<double>(a[1].from_extent)));
-      stride_[2] = channels_, stride_[1] = a[2].from_extent * channels_, stride_[0] = lines * stride_[1];
+      stride_[2] = channels_, stride_[1] = columns_ * channels_, stride_[0] = lines * stride_[1];
     }
     for (int d = 0; d < 3; ++d) from_step_[d] = a[d].from_step * stride_[d];
     joined_ = stride_[2] == channels_ && phase.taps() > 0;
@@ -371,6 +390,14 @@ class Rectangles {
     if (cost(true) > apart) std::swap(segments_[2], tiles);
   }
 
+  // Whichever costs less.
+  static Rectangles best(const Gather& g, const GatherPhase& phase, const Kernels<T>& kernels) {
+    const Rectangles lying(g, phase, kernels, false);
+    if (g.groups == 1) return lying;
+    const Rectangles padded(g, phase, kernels, true);
+    return padded.padded_ && padded.cost(true) < lying.cost(true) ? padded : lying;
+  }
+
   // What a pixel costs, as a share of the products of a full tile.
   double cost(bool skip_zeros) const {
     const int64_t taps = phase_.taps();
@@ -379,20 +406,46 @@ class Rectangles {
       if (static_cast<int64_t>(of_axis.size()) > kMostSegments) return 1e9;
     if (!fits()) return 1e9;
     const double call = call_terms(kernels_, panels_) * static_cast<double>(blocks_.size());
+    const double idle = idle_sums(kernels_, panels_);
     for (const Segment& d : segments_[0])
       for (const Segment& h : segments_[1])
         for (const Segment& w : segments_[2]) {
           const int64_t lines = std::min(band_, h.length()), bands = ceil_div(h.length(), lines);
           const int64_t inside = d.taps() * h.taps() * w.taps();
           // What is not left out is done by pointers, anew for each panel.
-          const double terms = inside == taps || skip_zeros ? static_cast<double>(inside * channels_)
-                                                            : static_cast<double>(taps * (channels_ + 16));
+          double terms = inside == taps || skip_zeros ? static_cast<double>(inside * channels_)
+                                                      : static_cast<double>(taps * (channels_ + 16));
+          if (w.edge) terms *= idle;
           const bool down = !w.edge && is_down(w.length(), lines);
-          const double runs = static_cast<double>(down ? w.length() * bands : h.length());
-          const double run = run_cost(down ? ceil_div(h.length(), bands) : w.length(), kernels_.rows);
-          sum += static_cast<double>(d.length()) * runs * (run * terms + call);
+          const int64_t length = down ? ceil_div(h.length(), bands) : w.length();
+          const int64_t runs = down ? w.length() * bands : h.length();
+          const int64_t calls = length <= kernels_.rows && !w.edge ? bands : runs;
+          sum +=
+              static_cast<double>(d.length()) *
+              (static_cast<double>(runs) * run_cost(length, kernels_.rows) * terms + static_cast<double>(calls) * call);
         }
+    if (in_place_ && conflicts()) sum *= kConflicts;
+    if (padded_ && reads_in_place(kernels_, g_.from_per_group)) sum += copy_terms();
     return sum / std::max(1.0, static_cast<double>(taps * channels_) * static_cast<double>(phase_.pixels()));
+  }
+
+  // Whether pixels that follow each other meet in one set of the cache, the few channels of a group being all of it that
+  // is used.
+  bool conflicts() const {
+    return g_.groups > 1 && from_step_[2] * static_cast<int64_t>(sizeof(W)) % kSetBytes == 0 &&
+           channels_ * static_cast<int64_t>(sizeof(W)) <= kFewBytes;
+  }
+  // What copies cost, in terms of a pixel.
+  double copy_terms() const {
+    double lines = 0;
+    for (const Segment& h : segments_[1]) {
+      const double bands = static_cast<double>(ceil_div(h.length(), std::min(band_, h.length())));
+      const double again = std::max(0.0, reach_[1] + 1 - phase_.axis[1].from_step);
+      lines += static_cast<double>(h.length() * phase_.axis[1].from_step) + bands * again;
+    }
+    const double pixel = kCopyCycles + 2.0 * static_cast<double>(ceil_div(channels_, kernels_.lanes));
+    const double term = static_cast<double>(panels_.width * panels_.count) / kernels_.lanes;
+    return static_cast<double>(phase_.axis[0].count) * lines * static_cast<double>(columns_) * pixel / term;
   }
 
   // Words of a thread: of the lines that a band reads, and of sums that are rounded at their end.
@@ -507,8 +560,8 @@ class Rectangles {
           const int64_t tap = (td * a[1].taps() + th) * a[2].taps() + tw - block.tap;
           if (tap < 0 || tap >= block.taps) continue;
           const int64_t of_d = in_place_ ? a[0].offset[td] : td;
-          const int64_t source =
-              of_d * stride_[0] + a[1].offset[th] * stride_[1] + a[2].offset[tw] * stride_[2] + block.channel;
+          const int64_t source = of_d * stride_[0] + a[1].offset[th] * stride_[1] +
+                                 (a[2].offset[tw] - first_column_) * stride_[2] + block.channel;
           ++piece.runs;
           if (!w.edge) {
             pieces.terms.push_back({source, tap * block.channels * panels_.width});
@@ -525,7 +578,7 @@ class Rectangles {
   void fetch_band(const Operands<T>& o, int64_t at, int64_t end, int64_t units, Band& band) const {
     band.next = band.next_end = nullptr;
     const GatherAxis* a = phase_.axis;
-    if (!in_place_ || a[0].taps() != 1 || at >= end) return;
+    if (!reads_in_place(kernels_, g_.from_per_group) || a[0].taps() != 1 || at >= end) return;
     const int64_t h = at % a[1].count, d = at / a[1].count % a[0].count, n = at / a[1].count / a[0].count;
     const auto reach = static_cast<int64_t>(std::min(reach_[1], static_cast<double>(a[1].from_extent)));
     const auto end_of = [&](int64_t line) {
@@ -533,9 +586,10 @@ class Rectangles {
     };
     const int64_t first = h == 0 ? 0 : end_of(h - 1),
                   last = end_of(std::min({h + band_, a[1].count, h + end - at}) - 1);
-    const W* const plane =
-        as_words(o.from + n * g_.from_stride.batch) + (d * a[0].from_step + a[0].offset[0]) * stride_[0];
-    band.next = plane + first * stride_[1], band.next_end = plane + std::max(first, last) * stride_[1];
+    const T* const plane =
+        o.from + n * g_.from_stride.batch + (d * a[0].from_step + a[0].offset[0]) * g_.from_stride.axis[0];
+    band.next = as_words(plane + first * g_.from_stride.axis[1]);
+    band.next_end = as_words(plane + std::max(first, last) * g_.from_stride.axis[1]);
     const int64_t high = kernels_.rows * (panels_.width == kernels_.lanes ? 2 : 1);
     const int64_t steps = units * band.count * ceil_div(a[2].count, high) * phase_.taps() * ceil_div(channels_, 2);
     band.next_step = ceil_div(band.next_end - band.next, std::max<int64_t>(steps, 1));
@@ -550,6 +604,9 @@ class Rectangles {
     band.first = std::clamp<int64_t>(band.h * a[1].from_step + low_[1], 0, a[1].from_extent);
     const int64_t last =
         std::clamp<int64_t>((band.h + band.count - 1) * a[1].from_step + high + 1, band.first, a[1].from_extent);
+    // Columns [left, right) of a line are inside, from `inside` on; the others are padding.
+    const int64_t inside = std::max<int64_t>(first_column_, 0), left = std::min(inside - first_column_, columns_);
+    const int64_t right = std::clamp<int64_t>(extent - first_column_, left, columns_);
     for (int64_t td = d.tap0; td < d.tap1; ++td)
       for (int64_t l = band.first; l < last; ++l) {
         const T* const line = o.from + band.n * g_.from_stride.batch +
@@ -558,10 +615,19 @@ class Rectangles {
         // The next group's channels of the same pixels: too far apart for the machine to see them coming.
         for (int64_t i = 0; pixel > values && i < extent; ++i) __builtin_prefetch(line + i * pixel + values);
         W* const to = band.lines + td * stride_[0] + (l - band.first) * stride_[1];
-        if (pixel == values && values % kernels_.pair == 0)
+        if (pixel == values && values % kernels_.pair == 0) {
           kernels_.copy_rows(line, 0, 1, extent * values, to, 0);
-        else
-          kernels_.copy_rows(line, pixel, extent, values, to, channels_);
+          continue;
+        }
+        kernels_.copy_rows(line + inside * pixel, pixel, right - left, values, to + left * channels_, channels_);
+        for (int64_t i = left > 0 ? 0 : right; i < columns_; i = i + 1 == left ? right : i + 1) {
+          const int64_t source = padded_index(first_column_ + i, extent, a[2].mode);
+          W* const column = to + i * channels_;
+          if (source < 0)
+            std::fill_n(column, channels_, W(0));
+          else
+            kernels_.copy_rows(line + source * pixel, 0, 1, values, column, 0);
+        }
       }
   }
 
@@ -643,10 +709,17 @@ class Rectangles {
                      .partial = band.sums + piece.begin * panels_.width,
                      .partial_step = sums_step[along],
                      .unfinished = unfinished(block)};
-    for (int64_t i = 0; i < (piece.down ? width : band.count); ++i) {
-      rows.next = band.ahead();
-      rows.next_step = band.next_step;
-      band.next = multiply_rows(kernels_, rows, piece.down ? band.count : width);
+    const int64_t length = piece.down ? band.count : width, times = piece.down ? width : band.count;
+    if (length <= kernels_.rows) {  // a tile each
+      rows.tiles = times, rows.a_tile = from_step_[across], rows.c_tile = to_step_[across];
+      rows.partial_tile = sums_step[across];
+      rows.next = band.ahead(), rows.next_step = band.next_step;
+      band.next = kernels_.gemm_rows[length - 1](rows);
+      return;
+    }
+    for (int64_t i = 0; i < times; ++i) {
+      rows.next = band.ahead(), rows.next_step = band.next_step;
+      band.next = multiply_rows(kernels_, rows, length);
       rows.a += from_step_[across];
       rows.c += to_step_[across];
       rows.partial += sums_step[across];
@@ -683,7 +756,8 @@ class Rectangles {
   const int64_t channels_;  // words
   const Panels panels_;
   const Blocks blocks_;
-  bool in_place_;  // whether what is read is multiplied where it lies, and not a copy of the lines of a band
+  bool padded_, in_place_;  // whether what is read is multiplied where it lies, and not a copy of the lines of a band
+  int64_t columns_ = 0, first_column_ = 0;  // of a line of such a copy, and where it begins
   Segments segments_[3];
   int64_t low_[3] = {0, 0, 0};  // of the offsets, and how far they reach
   double reach_[3] = {0, 0, 0};
@@ -705,7 +779,7 @@ struct Workspace {
     zeros = round_up(g.groups * g.from_per_group, 16);  // what follows begins with a line of the cache
     own_panels = threads * g.groups * panels.count * unit * size <= kOwnPanels;
     for (const GatherPhase& phase : g.phases)
-      if (const Rectangles<T> r(g, phase, kernels); r.fits())
+      if (const auto r = Rectangles<T>::best(g, phase, kernels); r.fits())
         of_thread = std::max(of_thread, round_up(r.converted() + r.sums(), 16));
   }
   int64_t elements(int threads) const { return zeros + (own_panels ? threads : 1) * packed + threads * of_thread; }
@@ -832,8 +906,10 @@ double pointer_cost(const Gather& g, const GatherPhase& phase, const Kernels<T>&
   const auto vectors = static_cast<double>(ceil_div(g.to_per_group, kernels.lanes) * g.groups);
   const auto channels = static_cast<double>(ceil_div(g.from_per_group, kernels.pair));
   const double terms = channels * static_cast<double>(std::max<int64_t>(1, phase.taps()) * kernels.rows);
-  const double calls = call_terms(kernels, Panels(g.to_per_group, kernels.lanes, kernels.vectors)) / terms;
-  return Tiles(g, phase, kernels.rows, skip_zeros).least + 16 / (vectors * channels) + calls;
+  const Panels panels(g.to_per_group, kernels.lanes, kernels.vectors);
+  const double calls = call_terms(kernels, panels) / terms;
+  return Tiles(g, phase, kernels.rows, skip_zeros).least * idle_sums(kernels, panels) + 16 / (vectors * channels) +
+         calls;
 }
 
 // A phase that no tap reaches: its pixels are the bias, or zeros.
@@ -884,7 +960,7 @@ void run_phase(const Gather& g, const GatherPhase& phase, const Kernels<T>& kern
   std::fill_n(workspace, sizes.zeros, W(0));
   const T* const zeros = reinterpret_cast<const T*>(workspace);
   const Operands<T> o{from, bias, to, zeros};
-  const Rectangles<T> rectangles(g, phase, kernels);
+  const auto rectangles = Rectangles<T>::best(g, phase, kernels);
   const bool may_skip = look || skip_zeros;
   const bool by_rectangles = rectangles.cost(may_skip) <= pointer_cost(g, phase, kernels, may_skip);
   const int64_t lines = g.batch * a[0].count * a[1].count, pixels = g.batch * phase.pixels();

@@ -56,7 +56,7 @@ struct Term {
   int64_t a, b;
 };
 
-// Tiles below each other, whose rows all lie at one distance:
+// Tiles whose rows all lie at one distance, as do the tiles: `a_tile` from a tile's first row to the next one's. Of a tile:
 // C[row][0, cols) = sum over run, k < depth of  a[row * a_row + run.a + k] * b[run.b + k * ldb + col]  + (as in GemmTile)
 template <typename T>
 struct GemmRows {
@@ -64,18 +64,18 @@ struct GemmRows {
   int64_t tiles, runs, depth;
   const Term* run;
   const W* a;
-  int64_t a_row;
+  int64_t a_row, a_tile;
   const W* b;
   int64_t ldb;
   T* c;
-  int64_t c_row, cols;
+  int64_t c_row, c_tile, cols;
   const W* column_bias;  // [cols] or nullptr
   bool accumulate;
   bool ahead = false;       // the rows of the next tile are fetched into L2 meanwhile
   const W* next = nullptr;  // or what lies here, so many words for every two k
   int64_t next_step = 0;
   W* partial = nullptr;  // as in GemmTile
-  int64_t partial_step = 0;
+  int64_t partial_step = 0, partial_tile = 0;
   bool unfinished = false;
 };
 
