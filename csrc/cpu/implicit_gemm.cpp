@@ -36,6 +36,7 @@ namespace {
 
 using namespace implicit_gemm;
 constexpr int64_t kMaxPhases = 65536;     // of backward_input: each costs a little set-up
+constexpr int64_t kPhasesAtOnce = 16;     // whose plans are kept
 constexpr int64_t kOwnPanels = 16 << 20;  // of all threads, that share panels and each pack them for themselves
 constexpr double kPackedProducts = 20;    // packing a value takes as long
 constexpr double kScattered = 0.025;      // how much longer it takes to read parts of pixels
@@ -110,13 +111,12 @@ struct Workspace {
 };
 
 // How threads share result rows (lines, or tiles) and units: as many pieces of either as together make one for each
-// thread. Units rather than rows, if both leave them equal work, where packed weights are more than what is read: then
-// each thread packs its own, and nothing passes between threads, whose caches may be far apart. Groups of whole
-// cache lines share nothing that is read: there `packing`, what packing a unit costs as a share of its products, counts.
+// thread. Where units are cheap to share, what packing a unit costs as a share of its products, `packing`, counts too: each
+// thread packs its own units, and nothing passes between threads, whose caches may be far apart. Rows are shared by all.
 struct Split {
   int64_t rows = 1, units = 1;
 
-  Split(int64_t all_rows, int64_t all_units, bool units_first, double packing, int threads) {
+  Split(int64_t all_rows, int64_t all_units, double packing, int threads) {
     const auto cost = [](int64_t all, int64_t pieces) {
       return static_cast<double>(ceil_div(all, pieces)) * static_cast<double>(pieces) / static_cast<double>(all);
     };
@@ -126,7 +126,7 @@ struct Split {
       const double idle = static_cast<double>(threads) / static_cast<double>(r * u);
       const double now = cost(all_units, u) * (cost(all_rows, r) * idle + packing * threads / static_cast<double>(u)) +
                          (packing > 0 && u > 1 ? kScattered : 0);
-      if (best < 0 || now < best || (units_first && now == best)) best = now, rows = r, units = u;
+      if (best < 0 || now < best) best = now, rows = r, units = u;
     }
   }
 };
@@ -146,75 +146,133 @@ void fill_phase(const Gather& g, const GatherPhase& phase, const Kernels<T>& ker
   });
 }
 
+// The product of a phase: its plan, and its packed panels, one a unit.
 template <typename T>
-void run_phase(const Gather& g, const GatherPhase& phase, const Kernels<T>& kernels, const T* from, const T* weight,
-               const Word<T>* bias, T* to, const Workspace& sizes, Word<T>* workspace, int threads, bool skip_zeros) {
+struct PhaseProduct {
   using W = Word<T>;
-  if (phase.taps() == 0) return fill_phase(g, phase, kernels, bias, to);
-  const GatherAxis* a = phase.axis;
-  const int64_t channels = ceil_div(g.from_per_group, kernels.pair), depth = phase.taps() * channels;
-  const Blocks blocks = reduction_blocks(channels, phase.taps(), /*taps_inside=*/false);
-  const Panels panels(g.to_per_group, kernels.lanes, kernels.vectors);
-  const bool padded = is_padded(a[0]) || is_padded(a[1]) || is_padded(a[2]);
-  const bool look = !skip_zeros && padded && a[0].mode == PaddingMode::kZeros;
-  const int64_t units = g.groups * panels.count, unit_size = depth * panels.width;
-  const auto block_count = static_cast<int64_t>(blocks.size());
+  const Gather& g;
+  const GatherPhase& phase;
+  const Kernels<T>& kernels;
+  Blocks blocks;
+  Rectangles<T> rectangles;
+  Panels panels;
+  int64_t unit_size, rows;  // words of a panel; rows that threads share: lines, or tiles
+  bool skips, looks;        // whether products with the padding may be left out, if all weights are finite: if it looks
+  bool by_rectangles;
+
+  PhaseProduct(const Gather& g, const GatherPhase& phase, const Kernels<T>& kernels, bool skip_zeros)
+      : g(g),
+        phase(phase),
+        kernels(kernels),
+        blocks(reduction_blocks(ceil_div(g.from_per_group, kernels.pair), phase.taps(), /*taps_inside=*/false)),
+        rectangles(Rectangles<T>::best(g, phase, kernels)),
+        panels(g.to_per_group, kernels.lanes, kernels.vectors),
+        unit_size(phase.taps() * ceil_div(g.from_per_group, kernels.pair) * panels.width) {
+    const GatherAxis* a = phase.axis;
+    looks = !skip_zeros && a[0].mode == PaddingMode::kZeros && (is_padded(a[0]) || is_padded(a[1]) || is_padded(a[2]));
+    skips = looks || skip_zeros;
+    by_rectangles = rectangles.cost(skips) <= pointer_cost(g, phase, kernels, skips);
+    rows = by_rectangles ? lines() : ceil_div(g.batch * phase.pixels(), int64_t{kernels.rows});
+  }
+
+  int64_t lines() const { return g.batch * phase.axis[0].count * phase.axis[1].count; }
+  int64_t block_count() const { return static_cast<int64_t>(blocks.size()); }
 
   // Packs pieces [begin, end) of the panels from unit `first` on, a piece being a block of a panel. Whether products
   // with the padding may be left out.
-  const auto pack = [&](int64_t first, int64_t begin, int64_t end, W* packed) {
-    bool finite = look || skip_zeros;
+  bool pack(const T* weight, int64_t first, int64_t begin, int64_t end, W* packed) const {
+    bool finite = skips;
     for (int64_t i = begin; i < end; ++i) {
-      const Block& block = blocks[i % block_count];
-      const int64_t unit = i / block_count;
+      const Block& block = blocks[i % block_count()];
+      const int64_t unit = i / block_count();
       W* const target = packed + unit * unit_size + block.start * panels.width;
       pack_unit(g, phase, kernels, panels, weight, first + unit, block, target);
-      finite = finite && (!look || kernels.all_finite(target, block.terms() * panels.width));
+      finite = finite && (!looks || kernels.all_finite(target, block.terms() * panels.width));
     }
     return finite;
-  };
+  }
 
-  W* const packed = workspace + sizes.zeros;
+  // Part `part` of the rows, units [unit0, unit1), whose panels begin at `packed`.
+  void multiply(const Operands<T>& o, const W* packed, W* scratch, int64_t part, int64_t parts, int64_t unit0,
+                int64_t unit1, bool finite) const {
+    if (by_rectangles)
+      rectangles.multiply(o, packed, scratch, lines() * part / parts, lines() * (part + 1) / parts, unit0, unit1,
+                          finite);
+    else
+      multiply_by_pointers(g, phase, kernels, o, packed, part, parts, unit0, unit1, finite);
+  }
+};
+
+// Phases [first, last) together: they read the same lines, a few of which at a time meet all phases.
+template <typename T>
+void run_phases(const Gather& g, const GatherPhase* first_phase, const GatherPhase* last_phase,
+                const Kernels<T>& kernels, const T* weight, const Operands<T>& o, const Workspace& sizes,
+                Word<T>* packed, int threads, bool skip_zeros) {
+  using W = Word<T>;
+  std::vector<PhaseProduct<T>> phases;
+  int64_t unit_size = 0, rows = INT64_MAX, pixels = 0;
+  double macs = 0;  // of a column
+  for (const GatherPhase* phase = first_phase; phase < last_phase; ++phase) {
+    if (phase->taps() == 0) {
+      fill_phase(g, *phase, kernels, o.bias, o.to);
+      continue;
+    }
+    phases.emplace_back(g, *phase, kernels, skip_zeros);
+    unit_size += phases.back().unit_size;
+    rows = std::min(rows, phases.back().rows);
+    pixels += g.batch * phase->pixels();
+  }
+  if (phases.empty()) return;
+  const auto phase_count = static_cast<int64_t>(phases.size());
+  const Panels& panels = phases[0].panels;
+  for (const PhaseProduct<T>& p : phases)
+    macs += static_cast<double>(g.batch * p.phase.pixels()) * static_cast<double>(p.unit_size / panels.width);
+  pixels /= phase_count;  // which a value of the weights meets
   W* const of_threads = packed + (sizes.own_panels ? threads : 1) * sizes.packed;
-  std::fill_n(workspace, sizes.zeros, W(0));
-  const T* const zeros = reinterpret_cast<const T*>(workspace);
-  const Operands<T> o{from, bias, to, zeros};
-  const auto rectangles = Rectangles<T>::best(g, phase, kernels);
-  const bool may_skip = look || skip_zeros;
-  const bool by_rectangles = rectangles.cost(may_skip) <= pointer_cost(g, phase, kernels, may_skip);
-  const int64_t lines = g.batch * a[0].count * a[1].count, pixels = g.batch * phase.pixels();
-  const int64_t rows = by_rectangles ? lines : ceil_div(pixels, int64_t{kernels.rows});
-  const double macs = static_cast<double>(pixels) * static_cast<double>(depth);
+  const int64_t units = g.groups * panels.count, channels = ceil_div(g.from_per_group, kernels.pair);
+  const int64_t read = g.batch * g.from_pixels() * g.groups * channels;
+  // Groups of whole cache lines share nothing that is read.
   const bool lines_of_own = g.groups > 1 && g.from_per_group * static_cast<int64_t>(sizeof(T)) % 64 == 0;
-  const int64_t units_per_pass = std::clamp<int64_t>(sizes.packed / std::max<int64_t>(unit_size, 1), 1, units);
+  const int64_t units_per_pass = std::clamp<int64_t>(sizes.packed / unit_size, 1, units);
   for (int64_t first = 0; first < units; first += units_per_pass) {
     const int64_t count = std::min(units_per_pass, units - first);
-    const Split split(rows, count, count * unit_size > g.batch * g.from_pixels() * g.groups * channels,
-                      lines_of_own ? kPackedProducts / static_cast<double>(pixels) : 0, threads);
+    const bool shares_units = lines_of_own || count * unit_size > read;
+    const Split split(rows, count, shares_units ? kPackedProducts / static_cast<double>(pixels) : 0, threads);
     const bool own = split.rows == 1 || (sizes.own_panels && pixels >= kOwnPixels * split.rows);
-    std::atomic<bool> all_finite = true;
-    if (!own)
-      parallel_tasks(count * block_count, 2.0 * unit_size / block_count, [&](int64_t begin, int64_t end) {
-        if (!pack(first, begin, end, packed)) all_finite = false;
-      });
+    const int64_t chunks = phase_count == 1
+                               ? 1
+                               : std::clamp<int64_t>(read * static_cast<int64_t>(sizeof(W)) / split.rows / kBandBytes,
+                                                     1, std::max<int64_t>(1, rows / split.rows));
+    std::vector<std::atomic<bool>> all_finite(phase_count);
+    W* panels_of_phase = packed;
+    for (int64_t p = 0; p < phase_count; panels_of_phase += count * phases[p++].unit_size) {
+      all_finite[p] = true;
+      const int64_t pieces = count * phases[p].block_count();
+      if (!own)
+        parallel_tasks(pieces, 2.0 * phases[p].unit_size / phases[p].block_count(), [&](int64_t begin, int64_t end) {
+          if (!phases[p].pack(weight, first, begin, end, panels_of_phase)) all_finite[p] = false;
+        });
+    }
     const int64_t parts = split.rows * split.units;
     parallel_tasks(parts, macs * count * panels.width / parts, [&](int64_t begin, int64_t end) {
+      c10::SmallVector<bool, 16> finite(phase_count);
+      const int64_t thread = at::get_thread_num();
       for (int64_t i = begin; i < end; ++i) {
         const int64_t part = i % split.rows, unit = i / split.rows;
         const int64_t unit0 = count * unit / split.units, unit1 = count * (unit + 1) / split.units;
-        W* panels_of_mine = packed + unit0 * unit_size;
-        bool finite = all_finite;
-        if (own) {
-          if (split.rows > 1) panels_of_mine += at::get_thread_num() * sizes.packed;
-          finite = pack(first + unit0, 0, (unit1 - unit0) * block_count, panels_of_mine);
+        W* const mine = packed + (own && split.rows > 1 ? thread * sizes.packed : 0);
+        for (int64_t chunk = 0; chunk < chunks; ++chunk) {
+          W* at = mine;
+          for (int64_t p = 0; p < phase_count; at += count * phases[p++].unit_size) {
+            W* const panels_of_mine = at + unit0 * phases[p].unit_size;
+            if (chunk == 0)
+              finite[p] = own ? phases[p].pack(weight, first + unit0, 0, (unit1 - unit0) * phases[p].block_count(),
+                                               panels_of_mine)
+                              : all_finite[p].load();
+            phases[p].multiply(o, panels_of_mine, of_threads + thread * sizes.of_thread, part * chunks + chunk,
+                               split.rows * chunks, first + unit0, first + unit1, finite[p]);
+          }
         }
-        if (by_rectangles)
-          rectangles.multiply(o, panels_of_mine, of_threads + at::get_thread_num() * sizes.of_thread,
-                              lines * part / split.rows, lines * (part + 1) / split.rows, first + unit0, first + unit1,
-                              finite);
-        else
-          multiply_by_pointers(g, phase, kernels, o, panels_of_mine, part, split.rows, first + unit0, first + unit1,
-                               finite);
       }
     });
   }
@@ -230,9 +288,14 @@ void run(const ConvShape& s, Direction direction, const void* from, const ConvPo
   if (skip_zeros) drop_idle_taps(g);
   const Workspace sizes(g, kernels, s.taps(), threads);
   const Bias<T> bias(microkernels(), p.bias, g.groups * g.to_per_group);
-  for (const GatherPhase& phase : g.phases)
-    run_phase(g, phase, kernels, static_cast<const T*>(from), weight, bias.get(), static_cast<T*>(p.result), sizes,
-              static_cast<Word<T>*>(workspace), threads, skip_zeros);
+  auto* const zeros = static_cast<Word<T>*>(workspace);
+  std::fill_n(zeros, sizes.zeros, Word<T>(0));
+  const Operands<T> o{static_cast<const T*>(from), bias.get(), static_cast<T*>(p.result),
+                      reinterpret_cast<const T*>(zeros)};
+  const auto count = static_cast<int64_t>(g.phases.size());
+  for (int64_t first = 0; first < count; first += kPhasesAtOnce)
+    run_phases(g, g.phases.begin() + first, g.phases.begin() + std::min(first + kPhasesAtOnce, count), kernels, weight,
+               o, sizes, zeros + sizes.zeros, threads, skip_zeros);
 }
 
 void run_any(const ConvShape& s, Direction direction, const void* from, const ConvPointers& p, void* workspace,
