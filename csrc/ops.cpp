@@ -138,11 +138,13 @@ Tensor empty_result(c10::SymIntArrayRef sizes, const at::TensorOptions& options,
 }
 
 Tensor bias_gradient(const Tensor& gy) {
-  // One axis at a time: torch splits a reduction with a single output among threads, and then its bits depend on them.
-  // And 16-bit types in float32, or every step would round; torch has no sum of complex32.
+  // Torch splits a reduction among threads along what is left of it. With a single result it splits the sum itself, whose
+  // bits then depend on threads: there one axis at a time. 16-bit types in float32, or every step would round; torch has
+  // no sum of complex32.
   const at::ScalarType type = gy.scalar_type();
   const bool half = type == at::kHalf || type == at::kBFloat16;
   Tensor sum = half ? gy.to(at::kFloat) : type == at::kComplexHalf ? gy.to(at::kComplexFloat) : gy;
+  if (sum.sym_size(1) != 1 && sum.dim() > 3) sum = sum.dim() == 4 ? sum.sum({2, 3}) : sum.sum({2, 3, 4});
   while (sum.dim() > 2) sum = sum.sum(-1);
   return sum.sum(0).to(type);
 }

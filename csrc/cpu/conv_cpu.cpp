@@ -93,7 +93,9 @@ struct Cpu {
     algorithm.run(shape, pointers, workspace.get(), threads);
   }
 
-  static bool sums_bias(at::ScalarType type) { return type == at::kFloat || type == at::kDouble; }
+  static bool sums_bias(at::ScalarType type) {
+    return type == at::kFloat || type == at::kDouble || type == at::kHalf || type == at::kBFloat16;
+  }
   static void bias_backward(const ConvShape& shape, const void* gy, void* gb) { cpu::bias_backward(shape, gy, gb); }
 
   struct Guard {
