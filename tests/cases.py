@@ -181,6 +181,10 @@ GROUPS = [
     Case("groups_of_24_stride_2", "conv2d", (2, 72, 13, 28), 72, 3, stride=2, padding=1, groups=3),
     Case("groups_of_40_wide_padding", "conv2d", (1, 80, 5, 30), 80, (3, 7), padding=(1, 3), groups=2),
     Case("groups_a_page_apart", "conv2d", (2, 1024, 3, 9), 64, 3, padding=1, groups=64),
+    Case("groups_padded_copies", "conv2d", (1, 512, 13, 14), 512, 3, stride=2, padding=1, groups=32),
+    Case("groups_padded_copies_reflect", "conv2d", (1, 512, 6, 9), 64, 3, 2, (2, 1), groups=32, padding_mode="reflect"),
+    Case("stride_of_20_phases", "conv2d", (1, 24, 17, 14), 18, 6, stride=(5, 4), padding=(2, 1)),
+    Case("stride_of_20_phases_few_taps", "conv2d", (2, 32, 11, 9), 32, 2, stride=(5, 4), groups=2),
     Case("groups_of_16_two_bands", "conv2d", (2, 96, 40, 29), 96, 3, stride=2, padding=1, groups=6),
     Case("dilation_12_in_three_vectors", "conv2d", (1, 9, 28, 28), 11, 3, padding=12, dilation=12),
     # Few out channels: x and gy change places in the weight gradient.
