@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from cases import BATCH, CHANNELS_LAST, DIRECTIONS, INVARIANCE, PARTS, make_tensors
+from cases import BATCH, CHANNELS_LAST, DIRECTIONS, INVARIANCE, PARTS, Case, make_tensors
+from checking import assert_accurate
 from conftest import every_kernel, noting, our_conv, threads
 
 LAYOUTS = ["contiguous", "channels_last"]
@@ -93,3 +94,23 @@ def test_whole_calls(case, layout, seed):
                     assert torch.equal(a, e[part])
             if layout == "contiguous" or case.rank + 2 not in CHANNELS_LAST:  # one sample has no channels_last
                 assert torch.equal(our_conv(case, x[2], w, b), whole[0][2])
+
+
+@pytest.mark.parametrize("fused", [True, False])
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("sizes", [(2, 3, 40, 50), (1, 130, 7, 7), (3, 2048, 1, 1), (1, 1, 300, 301), (9, 24, 31, 33)])
+def test_bias_gradient(sizes, dtype, layout, fused, seed):
+    """Beside both other gradients a kernel of ours; without that of the input, as in a first layer, torch's sum."""
+    samples, channels, *pixels = sizes
+    case = Case("bias", "conv2d", (samples, 2, *pixels), channels, 1)
+    x, w, b, gy = make_tensors(case, dtype, layout, seed)
+    results = []
+    for count in (1, 2, 3):
+        with threads(count):
+            leaves = [x.detach().requires_grad_(fused), w.detach().requires_grad_(), b.detach().requires_grad_()]
+            y = our_conv(case, *leaves)
+            results.append(torch.autograd.grad(y, leaves if fused else leaves[1:], gy)[-1])
+    for result in results:
+        assert torch.equal(result, results[0])
+    assert_accurate(results[0], gy.double().sum((0, 2, 3)), gy.sum((0, 2, 3)), "bias gradient")
