@@ -146,28 +146,21 @@ void fill_phase(const Gather& g, const GatherPhase& phase, const Kernels<T>& ker
   });
 }
 
-// The product of a phase: its plan, and its packed panels, one a unit.
+// The product of a phase: its plan, and where its packed panels are, one a unit.
 template <typename T>
 struct PhaseProduct {
   using W = Word<T>;
   const Gather& g;
   const GatherPhase& phase;
   const Kernels<T>& kernels;
-  Blocks blocks;
   Rectangles<T> rectangles;
-  Panels panels;
-  int64_t unit_size, rows;  // words of a panel; rows that threads share: lines, or tiles
-  bool skips, looks;        // whether products with the padding may be left out, if all weights are finite: if it looks
+  int64_t before;     // words of a panel of all phases before it
+  int64_t rows;       // that threads share: lines, or tiles
+  bool skips, looks;  // whether products with the padding may be left out, if all weights are finite: if it looks
   bool by_rectangles;
 
-  PhaseProduct(const Gather& g, const GatherPhase& phase, const Kernels<T>& kernels, bool skip_zeros)
-      : g(g),
-        phase(phase),
-        kernels(kernels),
-        blocks(reduction_blocks(ceil_div(g.from_per_group, kernels.pair), phase.taps(), /*taps_inside=*/false)),
-        rectangles(Rectangles<T>::best(g, phase, kernels)),
-        panels(g.to_per_group, kernels.lanes, kernels.vectors),
-        unit_size(phase.taps() * ceil_div(g.from_per_group, kernels.pair) * panels.width) {
+  PhaseProduct(const Gather& g, const GatherPhase& phase, const Kernels<T>& kernels, int64_t before, bool skip_zeros)
+      : g(g), phase(phase), kernels(kernels), rectangles(Rectangles<T>::best(g, phase, kernels)), before(before) {
     const GatherAxis* a = phase.axis;
     looks = !skip_zeros && a[0].mode == PaddingMode::kZeros && (is_padded(a[0]) || is_padded(a[1]) || is_padded(a[2]));
     skips = looks || skip_zeros;
@@ -176,16 +169,18 @@ struct PhaseProduct {
   }
 
   int64_t lines() const { return g.batch * phase.axis[0].count * phase.axis[1].count; }
-  int64_t block_count() const { return static_cast<int64_t>(blocks.size()); }
+  int64_t block_count() const { return static_cast<int64_t>(rectangles.blocks().size()); }
+  int64_t unit_size() const { return rectangles.unit_size(); }
 
   // Packs pieces [begin, end) of the panels from unit `first` on, a piece being a block of a panel. Whether products
   // with the padding may be left out.
   bool pack(const T* weight, int64_t first, int64_t begin, int64_t end, W* packed) const {
+    const Panels& panels = rectangles.panels();
     bool finite = skips;
     for (int64_t i = begin; i < end; ++i) {
-      const Block& block = blocks[i % block_count()];
+      const Block& block = rectangles.blocks()[i % block_count()];
       const int64_t unit = i / block_count();
-      W* const target = packed + unit * unit_size + block.start * panels.width;
+      W* const target = packed + unit * unit_size() + block.start * panels.width;
       pack_unit(g, phase, kernels, panels, weight, first + unit, block, target);
       finite = finite && (!looks || kernels.all_finite(target, block.terms() * panels.width));
     }
@@ -211,25 +206,24 @@ void run_phases(const Gather& g, const GatherPhase* first_phase, const GatherPha
   using W = Word<T>;
   std::vector<PhaseProduct<T>> phases;
   int64_t unit_size = 0, rows = INT64_MAX, pixels = 0;
-  double macs = 0;  // of a column
+  double macs = 0;  // of a unit
   for (const GatherPhase* phase = first_phase; phase < last_phase; ++phase) {
     if (phase->taps() == 0) {
       fill_phase(g, *phase, kernels, o.bias, o.to);
       continue;
     }
-    phases.emplace_back(g, *phase, kernels, skip_zeros);
-    unit_size += phases.back().unit_size;
+    phases.emplace_back(g, *phase, kernels, unit_size, skip_zeros);
+    unit_size += phases.back().unit_size();
     rows = std::min(rows, phases.back().rows);
     pixels += g.batch * phase->pixels();
+    macs += static_cast<double>(g.batch * phase->pixels()) * static_cast<double>(phases.back().unit_size());
   }
   if (phases.empty()) return;
   const auto phase_count = static_cast<int64_t>(phases.size());
-  const Panels& panels = phases[0].panels;
-  for (const PhaseProduct<T>& p : phases)
-    macs += static_cast<double>(g.batch * p.phase.pixels()) * static_cast<double>(p.unit_size / panels.width);
   pixels /= phase_count;  // which a value of the weights meets
   W* const of_threads = packed + (sizes.own_panels ? threads : 1) * sizes.packed;
-  const int64_t units = g.groups * panels.count, channels = ceil_div(g.from_per_group, kernels.pair);
+  const int64_t units = g.groups * phases[0].rectangles.panels().count,
+                channels = ceil_div(g.from_per_group, kernels.pair);
   const int64_t read = g.batch * g.from_pixels() * g.groups * channels;
   // Groups of whole cache lines share nothing that is read.
   const bool lines_of_own = g.groups > 1 && g.from_per_group * static_cast<int64_t>(sizeof(T)) % 64 == 0;
@@ -244,35 +238,33 @@ void run_phases(const Gather& g, const GatherPhase* first_phase, const GatherPha
                                : std::clamp<int64_t>(read * static_cast<int64_t>(sizeof(W)) / split.rows / kBandBytes,
                                                      1, std::max<int64_t>(1, rows / split.rows));
     std::vector<std::atomic<bool>> all_finite(phase_count);
-    W* panels_of_phase = packed;
-    for (int64_t p = 0; p < phase_count; panels_of_phase += count * phases[p++].unit_size) {
+    for (int64_t p = 0; p < phase_count; ++p) {
+      const PhaseProduct<T>& phase = phases[p];
+      const int64_t blocks = phase.block_count();
       all_finite[p] = true;
-      const int64_t pieces = count * phases[p].block_count();
       if (!own)
-        parallel_tasks(pieces, 2.0 * phases[p].unit_size / phases[p].block_count(), [&](int64_t begin, int64_t end) {
-          if (!phases[p].pack(weight, first, begin, end, panels_of_phase)) all_finite[p] = false;
+        parallel_tasks(count * blocks, 2.0 * phase.unit_size() / blocks, [&](int64_t begin, int64_t end) {
+          if (!phase.pack(weight, first, begin, end, packed + count * phase.before)) all_finite[p] = false;
         });
     }
     const int64_t parts = split.rows * split.units;
-    parallel_tasks(parts, macs * count * panels.width / parts, [&](int64_t begin, int64_t end) {
+    parallel_tasks(parts, macs * count / parts, [&](int64_t begin, int64_t end) {
       c10::SmallVector<bool, 16> finite(phase_count);
       const int64_t thread = at::get_thread_num();
       for (int64_t i = begin; i < end; ++i) {
         const int64_t part = i % split.rows, unit = i / split.rows;
         const int64_t unit0 = count * unit / split.units, unit1 = count * (unit + 1) / split.units;
         W* const mine = packed + (own && split.rows > 1 ? thread * sizes.packed : 0);
-        for (int64_t chunk = 0; chunk < chunks; ++chunk) {
-          W* at = mine;
-          for (int64_t p = 0; p < phase_count; at += count * phases[p++].unit_size) {
-            W* const panels_of_mine = at + unit0 * phases[p].unit_size;
+        for (int64_t chunk = 0; chunk < chunks; ++chunk)
+          for (int64_t p = 0; p < phase_count; ++p) {
+            const PhaseProduct<T>& phase = phases[p];
+            W* const panels = mine + count * phase.before + unit0 * phase.unit_size();
             if (chunk == 0)
-              finite[p] = own ? phases[p].pack(weight, first + unit0, 0, (unit1 - unit0) * phases[p].block_count(),
-                                               panels_of_mine)
+              finite[p] = own ? phase.pack(weight, first + unit0, 0, (unit1 - unit0) * phase.block_count(), panels)
                               : all_finite[p].load();
-            phases[p].multiply(o, panels_of_mine, of_threads + thread * sizes.of_thread, part * chunks + chunk,
-                               split.rows * chunks, first + unit0, first + unit1, finite[p]);
+            phase.multiply(o, panels, of_threads + thread * sizes.of_thread, part * chunks + chunk, split.rows * chunks,
+                           first + unit0, first + unit1, finite[p]);
           }
-        }
       }
     });
   }

@@ -93,6 +93,29 @@ struct Operands {
   const T* zeros;  // of a pixel
 };
 
+// What tiles by pointers have in common: all but what they read. `depth` is that of the whole sum.
+template <typename T>
+GemmTile<T> pointer_tile(const Gather& g, const Panels& panels, const Operands<T>& o, const Block& block, int64_t depth,
+                         int64_t unit, const Word<T>* b, T* const* c, Word<T>* sums) {
+  const int64_t panel = unit % panels.count, column = unit / panels.count * g.to_per_group + panels.begin(panel);
+  return {.taps = block.taps,
+          .depth = block.channels,
+          .a = nullptr,
+          .a_offset = 0,
+          .a_step = 1,
+          .b = b,
+          .b_offsets = nullptr,
+          .ldb = panels.width,
+          .c = c,
+          .cols = panels.size(panel),
+          .row_bias = nullptr,
+          .column_bias = o.bias ? o.bias + column : nullptr,
+          .accumulate = block.start > 0,
+          .partial = sums,
+          .partial_step = panels.width,
+          .unfinished = block.start + block.terms() < depth};
+}
+
 // A call of a kernel takes as long as this many terms of a pixel.
 template <typename T>
 double call_terms(const Kernels<T>& kernels, const Panels& panels) {

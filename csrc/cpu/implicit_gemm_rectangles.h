@@ -141,7 +141,8 @@ class Rectangles {
   // Whether pixels that follow each other meet in one set of the cache, the few channels of a group being all of it that
   // is used.
   bool conflicts() const {
-    return g_.groups > 1 && from_step_[2] * static_cast<int64_t>(sizeof(W)) % kSetBytes == 0 &&
+    const int64_t step = std::min(phase_.axis[2].from_step, phase_.axis[2].from_extent) * stride_[2];
+    return g_.groups > 1 && step * static_cast<int64_t>(sizeof(W)) % kSetBytes == 0 &&
            channels_ * static_cast<int64_t>(sizeof(W)) <= kFewBytes;
   }
   // What copies cost, in terms of a pixel.
@@ -206,6 +207,8 @@ class Rectangles {
     }
   }
 
+  const Panels& panels() const { return panels_; }
+  const Blocks& blocks() const { return blocks_; }
   int64_t unit_size() const { return phase_.taps() * channels_ * panels_.width; }
 
  private:
@@ -391,25 +394,8 @@ class Rectangles {
     return first + band.h * from_step_[1];
   }
 
-  // What tiles by pointers have in common: all but what they read.
   GemmTile<T> tile(const Operands<T>& o, const W* b, const Block& block, int64_t unit, T* const* c, W* sums) const {
-    const int64_t panel = unit % panels_.count, column = unit / panels_.count * g_.to_per_group + panels_.begin(panel);
-    return {.taps = block.taps,
-            .depth = block.channels,
-            .a = nullptr,
-            .a_offset = 0,
-            .a_step = 1,
-            .b = b,
-            .b_offsets = nullptr,
-            .ldb = panels_.width,
-            .c = c,
-            .cols = panels_.size(panel),
-            .row_bias = nullptr,
-            .column_bias = o.bias ? o.bias + column : nullptr,
-            .accumulate = block.start > 0,
-            .partial = sums,
-            .partial_step = panels_.width,
-            .unfinished = unfinished(block)};
+    return pointer_tile(g_, panels_, o, block, channels_ * phase_.taps(), unit, b, c, sums);
   }
 
   // A tile of each line, by pointers.

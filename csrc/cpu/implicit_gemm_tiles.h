@@ -123,8 +123,7 @@ void multiply_by_pointers(const Gather& g, const GatherPhase& phase, const Kerne
   std::vector<int64_t> b_offsets(skip_zeros ? taps : 0);
   const bool in_parts = kIsHalf<T> && blocks.size() > 1;  // sums that are rounded at their end
   std::vector<W> sums(in_parts ? at_once * kernels.rows * panels.width : 0);
-  std::vector<W> words(in_place ? 0 : kernels.rows * std::min(depth, kSumLength));  // what a tile reads, packed
-  std::vector<const W*> a(in_place ? 0 : taps * kernels.rows);
+  TileWords<T> words(kernels, g.from_per_group, std::min(depth, kSumLength));
   // What tile `tile` reads first, up to a line: tiles along lines read what lies between that and the next one's.
   const auto first_line = [&](int64_t tile) {
     const Pixel at = cut.first(tile);
@@ -166,31 +165,16 @@ void multiply_by_pointers(const Gather& g, const GatherPhase& phase, const Kerne
           tap_count = std::lower_bound(first, of_tile.end(), block.tap + block.taps) - first;
           for (int64_t t = 0; t < tap_count; ++t) b_offsets[t] = (first[t] - block.tap) * block.channels * panels.width;
         }
-        const int64_t channel = group * g.from_per_group + block.channel * kernels.pair;
         const T* const* const pixel = sources.data() + slot * taps + first_tap * rows;
-        for (int64_t k = 0; !in_place && k < tap_count * rows; ++k) {
-          a[k] = words.data() + k * block.channels;
-          kernels.copy_rows(pixel[k] + channel, 0, 1,
-                            std::min(block.channels * kernels.pair, g.from_per_group - block.channel * kernels.pair),
-                            words.data() + k * block.channels, 0);
-        }
-        kernels.gemm[rows - 1]({.taps = tap_count,
-                                .depth = block.channels,
-                                .a = in_place ? reinterpret_cast<const W* const*>(pixel) : a.data(),
-                                .a_offset = in_place ? channel / kernels.pair : 0,
-                                .a_step = 1,
-                                .b = packed + (unit - unit0) * depth * panels.width + block.start * panels.width,
-                                .b_offsets = skip_zeros ? b_offsets.data() : nullptr,
-                                .ldb = panels.width,
-                                .c = c,
-                                .cols = panels.size(panel),
-                                .row_bias = nullptr,
-                                .column_bias = o.bias ? o.bias + column : nullptr,
-                                .accumulate = block.start > 0,
-                                .next = next < next_end ? next : nullptr,
-                                .partial = sums.data() + slot * panels.width,
-                                .partial_step = panels.width,
-                                .unfinished = block.start + block.terms() < depth});
+        int64_t offset;
+        const W* const* const read = words.prepare(pixel, tap_count * rows, group * g.from_per_group, block, offset);
+        GemmTile<T> t = pointer_tile(g, panels, o, block, depth, unit,
+                                     packed + (unit - unit0) * depth * panels.width + block.start * panels.width, c,
+                                     sums.data() + slot * panels.width);
+        t.taps = tap_count, t.a = read, t.a_offset = offset;
+        t.b_offsets = skip_zeros ? b_offsets.data() : nullptr;
+        t.next = next < next_end ? next : nullptr;
+        kernels.gemm[rows - 1](t);
         next += next < next_end ? tap_count * block.channels * rows : 0;
       }
     }
