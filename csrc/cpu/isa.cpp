@@ -16,9 +16,16 @@ struct Isa {
 };
 
 #ifdef MYCONV_X86
+// AMD's family 19h, Zen 4: 512 bits take two passes of units for 256.
+bool runs_in_halves() {
+  unsigned a, b, c, d;
+  if (!__get_cpuid(1, &a, &b, &c, &d)) return false;
+  return __builtin_cpu_is("amd") && (a >> 8 & 15) + (a >> 20 & 255) == 0x19;
+}
+
 const Microkernels kAvx512 = [] {
   Microkernels kernels = avx512::kMicrokernels;
-  kernels.half = &avx2::kMicrokernels;  // which every such processor runs
+  if (runs_in_halves()) kernels.half = &avx2::kMicrokernels;  // which every such processor runs
   return kernels;
 }();
 

@@ -22,8 +22,15 @@ const Kernels<T>& dense_kernels() {
 template <>
 const Kernels<bfloat16>& dense_kernels();
 
-// The same for a product of so many columns: with shorter vectors where long ones would leave many more lanes idle, which
-// take as long.
+// Cycles of one core that multiply-adds of 128 floats take: of its longest vectors it adds two a cycle, of those that run
+// in halves one.
+inline double multiply_cycles() {
+  const Microkernels& kernels = microkernels();
+  return 64.0 / kernels.f32.lanes * (kernels.half ? 2 : 1);
+}
+
+// Those for a product of so many columns: with shorter vectors where long ones run in halves and would leave many more
+// lanes idle.
 template <typename T>
 const Kernels<T>& dense_kernels(int64_t columns) {
   const Kernels<T>& whole = dense_kernels<T>();

@@ -264,7 +264,7 @@ struct Microkernels {
   Kernels<float16> f16;
   Widening widening[2];                               // bfloat16, float16
   const Kernels<bfloat16>* bfloat16_pairs = nullptr;  // where the processor multiplies bfloat16: words are pairs
-  const Microkernels* half = nullptr;                 // whose vectors are half as long
+  const Microkernels* half = nullptr;                 // where vectors run in halves: kernels of those
 };
 
 inline const Kernels<float>& kernels_for(const Microkernels& m, float) { return m.f32; }

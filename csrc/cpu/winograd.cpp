@@ -40,23 +40,25 @@
 namespace myconv::cpu {
 namespace {
 
-constexpr int64_t kBlock = 128;               // channels of one sum: errors of the transforms add up
-constexpr int64_t kSmallWeights = 1 << 20;    // bytes of U up to which threads split tiles
-constexpr int64_t kLargeWeights = 8 << 20;    // and from which on columns; between, whichever is more
-constexpr int64_t kTilesInL2 = 400 << 10;     // bytes of V and M of one thread
-constexpr int64_t kFewTilesInL2 = 160 << 10;  // where U is small
-constexpr int64_t kInputBytes = 12 << 20;     // bytes of V of all threads
-constexpr int64_t kAllWeights = 32 << 20;     // and bytes of U, or of V, that all threads have of their own
-constexpr int64_t kColumnsPerThread = 64;     // from which on all tiles' transforms are little beside the products
-constexpr double kTransforms = 32;            // terms that those of a tile of V and one of M take as long as
-constexpr int64_t kFewChannels = 16;          // whose transforms are not shared by enough products
-constexpr int64_t kFewTerms = 8;              // the same of groups that share vectors
-constexpr int64_t kFewInAndOut = 40;          // in and out channels, of which what a tile takes besides is most
-constexpr int64_t kFewResults = 5;            // NHWC
-constexpr int64_t kMostTiles = 64;            // of a block
-constexpr int64_t kMostTaps = 25;             // of a kernel
-constexpr int64_t kMostResults = 64;          // of a tile
-constexpr int64_t kMostFrames = 64;           // taps of the third axis
+constexpr int64_t kBlock = 128;                // channels of one sum: errors of the transforms add up
+constexpr int64_t kSmallWeights = 1 << 20;     // bytes of U up to which threads split tiles
+constexpr int64_t kLargeWeights = 8 << 20;     // and from which on columns; between, whichever is more
+constexpr int64_t kFewTiles = 4;               // of a thread, which leave its multiply-adds waiting for each other
+constexpr int64_t kTilesInL2 = 400 << 10;      // bytes of V and M of one thread
+constexpr int64_t kFewTilesInL2 = 160 << 10;   // where U is small
+constexpr int64_t kInputBytes = 12 << 20;      // bytes of V of all threads
+constexpr int64_t kAllWeights = 32 << 20;      // and bytes of U, or of V, that all threads have of their own
+constexpr int64_t kColumnsPerThread = 64;      // from which on all tiles' transforms are little beside the products
+constexpr double kTransforms = 32;             // terms that those of a tile of V and one of M take as long as
+constexpr int64_t kFewChannels = 16;           // whose transforms are not shared by enough products
+constexpr int64_t kStridedWeights = 12 << 20;  // bytes of U with a stride, of more positions than stay in L2
+constexpr int64_t kFewTerms = 8;               // the same of groups that share vectors
+constexpr int64_t kFewInAndOut = 40;           // NHWC, 32 in NCHW: in and out channels, of which what a tile takes besides is most
+constexpr int64_t kFewResults = 5;             // NHWC
+constexpr int64_t kMostTiles = 64;             // of a block
+constexpr int64_t kMostTaps = 25;              // of a kernel
+constexpr int64_t kMostResults = 64;           // of a tile
+constexpr int64_t kMostFrames = 64;            // taps of the third axis
 constexpr int64_t kNoResult = std::numeric_limits<int64_t>::min();
 constexpr int64_t kWeightChannels = 64;  // whose taps are packed at a time
 
@@ -114,7 +116,8 @@ struct Plan {
     // Threads repeat the transforms of what they do not split.
     const int64_t all_u = bytes * p.terms * round_up(to, lanes);
     split_columns = p.together.groups == 1 && (all_u > std::min(kLargeWeights, kAllWeights / threads) ||
-                                               (all_u > kSmallWeights && 2 * p.tiles < to));
+                                               (all_u > kSmallWeights && 2 * p.tiles < to) ||
+                                               (p.tiles < kFewTiles * threads && to >= threads * lanes));
     const Panels widest(to, lanes, vectors);
     width = widest.width;
     if (split_columns) {
@@ -555,11 +558,20 @@ const char* decline(const ConvShape& s, Direction direction, bool small) {
   return nullptr;
 }
 
-// Estimates in cycles of one core, of one sample and group. A register tile of 8 rows and one vector takes 4 cycles a
-// step and 20 besides; a transform of one vector of channels takes about as long as its loads and stores.
-double product_cycles(double rows, double depth, double columns) { return rows / 8 * columns * (4 * depth + 20); }
+// Estimates in cycles of one core, of one sample and group: least squares over the layers of a hundred networks, on
+// AVX-512 with vectors that run whole and on AVX2. A register tile of 8 rows and one vector takes 4 cycles a step or 8
+// (multiply_cycles), and as long as 5 steps besides.
+double product_cycles(double rows, double depth, double columns) {
+  return rows / 8 * columns * multiply_cycles() * (depth + 5);
+}
 
 constexpr double kVector = 16;
+// A vector of a position, with its way through the caches.
+constexpr double kTileRead = 8.7, kTileWritten = 5.2, kWeights = 3;
+constexpr double kTransposed = 0.12;  // a pixel of a tile in NCHW
+constexpr double kTogether = 0.25;
+constexpr double kOperandWaits = 0.7;  // of a step
+constexpr double kPhases = 5000;       // more parallel regions and smaller pieces than the direct way has
 
 double winograd_cycles(const ConvShape& s, Direction direction, const WinogradKernels<float>& t) {
   const bool forward = direction == Direction::kForward;
@@ -578,14 +590,14 @@ double winograd_cycles(const ConvShape& s, Direction direction, const WinogradKe
   // NCHW transposes what a tile reads and writes.
   double out = 1, read = 1;
   for (int d = 0; d < 2; ++d) out *= t.out[d], read *= s.kernel[d + 1] > 1 ? t.out[d] / t.result_stride * t.stride : 1;
-  const double moved = s.channels_last() ? 0 : 0.5 * kVector * (1.5 * taps_d * read + out);
-  // With more than 36 positions operands come from beyond L2.
-  const double waits = positions > 36 ? 1.3 : 1;
-  double transforms = 3 * positions * (tiles * (rows * taps_d + columns) + 0.6 * from * taps_d * columns) +
-                      moved * tiles * std::max(rows, columns);
-  // Of few channels they are most of it. Where a core multiplies once a cycle, as many do, they are half as much beside it.
-  if (together && t.stride * t.result_stride == 1) transforms /= 2;
-  return waits * product_cycles(std::max(tiles, 3.0), from * taps_d, columns) * positions + transforms;
+  const double moved = s.channels_last() ? 0 : kTransposed * kVector * (1.5 * taps_d * read + out);
+  double transforms =
+      positions * (tiles * (kTileRead * rows * taps_d + kTileWritten * columns) + kWeights * from * taps_d * columns) +
+      moved * tiles * std::max(rows, columns);
+  // Tiles of several groups that share vectors are few enough to stay in the first cache.
+  if (together && t.stride * t.result_stride == 1) transforms *= kTogether;
+  return (1 + kOperandWaits / multiply_cycles()) * product_cycles(tiles, from * taps_d, columns) * positions +
+         transforms + kPhases / static_cast<double>(s.groups);
 }
 
 double direct_cycles(const ConvShape& s, Direction direction) {
@@ -621,14 +633,14 @@ const char* yield(const ConvShape& s, Direction direction, bool small) {
   const int64_t from = direction == Direction::kForward ? s.in_per_group : s.out_per_group;
   const int64_t to = s.in_per_group + s.out_per_group - from;
   const bool together = Together(s.groups, from, to).groups > 1;
-  if (from < (together ? kFewTerms : kFewChannels) || (s.groups == 1 && from + to < kFewInAndOut))
+  if (from < (together ? kFewTerms : kFewChannels) || (s.groups == 1 && from + to < (s.channels_last() ? kFewInAndOut : 2 * kFewChannels)))
     return "few channels";
   if (s.channels_last() && s.groups == 1 && to < kFewResults)
     return "few result channels";  // they leave most lanes empty; `direct` turns them round
   const WinogradKernels<float>& t = *transforms(s, direction, small);
   if (t.stride * t.result_stride > 1 &&
       t.positions * s.taps() / (s.kernel[1] * s.kernel[2]) * s.in_per_group * s.out_per_group >
-          kLargeWeights / static_cast<int64_t>(sizeof(float)))
+          kStridedWeights / static_cast<int64_t>(sizeof(float)))
     return "weights too large for all positions";
   const double cycles = winograd_cycles(s, direction, t);
   if (decline(s, direction, !small) == nullptr &&
