@@ -67,4 +67,4 @@ def test_rows_that_yield_can_be_forced(rows):
     for row in rows:
         with myconv.flags.algorithm("forward", row):
             y = myconv.functional.conv2d(x, w)
-        torch.testing.assert_close(y, torch.nn.functional.conv2d(x, w))
+        torch.testing.assert_close(y, torch.nn.functional.conv2d(x, w), rtol=1e-4, atol=1e-4)

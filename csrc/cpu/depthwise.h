@@ -84,8 +84,10 @@ struct DepthwiseTile {
   bool skip_zeros;  // the weights are finite: what lies in the padding adds nothing
   bool accumulate;  // not of 16-bit types
   int64_t
-      ahead;     // 0, or fetch early: the step from a line of what is read to the next (NHWC: that the next list reads)
-  int64_t line;  // NCHW, of the first unit
+      ahead;  // 0, or fetch early: the step from a line of what is read to the next (NHWC: that the next list reads)
+  int64_t next, to_next;  // NHWC, tiles that roll: 0, or what is fetched early instead, in the order it lies: where it
+                          // begins in each line of `from`, and how far from each list
+  int64_t line;           // NCHW, of the first unit
   int64_t even_taps, first_stored, end_stored;  // where stride 2 is undone; results outside are left alone
   int64_t first_list, end_list;                 // where it is undone along both axes: so are lines outside
   const T* gy;                                  // with the steps of `to`

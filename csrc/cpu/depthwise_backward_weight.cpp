@@ -230,7 +230,8 @@ void weight_pixels(const ConvShape& s, const Kernels<T>& kernels, const T* gy, c
                          wide && !cut.turns ? std::max<int64_t>(1, kPixelsBytes / line_bytes) : kSumLength);
   if (plan.rolled(kernels.depthwise, true) && moves.empty()) {
     const int64_t step = x_stride.axis[1] * static_cast<int64_t>(sizeof(T));
-    if (const int64_t most = rolled_lines(s.out[1], s.stride[1], step); most < kRolledLines) fit = std::min(fit, most);
+    if (const int64_t most = rolled_lines(s.out[1], s.stride[1], step, false); most < kRolledLines)
+      fit = std::min(fit, most);
   }
   const bool streams = !cut.turns && bytes_moved<T>(make_gather(s, Direction::kForward)) > kStreamed;
   const WeightTarget target(s);

@@ -26,6 +26,7 @@ inline constexpr int64_t kTasks = 16;       // NHWC: pieces of work of a call, a
 inline constexpr int64_t kPlanesBytes = 16 << 10;   // NCHW: planes that are done together
 inline constexpr double kStreamed = 16e6;           // above so many bytes, read and written, values are fetched early
 inline constexpr int64_t kPixelsBytes = 256 << 10;  // NHWC: what the lines of a strip read
+inline constexpr int64_t kLeastColumns = 4;         // NHWC: of a piece of lines where tiles roll
 inline constexpr int64_t kRolledLines = 7;          // NHWC: lines of a strip where tiles roll,
 inline constexpr int64_t kFewRolledLines = 4;       // or so many: with stride 2, of more lines than that,
 inline constexpr int64_t kSameSets = 4096;  // whose distance is a multiple of this: 15 would not fit their sets of L1
@@ -352,9 +353,16 @@ inline bool spreads(const ConvShape& s, Direction direction) {
 }
 
 // NHWC: result lines that tiles roll along together, of `lines` that read lines so many bytes apart.
-inline int64_t rolled_lines(int64_t lines, int64_t stride, int64_t line_bytes) {
-  const bool conflicts = stride == 2 && lines > kRolledLines && line_bytes % kSameSets == 0;
-  return conflicts ? kFewRolledLines : kRolledLines;
+inline int64_t rolled_lines(int64_t lines, int64_t stride, int64_t line_bytes, bool streams) {
+  const bool conflicts = line_bytes % kSameSets == 0;
+  return stride == 2 && lines > kRolledLines && (conflicts || streams) ? kFewRolledLines : kRolledLines;
+}
+
+// And columns of a piece of them, which read so many bytes in all.
+inline int64_t rolled_columns(int64_t columns, int64_t stride, int64_t bytes) {
+  const int64_t fit = stride == 1 ? kPixelsBytes * 3 / 2 : kPixelsBytes;
+  const int64_t pieces = bytes > fit ? ceil_div(bytes, kPixelsBytes) : 1;
+  return std::max(kLeastColumns, ceil_div(columns, pieces));
 }
 
 // NHWC: whether pixels roll where stride 2 is undone, along both axes.

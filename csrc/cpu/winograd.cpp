@@ -53,12 +53,13 @@ constexpr double kTransforms = 32;             // terms that those of a tile of 
 constexpr int64_t kFewChannels = 16;           // whose transforms are not shared by enough products
 constexpr int64_t kStridedWeights = 12 << 20;  // bytes of U with a stride, of more positions than stay in L2
 constexpr int64_t kFewTerms = 8;               // the same of groups that share vectors
-constexpr int64_t kFewInAndOut = 40;           // NHWC, 32 in NCHW: in and out channels, of which what a tile takes besides is most
-constexpr int64_t kFewResults = 5;             // NHWC
-constexpr int64_t kMostTiles = 64;             // of a block
-constexpr int64_t kMostTaps = 25;              // of a kernel
-constexpr int64_t kMostResults = 64;           // of a tile
-constexpr int64_t kMostFrames = 64;            // taps of the third axis
+constexpr int64_t kFewInAndOut =
+    40;                             // NHWC, 32 in NCHW: in and out channels, of which what a tile takes besides is most
+constexpr int64_t kFewResults = 5;  // NHWC
+constexpr int64_t kMostTiles = 64;  // of a block
+constexpr int64_t kMostTaps = 25;   // of a kernel
+constexpr int64_t kMostResults = 64;  // of a tile
+constexpr int64_t kMostFrames = 64;   // taps of the third axis
 constexpr int64_t kNoResult = std::numeric_limits<int64_t>::min();
 constexpr int64_t kWeightChannels = 64;  // whose taps are packed at a time
 
@@ -633,7 +634,8 @@ const char* yield(const ConvShape& s, Direction direction, bool small) {
   const int64_t from = direction == Direction::kForward ? s.in_per_group : s.out_per_group;
   const int64_t to = s.in_per_group + s.out_per_group - from;
   const bool together = Together(s.groups, from, to).groups > 1;
-  if (from < (together ? kFewTerms : kFewChannels) || (s.groups == 1 && from + to < (s.channels_last() ? kFewInAndOut : 2 * kFewChannels)))
+  if (from < (together ? kFewTerms : kFewChannels) ||
+      (s.groups == 1 && from + to < (s.channels_last() ? kFewInAndOut : 2 * kFewChannels)))
     return "few channels";
   if (s.channels_last() && s.groups == 1 && to < kFewResults)
     return "few result channels";  // they leave most lanes empty; `direct` turns them round
