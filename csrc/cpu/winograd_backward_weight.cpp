@@ -354,10 +354,19 @@ const char* decline(const ConvShape& s) {
   return nullptr;
 }
 
-// Estimates in cycles of one core, of one group. A step of the products takes a cycle for 32 of them; a transform of one
-// vector of channels takes about as long as its loads and stores.
+// Estimates in cycles of one core, of one group, found as those of winograd.cpp are. 32 products take a cycle or two
+// (multiply_cycles), and wait for operands from L2; a vector of a position, and one of M in each chunk, what it takes to
+// transform it.
+constexpr double kProducts = 0.85, kOperandWaits = 0.87;
+constexpr double kTransformed = 2.7, kOfChunk = 1.1, kOfResult = 0.5;
+constexpr double kTransposed = 0.65;  // NCHW: of eight pixels of a tile
+constexpr double kPhases = 1.1e5;     // parallel regions, one after the other
+constexpr double kDirect = 1.15;
+
+double product_cycles() { return multiply_cycles() / 4; }
+
 double winograd_cycles(const ConvShape& s, const WinogradKernels<float>& t) {
-  const double rows = s.out_per_group, columns = static_cast<double>(s.in_per_group * s.kernel[0]);
+  const double rows = s.out_per_group, vectors = std::ceil(static_cast<double>(s.in_per_group * s.kernel[0]) / 16);
   const auto tiles_of = [&](int d) {
     const int64_t dilation = s.kernel[d] > 1 ? std::min(s.dilation[d], s.out[d]) : 1;
     const int64_t longer = s.out[d] % dilation, length = s.out[d] / dilation, out = t.out[d - 1];
@@ -365,21 +374,19 @@ double winograd_cycles(const ConvShape& s, const WinogradKernels<float>& t) {
   };
   const double tiles = static_cast<double>(s.batch * s.out[0]) * tiles_of(1) * tiles_of(2);
   const double chunks = std::ceil(tiles / static_cast<double>(most_tiles(s, t))), positions = t.positions;
-  // With more than 36 positions operands come from beyond L2.
-  const double waits = positions > 36 ? 1.4 : 1.1;
   // NCHW transposes what a tile reads.
-  double moved = s.channels_last() ? 0 : 8;
+  double moved = s.channels_last() ? 0 : 8 * kTransposed;
   for (int d = 0; d < 2; ++d) moved *= t.out[d];
-  return waits * positions * tiles * rows * columns / 32 +
-         (4 * positions + moved) * tiles * (std::ceil(rows / 16) + std::ceil(columns / 16)) +
-         chunks * rows * std::ceil(columns / 16) * (4 * positions + 80);
+  return (kProducts * product_cycles() + kOperandWaits) * positions * tiles * rows * vectors / 2 +
+         (kTransformed * positions + moved) * tiles * (std::ceil(rows / 16) + vectors) +
+         (chunks * kOfChunk + kOfResult) * positions * rows * vectors + kPhases / static_cast<double>(s.groups);
 }
 
 const char* yield(const ConvShape& s) {
   if (s.in_per_group < kFewChannels || s.out_per_group < kFewChannels) return "few channels";
   // implicit_gemm multiplies pairs of bfloat16; packing them takes as long as ever.
   const double faster = s.dtype == Dtype::kBFloat16 && dense_kernels<bfloat16>().pair > 1 ? 1.5 : 1;
-  const double direct = 1.15 * s.macs() / static_cast<double>(s.groups) / 32 / faster;
+  const double direct = kDirect * product_cycles() * s.macs() / static_cast<double>(s.groups) / 32 / faster;
   return direct < winograd_cycles(s, *transforms(s)) ? "the transforms cost more than they save" : nullptr;
 }
 
