@@ -40,6 +40,7 @@ constexpr int64_t kPhasesAtOnce = 16;     // whose plans are kept
 constexpr int64_t kOwnPanels = 16 << 20;  // of all threads, that share panels and each pack them for themselves
 constexpr double kPackedProducts = 20;    // packing a value takes as long
 constexpr double kScattered = 0.025;      // how much longer it takes to read parts of pixels
+constexpr double kEvener = 0.95;          // what narrower panels must save
 constexpr int64_t kOwnPixels = 192;       // of a thread, from which on that takes little
 
 const char* decline(const ConvShape& s) {
@@ -90,6 +91,48 @@ void pack_unit(const Gather& g, const GatherPhase& phase, const Kernels<T>& kern
                 panels.width);
 }
 
+// How threads share result rows (lines, or tiles) and units: as many pieces of either as together make one for each
+// thread. Where units are cheap to share, what packing a unit costs as a share of its products, `packing`, counts too: each
+// thread packs its own units, and nothing passes between threads, whose caches may be far apart. Rows are shared by all.
+struct Split {
+  int64_t rows = 1, units = 1;
+  double cost = -1;  // as a multiple of what the products alone would take
+
+  Split(int64_t all_rows, int64_t all_units, double packing, int threads) {
+    const auto uneven = [](int64_t all, int64_t pieces) {
+      return static_cast<double>(ceil_div(all, pieces)) * static_cast<double>(pieces) / static_cast<double>(all);
+    };
+    for (int64_t u = 1; u <= std::min<int64_t>(threads, all_units); ++u) {
+      const int64_t r = std::clamp<int64_t>(all_rows, 1, threads / u);
+      const double idle = static_cast<double>(threads) / static_cast<double>(r * u);
+      const double now =
+          uneven(all_units, u) * (uneven(all_rows, r) * idle + packing * threads / static_cast<double>(u)) +
+          (packing > 0 && u > 1 ? kScattered : 0);
+      if (cost < 0 || now < cost) cost = now, rows = r, units = u;
+    }
+  }
+};
+
+// Panels of a group; narrower ones than the widest where threads share those more evenly.
+template <typename T>
+Panels panels_for(const Gather& g, const Kernels<T>& kernels, int threads) {
+  const Panels widest(g.to_per_group, kernels.lanes, kernels.vectors);
+  if (g.groups > 1 || g.phases.empty()) return widest;
+  const GatherPhase& phase = g.phases[0];
+  const int64_t channels = ceil_div(g.from_per_group, kernels.pair), pixels = g.batch * phase.pixels();
+  if (phase.taps() * channels * g.to_per_group <= g.batch * g.from_pixels() * channels) return widest;
+  const auto cost = [&](const Panels& panels) {
+    const double loads = panels.width == panels.lanes ? 1.25 : 1;  // of a tile of one vector
+    return loads * Split(g.batch * phase.axis[0].count * phase.axis[1].count, panels.count,
+                         kPackedProducts / static_cast<double>(pixels), threads)
+                       .cost;
+  };
+  Panels best = widest;
+  for (int64_t v = kernels.vectors - 1; v > 0; --v)
+    if (const Panels narrower(g.to_per_group, kernels.lanes, v); cost(narrower) < kEvener * cost(best)) best = narrower;
+  return best;
+}
+
 // What one call needs, in words. Packed weights are those of the pass that is being worked on.
 struct Workspace {
   int64_t packed, zeros, of_thread = 0;  // zeros: one pixel; of_thread: what rectangles need
@@ -98,7 +141,7 @@ struct Workspace {
   template <typename T>
   Workspace(const Gather& g, const Kernels<T>& kernels, int64_t all_taps, int threads) {
     constexpr int64_t size = sizeof(Word<T>);
-    const Panels panels(g.to_per_group, kernels.lanes, kernels.vectors);
+    const Panels panels = panels_for(g, kernels, threads);
     const int64_t unit = all_taps * ceil_div(g.from_per_group, kernels.pair) * panels.width;
     packed = std::min(g.groups * panels.count, std::max<int64_t>(1, kPackedBytes / size / unit)) * unit;
     zeros = round_up(g.groups * g.from_per_group, 16);  // what follows begins with a line of the cache
@@ -108,27 +151,6 @@ struct Workspace {
         of_thread = std::max(of_thread, round_up(r.converted() + r.sums(), 16));
   }
   int64_t elements(int threads) const { return zeros + (own_panels ? threads : 1) * packed + threads * of_thread; }
-};
-
-// How threads share result rows (lines, or tiles) and units: as many pieces of either as together make one for each
-// thread. Where units are cheap to share, what packing a unit costs as a share of its products, `packing`, counts too: each
-// thread packs its own units, and nothing passes between threads, whose caches may be far apart. Rows are shared by all.
-struct Split {
-  int64_t rows = 1, units = 1;
-
-  Split(int64_t all_rows, int64_t all_units, double packing, int threads) {
-    const auto cost = [](int64_t all, int64_t pieces) {
-      return static_cast<double>(ceil_div(all, pieces)) * static_cast<double>(pieces) / static_cast<double>(all);
-    };
-    double best = -1;
-    for (int64_t u = 1; u <= std::min<int64_t>(threads, all_units); ++u) {
-      const int64_t r = std::clamp<int64_t>(all_rows, 1, threads / u);
-      const double idle = static_cast<double>(threads) / static_cast<double>(r * u);
-      const double now = cost(all_units, u) * (cost(all_rows, r) * idle + packing * threads / static_cast<double>(u)) +
-                         (packing > 0 && u > 1 ? kScattered : 0);
-      if (best < 0 || now < best) best = now, rows = r, units = u;
-    }
-  }
 };
 
 // A phase that no tap reaches: its pixels are the bias, or zeros.
@@ -159,12 +181,14 @@ struct PhaseProduct {
   bool skips, looks;  // whether products with the padding may be left out, if all weights are finite: if it looks
   bool by_rectangles;
 
-  PhaseProduct(const Gather& g, const GatherPhase& phase, const Kernels<T>& kernels, int64_t before, bool skip_zeros)
+  PhaseProduct(const Gather& g, const GatherPhase& phase, const Kernels<T>& kernels, const Panels& panels,
+               int64_t before, bool skip_zeros)
       : g(g), phase(phase), kernels(kernels), rectangles(Rectangles<T>::best(g, phase, kernels)), before(before) {
     const GatherAxis* a = phase.axis;
     looks = !skip_zeros && a[0].mode == PaddingMode::kZeros && (is_padded(a[0]) || is_padded(a[1]) || is_padded(a[2]));
     skips = looks || skip_zeros;
     by_rectangles = rectangles.cost(skips) <= pointer_cost(g, phase, kernels, skips);
+    rectangles.set_panels(panels);  // the choice is that of any batch and thread count
     rows = by_rectangles ? lines() : ceil_div(g.batch * phase.pixels(), int64_t{kernels.rows});
   }
 
@@ -194,7 +218,7 @@ struct PhaseProduct {
       rectangles.multiply(o, packed, scratch, lines() * part / parts, lines() * (part + 1) / parts, unit0, unit1,
                           finite);
     else
-      multiply_by_pointers(g, phase, kernels, o, packed, part, parts, unit0, unit1, finite);
+      multiply_by_pointers(g, phase, kernels, rectangles.panels(), o, packed, part, parts, unit0, unit1, finite);
   }
 };
 
@@ -205,6 +229,7 @@ void run_phases(const Gather& g, const GatherPhase* first_phase, const GatherPha
                 Word<T>* packed, int threads, bool skip_zeros) {
   using W = Word<T>;
   std::vector<PhaseProduct<T>> phases;
+  const Panels panels = panels_for(g, kernels, threads);
   int64_t unit_size = 0, rows = INT64_MAX, pixels = 0;
   double macs = 0;  // of a unit
   for (const GatherPhase* phase = first_phase; phase < last_phase; ++phase) {
@@ -212,7 +237,7 @@ void run_phases(const Gather& g, const GatherPhase* first_phase, const GatherPha
       fill_phase(g, *phase, kernels, o.bias, o.to);
       continue;
     }
-    phases.emplace_back(g, *phase, kernels, unit_size, skip_zeros);
+    phases.emplace_back(g, *phase, kernels, panels, unit_size, skip_zeros);
     unit_size += phases.back().unit_size();
     rows = std::min(rows, phases.back().rows);
     pixels += g.batch * phase->pixels();

@@ -208,6 +208,7 @@ class Rectangles {
   }
 
   const Panels& panels() const { return panels_; }
+  void set_panels(const Panels& panels) { panels_ = panels; }
   const Blocks& blocks() const { return blocks_; }
   int64_t unit_size() const { return phase_.taps() * channels_ * panels_.width; }
 
@@ -494,7 +495,7 @@ class Rectangles {
   const GatherPhase& phase_;
   const Kernels<T>& kernels_;
   const int64_t channels_;  // words
-  const Panels panels_;
+  Panels panels_;
   const Blocks blocks_;
   bool in_place_;        // whether what is read is multiplied where it lies, and not a copy of the lines of a band
   bool padded_ = false;  // such a copy, with the padding

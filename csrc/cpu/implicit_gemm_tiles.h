@@ -103,15 +103,14 @@ void keep_live_taps(const T* zeros, int64_t taps, int64_t rows, const T** source
 
 // By pointers, any shape: part `part` of the tiles of a phase, units [unit0, unit1), whose panels begin at `packed`.
 template <typename T>
-void multiply_by_pointers(const Gather& g, const GatherPhase& phase, const Kernels<T>& kernels, const Operands<T>& o,
-                          const Word<T>* packed, int64_t part, int64_t parts, int64_t unit0, int64_t unit1,
-                          bool skip_zeros) {
+void multiply_by_pointers(const Gather& g, const GatherPhase& phase, const Kernels<T>& kernels, const Panels& panels,
+                          const Operands<T>& o, const Word<T>* packed, int64_t part, int64_t parts, int64_t unit0,
+                          int64_t unit1, bool skip_zeros) {
   using W = Word<T>;
   const int64_t channels = ceil_div(g.from_per_group, kernels.pair), taps = phase.taps(), depth = taps * channels;
   const bool in_place = reads_in_place(kernels, g.from_per_group);
   const Blocks blocks = reduction_blocks(channels, taps, /*taps_inside=*/false);
   const auto block_count = static_cast<int64_t>(blocks.size());
-  const Panels panels(g.to_per_group, kernels.lanes, kernels.vectors);
   const Tiles cut(g, phase, kernels.rows, skip_zeros);
   const int64_t begin = cut.count * part / parts, end = cut.count * (part + 1) / parts;
   const int64_t fit = std::max<int64_t>(1, kPointerBytes / (std::max<int64_t>(taps, 1) * kernels.rows * sizeof(T*)));
