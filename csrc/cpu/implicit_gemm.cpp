@@ -182,13 +182,15 @@ struct PhaseProduct {
   bool by_rectangles;
 
   PhaseProduct(const Gather& g, const GatherPhase& phase, const Kernels<T>& kernels, const Panels& panels,
-               int64_t before, bool skip_zeros)
+               int64_t before, bool skip_zeros, int threads)
       : g(g), phase(phase), kernels(kernels), rectangles(Rectangles<T>::best(g, phase, kernels)), before(before) {
     const GatherAxis* a = phase.axis;
     looks = !skip_zeros && a[0].mode == PaddingMode::kZeros && (is_padded(a[0]) || is_padded(a[1]) || is_padded(a[2]));
     skips = looks || skip_zeros;
     by_rectangles = rectangles.cost(skips) <= pointer_cost(g, phase, kernels, skips);
-    rectangles.set_panels(panels);  // the choice is that of any batch and thread count
+    rectangles.set_panels(panels);  // the choices before are those of any batch and thread count
+    // Tiles by pointers add up in the same order; more threads can share one line of them.
+    if (lines() * g.groups * panels.count < threads) by_rectangles = false;
     rows = by_rectangles ? lines() : ceil_div(g.batch * phase.pixels(), int64_t{kernels.rows});
   }
 
@@ -237,7 +239,7 @@ void run_phases(const Gather& g, const GatherPhase* first_phase, const GatherPha
       fill_phase(g, *phase, kernels, o.bias, o.to);
       continue;
     }
-    phases.emplace_back(g, *phase, kernels, panels, unit_size, skip_zeros);
+    phases.emplace_back(g, *phase, kernels, panels, unit_size, skip_zeros, threads);
     unit_size += phases.back().unit_size();
     rows = std::min(rows, phases.back().rows);
     pixels += g.batch * phase->pixels();
