@@ -40,8 +40,9 @@ constexpr int64_t kPhasesAtOnce = 16;     // whose plans are kept
 constexpr int64_t kOwnPanels = 16 << 20;  // of all threads, that share panels and each pack them for themselves
 constexpr double kPackedProducts = 20;    // packing a value takes as long
 constexpr double kScattered = 0.025;      // how much longer it takes to read parts of pixels
-constexpr double kEvener = 0.95;          // what narrower panels must save
 constexpr int64_t kOwnPixels = 192;       // of a thread, from which on that takes little
+constexpr double kNarrower = 0.95;        // of the time with wider panels, that narrower ones may take at most
+constexpr double kOneVector = 1.25;       // how much longer a vector takes in a tile of its own
 
 const char* decline(const ConvShape& s) {
   if (!is_floating_point(s.dtype)) return "only floating-point types";
@@ -122,14 +123,14 @@ Panels panels_for(const Gather& g, const Kernels<T>& kernels, int threads) {
   const int64_t channels = ceil_div(g.from_per_group, kernels.pair), pixels = g.batch * phase.pixels();
   if (phase.taps() * channels * g.to_per_group <= g.batch * g.from_pixels() * channels) return widest;
   const auto cost = [&](const Panels& panels) {
-    const double loads = panels.width == panels.lanes ? 1.25 : 1;  // of a tile of one vector
-    return loads * Split(g.batch * phase.axis[0].count * phase.axis[1].count, panels.count,
-                         kPackedProducts / static_cast<double>(pixels), threads)
-                       .cost;
+    const Split split(g.batch * phase.axis[0].count * phase.axis[1].count, panels.count,
+                      kPackedProducts / static_cast<double>(pixels), threads);
+    return split.cost * (panels.width == panels.lanes ? kOneVector : 1);
   };
   Panels best = widest;
   for (int64_t v = kernels.vectors - 1; v > 0; --v)
-    if (const Panels narrower(g.to_per_group, kernels.lanes, v); cost(narrower) < kEvener * cost(best)) best = narrower;
+    if (const Panels narrower(g.to_per_group, kernels.lanes, v); cost(narrower) < kNarrower * cost(best))
+      best = narrower;
   return best;
 }
 
