@@ -185,6 +185,10 @@ GROUPS = [
     Case("groups_padded_copies_reflect", "conv2d", (1, 512, 6, 9), 64, 3, 2, (2, 1), groups=32, padding_mode="reflect"),
     Case("stride_of_20_phases", "conv2d", (1, 24, 17, 14), 18, 6, stride=(5, 4), padding=(2, 1)),
     Case("stride_of_20_phases_few_taps", "conv2d", (2, 32, 11, 9), 32, 2, stride=(5, 4), groups=2),
+    Case("panels_of_threads", "conv2d", (1, 64, 8, 8), 128, 4, stride=2, padding=1),
+    Case("one_line", "conv2d", (1, 40, 5, 60), 40, (5, 1)),
+    Case("depthwise_pieces_of_columns", "conv2d", (1, 520, 6, 30), 520, 3, padding=1, groups=520),
+    Case("depthwise_pieces_of_columns_stride_2", "conv2d", (1, 520, 9, 37), 520, 3, 2, 1, groups=520),
     Case("groups_of_16_two_bands", "conv2d", (2, 96, 40, 29), 96, 3, stride=2, padding=1, groups=6),
     Case("dilation_12_in_three_vectors", "conv2d", (1, 9, 28, 28), 11, 3, padding=12, dilation=12),
     # Few out channels: x and gy change places in the weight gradient.

@@ -8,7 +8,7 @@ import torch
 
 import myconv
 from cases import CHANNELS_LAST, DIRECTIONS, Case
-from checking import isas
+from checking import assert_accurate, isas
 
 LAYERS = json.loads((Path(__file__).parents[1] / "benchmarks" / "layers.json").read_text())
 FIELDS = ("out_channels", "kernel_size", "stride", "padding", "dilation", "groups", "bias", "output_padding")
@@ -67,4 +67,5 @@ def test_rows_that_yield_can_be_forced(rows):
     for row in rows:
         with myconv.flags.algorithm("forward", row):
             y = myconv.functional.conv2d(x, w)
-        torch.testing.assert_close(y, torch.nn.functional.conv2d(x, w), rtol=1e-4, atol=1e-4)
+        theirs, exact = (torch.nn.functional.conv2d(x.to(t), w.to(t)) for t in (torch.float32, torch.float64))
+        assert_accurate(y, exact, theirs, row)

@@ -43,6 +43,7 @@ namespace {
 constexpr int64_t kBlock = 128;                // channels of one sum: errors of the transforms add up
 constexpr int64_t kSmallWeights = 1 << 20;     // bytes of U up to which threads split tiles
 constexpr int64_t kLargeWeights = 8 << 20;     // and from which on columns; between, whichever is more
+constexpr int64_t kStridedWeights = 12 << 20;  // bytes of U with a stride, of more positions than stay in L2
 constexpr int64_t kFewTiles = 4;               // of a thread, which leave its multiply-adds waiting for each other
 constexpr int64_t kTilesInL2 = 400 << 10;      // bytes of V and M of one thread
 constexpr int64_t kFewTilesInL2 = 160 << 10;   // where U is small
@@ -51,15 +52,13 @@ constexpr int64_t kAllWeights = 32 << 20;      // and bytes of U, or of V, that 
 constexpr int64_t kColumnsPerThread = 64;      // from which on all tiles' transforms are little beside the products
 constexpr double kTransforms = 32;             // terms that those of a tile of V and one of M take as long as
 constexpr int64_t kFewChannels = 16;           // whose transforms are not shared by enough products
-constexpr int64_t kStridedWeights = 12 << 20;  // bytes of U with a stride, of more positions than stay in L2
 constexpr int64_t kFewTerms = 8;               // the same of groups that share vectors
-constexpr int64_t kFewInAndOut =
-    40;                             // NHWC, 32 in NCHW: in and out channels, of which what a tile takes besides is most
-constexpr int64_t kFewResults = 5;  // NHWC
-constexpr int64_t kMostTiles = 64;  // of a block
-constexpr int64_t kMostTaps = 25;   // of a kernel
-constexpr int64_t kMostResults = 64;  // of a tile
-constexpr int64_t kMostFrames = 64;   // taps of the third axis
+constexpr int64_t kFewInAndOut = 40;           // NHWC: in and out channels; what a tile takes besides is most
+constexpr int64_t kFewResults = 5;             // NHWC
+constexpr int64_t kMostTiles = 64;             // of a block
+constexpr int64_t kMostTaps = 25;              // of a kernel
+constexpr int64_t kMostResults = 64;           // of a tile
+constexpr int64_t kMostFrames = 64;            // taps of the third axis
 constexpr int64_t kNoResult = std::numeric_limits<int64_t>::min();
 constexpr int64_t kWeightChannels = 64;  // whose taps are packed at a time
 
@@ -559,8 +558,8 @@ const char* decline(const ConvShape& s, Direction direction, bool small) {
   return nullptr;
 }
 
-// Estimates in cycles of one core, of one sample and group: least squares over the layers of a hundred networks, on
-// AVX-512 with vectors that run whole and on AVX2. A register tile of 8 rows and one vector takes 4 cycles a step or 8
+// Estimates in cycles of one core, of one sample and group, with factors that lose the least time by the choice
+// over layers of a hundred networks, on AVX-512 with vectors that run whole and on AVX2. A register tile of 8 rows and one vector takes 4 cycles a step or 8
 // (multiply_cycles), and as long as 5 steps besides.
 double product_cycles(double rows, double depth, double columns) {
   return rows / 8 * columns * multiply_cycles() * (depth + 5);
