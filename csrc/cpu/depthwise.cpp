@@ -54,7 +54,6 @@ void gather_lines(const Gather& g, const Phase& phase, const int64_t* kernel, co
   const int64_t plane_bytes = g.from_stride.channel * sizeof(T);
   const int64_t together =
       copies || scatters || multiplier > 1 ? 1 : std::max<int64_t>(1, kPlanesBytes / std::max<int64_t>(1, plane_bytes));
-  const bool streams = bytes_moved<T>(g) > kStreamed;
   const bool dense = weight_step == taps;                 // then all weights of a channel lie together
   const auto finite = [&](int64_t first, int64_t last) {  // used in this phase or not
     if (dense) return all_finite(weight + first * summed * taps, (last - first) * summed * taps);
@@ -101,7 +100,7 @@ void gather_lines(const Gather& g, const Phase& phase, const int64_t* kernel, co
             tile.length = a[2].count;
             tile.skip_zeros = skip_zeros;
             tile.rolls = true;
-            tile.ahead = streams && !copies ? g.from_stride.axis[1] : 0;
+            tile.ahead = copies ? 0 : g.from_stride.axis[1];
             for (int64_t m = 0; m < summed; ++m) {
               tile.from = copies ? mine : plane + m * g.from_stride.channel;
               tile.weight = weight + (c * summed + m) * weight_step;

@@ -116,7 +116,6 @@ void weight_lines(const ConvShape& s, const Kernels<T>& kernels, const T* gy, co
   const int64_t vectors = ceil_div(s.out[2], lanes), in = s.in_pixels(), out = s.out_pixels();
   const int64_t fit = std::max<int64_t>(1, kSumLength / vectors - 3) * 7;  // lines of at most kSumLength tiles
   const int64_t step = copies ? std::min(fit, strip.block_lines) : fit;
-  const bool streams = bytes_moved<T>(make_gather(s, Direction::kForward)) > kStreamed;
   const WeightTarget target(s);
   W* const shared = workspace;
   W* const scratch = workspace + round_up(cut.shared_words(s, lanes), 16);
@@ -159,7 +158,7 @@ void weight_lines(const ConvShape& s, const Kernels<T>& kernels, const T* gy, co
               tile.to_step = tile.length = s.out[2];
               tile.sums = sums;
               tile.rolls = true;
-              tile.ahead = streams && !copies ? s.in[2] : 0;
+              tile.ahead = copies ? 0 : s.in[2];
               all.reserve(most_tiles(lines) * vectors);
               plan.run(kernels.depthwise, copies ? 0 : d, 0, copies ? l - h : l, lines, tile);
             }
