@@ -35,7 +35,9 @@ constexpr int64_t kConvertedTiles = 2;          // NHWC: tiles whose rows are pa
 constexpr int64_t kMostTilesOfBlock = 4;        // NCHW, backward_input
 constexpr int64_t kPlaneBytes = 512 << 10;      // NCHW, backward_input: pixels of a block of a sum that stay in L2
 constexpr int64_t kMostChannels = 8192;         // NCHW: of a panel that holds all, which 16-bit types need
-constexpr int64_t kInPlaceRowTiles = 2;         // up to so many uses a panel is not worth packing
+constexpr int64_t kShortSum = 64;               // NCHW: of tensors above kStreamed bytes; results are fetched early
+constexpr int64_t kStreamed = 8 << 20;
+constexpr int64_t kInPlaceRowTiles = 2;  // up to so many uses a panel is not worth packing
 
 // Seen from either direction: "from" is what is read, "to" what is written.
 struct Product {
@@ -51,6 +53,7 @@ struct Product {
     to_stride = s.weight_stride[forward ? 0 : 1], from_stride = s.weight_stride[forward ? 1 : 0];
     depth = ceil_div(from, pair), half = dtype_size(s.dtype) == 2;
   }
+  int64_t moved_bytes(int64_t size) const { return batch * groups * (from + to) * pixels * size; }
   // Whether the weights of a result channel follow each other.
   bool in_rows() const { return from_stride == 1 || from == 1; }
   // And are multiplied where they lie: as they are, or as pairs.
@@ -305,6 +308,8 @@ void columns_are_pixels(const Product& p, const Operands<T>& o, const Kernels<T>
   const Blocks blocks = reduction_blocks(p.depth, 1, /*taps_inside=*/true);
   const int64_t lanes = kernels.lanes, widest = lanes * kernels.vectors, scratch_size = plan.scratch(p, widest);
   const int64_t all = p.batch * p.groups * plan.vectors;
+  constexpr int64_t kLine = 64 / static_cast<int64_t>(sizeof(T));  // values of a line of the cache
+  const bool streams = p.from <= kShortSum && p.moved_bytes(sizeof(T)) > kStreamed;
 
   for (int64_t first = 0; first < p.to; first += plan.packed_rows) {
     const int64_t count = std::min(plan.packed_rows, p.to - first);
@@ -321,6 +326,8 @@ void columns_are_pixels(const Product& p, const Operands<T>& o, const Kernels<T>
     const int64_t group_stride = plan.in_rows ? p.group_stride / kernels.pair : count * p.depth;
     const int64_t row_stride = plan.in_rows ? p.to_stride / kernels.pair : p.depth;
 
+    // Short sums of large tensors: where results go is fetched so many rows early.
+    const int64_t early = streams && !plan.in_place ? kernels.rows * ceil_div(kShortSum, p.from) : 0;
     const int64_t tasks = plan.pieces * plan.splits;
     const double macs = static_cast<double>(all) * lanes * p.depth * count / tasks;
     parallel_tasks(tasks, macs, [&](int64_t begin, int64_t end) {
@@ -346,6 +353,7 @@ void columns_are_pixels(const Product& p, const Operands<T>& o, const Kernels<T>
           const T* const next = at + take < last && !plan.in_place
                                     ? take < left ? plane + take * lanes : o.from + (product + 1) * p.from * p.pixels
                                     : nullptr;
+          const T* const next_result = take < left ? result + take * lanes : result + p.to * p.pixels - pixel;
           // Sums that are rounded at their end: all blocks for a tile; else all tiles for a block.
           const size_t at_once = p.half ? blocks.size() : 1;
           for (size_t block0 = 0; block0 < blocks.size(); block0 += at_once) {
@@ -363,8 +371,13 @@ void columns_are_pixels(const Product& p, const Operands<T>& o, const Kernels<T>
               if (next) {
                 const int64_t part = tile + packs, parts = rest + packs;
                 for (int64_t k = channels * part / parts; k < channels * (part + 1) / parts; ++k)
-                  for (int64_t j = 0; j < widest; j += 64 / static_cast<int64_t>(sizeof(T)))
+                  for (int64_t j = 0; j < widest; j += kLine)
                     __builtin_prefetch(next + (channel + k) * p.pixels + j, 0, 2);
+              }
+              for (int64_t r = row; early > 0 && r < row + rows; ++r) {
+                const T* const at = r + early < row1 ? result + (r + early) * p.pixels
+                                                     : next_result + (r + early - row1 + row0) * p.pixels;
+                for (int64_t j = 0; j < cols; j += kLine) __builtin_prefetch(at + j, 1);
               }
               for (size_t b = block0; b < block0 + at_once; ++b) {
                 const Block& block = blocks[b];
