@@ -227,12 +227,13 @@ void weight_pixels(const ConvShape& s, const Kernels<T>& kernels, const T* gy, c
   const int64_t columns = std::min(width, (kSumLength - 3) * 7), line_tiles = most_tiles(columns);
   int64_t fit = std::min(kSumLength / line_tiles,
                          wide && !cut.turns ? std::max<int64_t>(1, kPixelsBytes / line_bytes) : kSumLength);
-  if (plan.rolled(kernels.depthwise, true) && moves.empty()) {
+  const bool rolls = plan.rolled(kernels.depthwise, true) && moves.empty();
+  if (rolls) {
     const int64_t step = x_stride.axis[1] * static_cast<int64_t>(sizeof(T));
     if (const int64_t most = rolled_lines(s.out[1], s.stride[1], step, false); most < kRolledLines)
       fit = std::min(fit, most);
   }
-  const bool streams = !cut.turns && bytes_moved<T>(make_gather(s, Direction::kForward)) > kStreamed;
+  const bool streams = !cut.turns && (!rolls || bytes_moved<T>(make_gather(s, Direction::kForward)) > kStreamed);
   const WeightTarget target(s);
   W* const shared = workspace;
   W* const scratch = workspace + cut.shared_words(s, lanes);
