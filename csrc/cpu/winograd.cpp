@@ -568,8 +568,10 @@ double product_cycles(double rows, double depth, double columns) {
 constexpr double kVector = 16;
 // A vector of a position, with its way through the caches.
 constexpr double kTileRead = 8.7, kTileWritten = 5.2, kWeights = 3;
+constexpr double kWeightsAgain = 8;   // weights are packed and transformed for every so many tiles
 constexpr double kTransposed = 0.12;  // a pixel of a tile in NCHW
 constexpr double kTogether = 0.25;
+constexpr double kPieceWaits = 1.12;   // of what `direct` does in pieces, without the padding of a dilation
 constexpr double kOperandWaits = 0.7;  // of a step
 constexpr double kPhases = 5000;       // more parallel regions and smaller pieces than the direct way has
 
@@ -591,9 +593,12 @@ double winograd_cycles(const ConvShape& s, Direction direction, const WinogradKe
   double out = 1, read = 1;
   for (int d = 0; d < 2; ++d) out *= t.out[d], read *= s.kernel[d + 1] > 1 ? t.out[d] / t.result_stride * t.stride : 1;
   const double moved = s.channels_last() ? 0 : kTransposed * kVector * (1.5 * taps_d * read + out);
-  double transforms =
-      positions * (tiles * (kTileRead * rows * taps_d + kTileWritten * columns) + kWeights * from * taps_d * columns) +
-      moved * tiles * std::max(rows, columns);
+  const double bytes_of_v = positions * from * taps_d * sizeof(float), all_u = bytes_of_v * to;
+  const double chunk = std::max<double>(kMostTiles, kInputBytes / 2 / bytes_of_v);
+  const double again = all_u > kLargeWeights && !together ? std::max(0.0, tiles / chunk - 1) : 0;
+  double transforms = positions * (tiles * (kTileRead * rows * taps_d + kTileWritten * columns) +
+                                   (kWeights + kWeightsAgain * again) * from * taps_d * columns) +
+                      moved * tiles * std::max(rows, columns);
   // Tiles of several groups that share vectors are few enough to stay in the first cache.
   if (together && t.stride * t.result_stride == 1) transforms *= kTogether;
   return (1 + kOperandWaits / multiply_cycles()) * product_cycles(tiles, from * taps_d, columns) * positions +
@@ -626,7 +631,8 @@ double direct_cycles(const ConvShape& s, Direction direction) {
   const double lines = count[0] * count[1], values = count[2];
   const double joined = std::ceil(((lines - 1) * line[2] + values) / kVector);
   const double vectors = std::min(joined, lines * std::ceil(values / kVector));
-  return phases * product_cycles(to, depth, vectors * inside) + 4 * words * strip / kVector;
+  const double waits = works_on_padding(s) ? kPieceWaits : 1;
+  return phases * waits * product_cycles(to, depth, vectors * inside) + 4 * words * strip / kVector;
 }
 
 const char* yield(const ConvShape& s, Direction direction, bool small) {
