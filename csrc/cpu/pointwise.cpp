@@ -30,7 +30,7 @@ constexpr int64_t kFewRows = 256;               // NHWC: up to here a thread pac
 constexpr int64_t kChunkBytes = 64 << 10;       // NHWC: pixels that meet all panels while these stay in L2
 constexpr int64_t kWideChunkBytes = 256 << 10;  // NHWC: and where the panels come from farther away
 constexpr int64_t kPanelsInL2 = 512 << 10;      // up to here each thread packs all panels for itself
-constexpr int64_t kLongRow = 256;               // NHWC: from here on the next rows are fetched ahead
+constexpr int64_t kLongRow = 16;                // NHWC: from here on the next rows are fetched ahead
 constexpr int64_t kConvertedTiles = 2;          // NHWC: tiles whose rows are packed at a time, if they have to be
 constexpr int64_t kMostTilesOfBlock = 4;        // NCHW, backward_input
 constexpr int64_t kPlaneBytes = 512 << 10;      // NCHW, backward_input: pixels of a block of a sum that stay in L2
@@ -215,7 +215,7 @@ void rows_are_pixels(const Product& p, const Operands<T>& o, const Kernels<T>& k
     };
     if (!plan.own_panels)
       parallel_tasks(count, 8.0 * plan.unit(p), [&](int64_t begin, int64_t end) { pack_units(begin, end, workspace); });
-    // One block, one group: what the next tile reads follows what this one reads. The machine sees short rows coming.
+    // One block, one group: what the next tile reads follows what this one reads.
     const bool ahead = p.groups == 1 && block_count == 1 && p.from >= kLongRow;
     parallel_tasks(plan.tiles, macs * count / plan.tiles, [&](int64_t begin, int64_t end) {
       W* const packed = workspace + (plan.own_panels ? at::get_thread_num() * count * plan.unit(p) : 0);
