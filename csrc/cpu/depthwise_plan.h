@@ -197,28 +197,38 @@ class Plan {
       }
       return;
     }
-    // Pieces of the taps, each with at most kSumLength terms, and of the results.
-    for (int64_t k = 0, width; k == 0 || k < across; k += width) {
-      int w = std::size(kDepthwiseWidths) - 1;
-      while (w > 0 && kDepthwiseWidths[w] > across - k) --w;
-      width = kDepthwiseWidths[w];
-      const int64_t most = std::min<int64_t>(kMaxWalkedTaps, kSumLength / width / (lines_ ? stride_ : 1));
-      for (int64_t tap = 0; tap == 0 || tap < walked_; tap += most) {
-        t.taps = std::min(most, walked_ - tap);
-        t.tap = taps_.data() + d * walked_ + tap;
+    // Pieces of the results, and of the taps, each with at most kSumLength terms. Of kernels with several pieces those that
+    // a tile reads from the padding alone are left out.
+    constexpr int64_t kWidest = kDepthwiseWidths[std::size(kDepthwiseWidths) - 1];
+    const bool tall = across > kWidest && to && t.skip_zeros && along_.mode == PaddingMode::kZeros;
+    const bool accumulates = t.accumulate;
+    for (int64_t i = 0; i < count; i += t.count) {
+      const int rows = rows_for(count - i, table[0]);
+      const int64_t tile = kDepthwiseRows[rows];
+      t.count = tall ? tile : (count - i) / tile * tile;
+      t.accumulate = accumulates;
+      if (to) t.to = to + i * t.to_step;
+      if (gy) t.gy = gy + i * t.to_step;
+      for (int64_t k = 0, width; k == 0 || k < across; k += width) {
+        int w = std::size(kDepthwiseWidths) - 1;
+        while (w > 0 && kDepthwiseWidths[w] > across - k) --w;
+        width = kDepthwiseWidths[w];
+        t.line = (first + i) * along_.from_step + k + low_;
+        t.units = units_.data() + (first + i) * along_.from_step + k;
+        const bool last = k + width >= across;
+        const bool outside =
+            t.units + (tile - 1) * along_.from_step + width <= t.first_inside || t.units >= t.end_inside;
+        if (tall && outside && !(last && (bias || !t.accumulate))) continue;
         if (weight) t.weight = weight + k * along_gap_;
         if (sums) t.sums = sums + k * along_gap_;
-        t.bias = k + width >= across && tap + most >= walked_ ? bias : nullptr;
-        for (int64_t i = 0; i < count; i += t.count) {
-          const int rows = rows_for(count - i, table[w]);
-          t.count = (count - i) / kDepthwiseRows[rows] * kDepthwiseRows[rows];
-          t.line = (first + i) * along_.from_step + k + low_;
-          t.units = units_.data() + (first + i) * along_.from_step + k;
-          if (to) t.to = to + i * t.to_step;
-          if (gy) t.gy = gy + i * t.to_step;
+        const int64_t most = std::min<int64_t>(kMaxWalkedTaps, kSumLength / width / (lines_ ? stride_ : 1));
+        for (int64_t tap = 0; tap == 0 || tap < walked_; tap += most) {
+          t.taps = std::min(most, walked_ - tap);
+          t.tap = taps_.data() + d * walked_ + tap;
+          t.bias = last && tap + most >= walked_ ? bias : nullptr;
           table[w][rows](t);
+          t.accumulate = true;
         }
-        t.accumulate = true;
       }
     }
   }
