@@ -36,6 +36,7 @@ Algorithm winograd_backward_weight();
 
 // pointwise.cpp
 const char* pointwise_decline(const ConvShape&);
+const char* pointwise_forward_yield(const ConvShape&);
 int64_t pointwise_forward_workspace(const ConvShape&, int threads);
 void pointwise_forward(const ConvShape&, const ConvPointers&, void* workspace, int threads);
 int64_t pointwise_backward_input_workspace(const ConvShape&, int threads);

@@ -32,7 +32,8 @@ constexpr Packing kGemmWeightPacks{"gradient, transposed into panels, and padded
 const Algorithm kForward[] = {
     {"depthwise", depthwise_forward_decline, depthwise_forward_workspace, depthwise_forward, kDepthwisePacks,
      depthwise_forward_yield},
-    {"pointwise", pointwise_decline, pointwise_forward_workspace, pointwise_forward, kPointwisePacks},
+    {"pointwise", pointwise_decline, pointwise_forward_workspace, pointwise_forward, kPointwisePacks,
+     pointwise_forward_yield},
     winograd<Direction::kForward, false>(),
     winograd<Direction::kForward, true>(),
     {"direct", direct_forward_decline, direct_forward_workspace, direct_forward, kDirectPacks},

@@ -15,7 +15,7 @@
 // products: one sum per lane, then the lanes, then the bias.
 // 16-bit types are packed into words (stored.h); rows that are not pairs as they lie are packed, too. Blocks of a
 // sum follow each other for one tile, in float32, and are rounded at the end.
-// Declines: more than one tap, a stride, padding, types other than floating-point.
+// Declines: more than one tap, a stride, padding, types other than floating-point. Yields small planes of NCHW to `direct`.
 #include "cpu/algorithms.h"
 #include "cpu/gemm_blocks.h"
 #include "cpu/isa.h"
@@ -37,7 +37,8 @@ constexpr int64_t kPlaneBytes = 512 << 10;      // NCHW, backward_input: pixels 
 constexpr int64_t kMostChannels = 8192;         // NCHW: of a panel that holds all, which 16-bit types need
 constexpr int64_t kShortSum = 64;               // NCHW: of tensors above kStreamed bytes; results are fetched early
 constexpr int64_t kStreamed = 8 << 20;
-constexpr int64_t kInPlaceRowTiles = 2;  // up to so many uses a panel is not worth packing
+constexpr int64_t kLargeWeight = 1 << 16;  // NCHW: values that a few pixels of one sample leave waiting
+constexpr int64_t kInPlaceRowTiles = 2;    // up to so many uses a panel is not worth packing
 
 // Seen from either direction: "from" is what is read, "to" what is written.
 struct Product {
@@ -631,6 +632,11 @@ const char* decline(const ConvShape& s) {
 }  // namespace
 
 const char* pointwise_decline(const ConvShape& s) { return decline(s); }
+const char* pointwise_forward_yield(const ConvShape& s) {
+  if (s.channels_last() || dtype_size(s.dtype) == 2 || s.in_per_group * s.out_per_group < kLargeWeight) return nullptr;
+  const int64_t lanes = s.dtype == Dtype::kFloat64 ? microkernels().f64.lanes : microkernels().f32.lanes;
+  return 4 * s.out_pixels() <= 3 * lanes ? "planes that leave lanes empty, which several samples fill" : nullptr;
+}
 
 int64_t pointwise_forward_workspace(const ConvShape& s, int threads) {
   return workspace(s, Direction::kForward, threads);
