@@ -35,10 +35,10 @@ constexpr int64_t kConvertedTiles = 2;          // NHWC: tiles whose rows are pa
 constexpr int64_t kMostTilesOfBlock = 4;        // NCHW, backward_input
 constexpr int64_t kPlaneBytes = 512 << 10;      // NCHW, backward_input: pixels of a block of a sum that stay in L2
 constexpr int64_t kMostChannels = 8192;         // NCHW: of a panel that holds all, which 16-bit types need
-constexpr int64_t kShortSum = 64;               // NCHW: of tensors above kStreamed bytes; results are fetched early
-constexpr int64_t kStreamed = 8 << 20;
-constexpr int64_t kLargeWeight = 1 << 16;  // NCHW: values that a few pixels of one sample leave waiting
-constexpr int64_t kInPlaceRowTiles = 2;    // up to so many uses a panel is not worth packing
+constexpr int64_t kShortSum = 64;               // NCHW: channels up to which results are fetched early,
+constexpr int64_t kStreamed = 8 << 20;          // of tensors above so many bytes
+constexpr int64_t kLargeWeight = 1 << 16;       // NCHW: values that a few pixels of one sample leave waiting
+constexpr int64_t kInPlaceRowTiles = 2;         // up to so many uses a panel is not worth packing
 
 // Seen from either direction: "from" is what is read, "to" what is written.
 struct Product {

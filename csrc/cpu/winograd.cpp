@@ -558,9 +558,9 @@ const char* decline(const ConvShape& s, Direction direction, bool small) {
   return nullptr;
 }
 
-// Estimates in cycles of one core, of one sample and group, with factors that lose the least time by the choice
-// over layers of a hundred networks, on AVX-512 with vectors that run whole and on AVX2. A register tile of 8 rows and one vector takes 4 cycles a step or 8
-// (multiply_cycles), and as long as 5 steps besides.
+// Estimates in cycles of one core, of one sample and group, with factors that lose the least time by the choice over
+// layers of a hundred networks, on AVX-512 with vectors that run whole and on AVX2. A register tile of 8 rows and one
+// vector takes 4 cycles a step or 8 (multiply_cycles), and as long as 5 steps besides.
 double product_cycles(double rows, double depth, double columns) {
   return rows / 8 * columns * multiply_cycles() * (depth + 5);
 }
@@ -568,7 +568,7 @@ double product_cycles(double rows, double depth, double columns) {
 constexpr double kVector = 16;
 // A vector of a position, with its way through the caches.
 constexpr double kTileRead = 8.7, kTileWritten = 5.2, kWeights = 3;
-constexpr double kWeightsAgain = 8;   // weights are packed and transformed for every so many tiles
+constexpr double kWeightsAgain = 8;   // the same, packed and transformed once more for each further chunk of tiles
 constexpr double kTransposed = 0.12;  // a pixel of a tile in NCHW
 constexpr double kTogether = 0.25;
 constexpr double kPieceWaits = 1.12;   // of what `direct` does in pieces, without the padding of a dilation
