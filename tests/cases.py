@@ -348,6 +348,9 @@ NETWORKS = [  # real layers with fewer channels and pixels
     Case("tiles_in_chunks_of_groups", "conv2d", (2, 36, 33, 41), 66, (1, 3), padding=(0, 1), groups=2),
     Case("tiles_along_batch", "conv2d", (9, 60, 5, 5), 20, 3, padding=1),
     Case("patch_embedding", "conv2d", (2, 3, 32, 32), 24, 16, stride=16),
+    Case("patch_embedding_14", "conv2d", (2, 3, 42, 28), 9, 14, stride=14),
+    Case("patches_of_many_pixels", "conv2d", (1, 2, 6, 1080), 70, (3, 2), stride=(3, 2)),
+    Case("patches_3d_in_groups", "conv3d", (2, 6, 4, 6, 16), 12, (2, 3, 8), stride=(2, 3, 8), groups=3),
     Case("aspp_dilated", "conv2d", (1, 16, 14, 14), 16, 3, padding=6, dilation=6, bias=False),
     Case("inception_1x7", "conv2d", (1, 16, 12, 12), 16, (1, 7), padding=(0, 3), bias=False),
     Case("unet_up", "conv_transpose2d", (1, 16, 7, 7), 8, 2, stride=2),
@@ -364,6 +367,7 @@ NETWORKS = [  # real layers with fewer channels and pixels
 TRANSPOSED = [
     Case("transposed_of_1x1", "conv_transpose2d", (3, 10, 1, 1), 6, 4),
     Case("transposed_patches", "conv_transpose2d", (2, 6, 3, 4), 5, (2, 3), stride=(2, 3)),
+    Case("transposed_doubling", "conv_transpose2d", (2, 20, 17, 33), 9, 2, stride=2),
     Case("transposed_1d", "conv_transpose1d", (2, 5, 9), 7, 3),
     Case("transposed_1d_stride_3", "conv_transpose1d", (2, 6, 9), 8, 5, 3, 1, output_padding=2),
     Case("transposed_2d", "conv_transpose2d", (2, 6, 5, 6), 7, 3, padding=1),

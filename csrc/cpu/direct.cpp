@@ -13,6 +13,8 @@
 // backward_input has one such product for each phase of the stride (gather.h). All of a block read the same strips, and
 // their results are interleaved on the way out: strips are packed once, and every line is written once.
 //
+// Where the kernel is the stride, all phases of backward_input read the same pixel: they are rows of one product (Patch).
+//
 // Where weights of neighbouring channels lie far apart (backward_input), they are packed once into tiles of rows: with the
 // taps of all phases, as they lie.
 //
@@ -210,10 +212,11 @@ class FamilyProduct {
  public:
   using W = Word<T>;
 
-  FamilyProduct(const Gather& g, const Family& family, const Plan& plan, const Kernels<T>& kernels, const T* from,
-                const T* weight, const W* bias, T* to, W* workspace, bool skip_zeros)
+  FamilyProduct(const Gather& g, const Family& family, const Patch& patch, const Plan& plan, const Kernels<T>& kernels,
+                const T* from, const T* weight, const W* bias, T* to, W* workspace, bool skip_zeros)
       : g_(g),
         family_(family),
+        patch_(patch),
         plan_(plan),
         kernels_(kernels),
         from_(from),
@@ -295,14 +298,20 @@ class FamilyProduct {
     if constexpr (!kIsHalf<T>) pack_tiles(g_, plan_, kernels_, weight_, tiled_, begin, end, tile0, tile1);
   }
 
-  // Of packed tiles all but the last are whole; else they are of nearly equal height.
+  // Tiles are of nearly equal height, or all but the last are whole.
   int64_t first_row(int64_t split) const {
-    return plan_.tile_weights ? std::min(channels_, all_tiles_ * split / plan_.splits * plan_.tile_rows)
-                              : channels_ * split / plan_.splits;
+    return std::min(channels_, ceil_div(channels_, plan_.split_rows) * split / plan_.splits * plan_.split_rows);
   }
   int64_t first_row_of_tile(const Task& t, int64_t tile, int64_t tiles) const {
-    return plan_.tile_weights ? std::min(t.row1, t.row0 + tile * plan_.tile_rows)
-                              : t.row0 + (t.row1 - t.row0) * tile / tiles;
+    return plan_.split_rows > 1 ? std::min(t.row1, t.row0 + tile * plan_.tile_rows)
+                                : t.row0 + (t.row1 - t.row0) * tile / tiles;
+  }
+  // Where a row of the groups lies in the result.
+  int64_t row_offset(int64_t row) const {
+    const int64_t* const patch = patch_.size;
+    const int64_t w = row % patch[2], h = row / patch[2] % patch[1], d = row / (patch[2] * patch[1]) % patch[0];
+    return row / patch_.rows() * g_.to_stride.channel + d * g_.to_stride.axis[0] + h * g_.to_stride.axis[1] +
+           w * g_.to_stride.axis[2];
   }
 
   Task at(int64_t problem, int64_t split) const {
@@ -318,7 +327,7 @@ class FamilyProduct {
     t.start[2] = block % plan_.blocks[2] * plan_.block[2];
     t.lines = std::min(plan_.block[1], axis_[1].count - t.start[1]);
     t.line = std::min(plan_.block[2], axis_[2].count - t.start[2]);
-    t.result = to_ + t.n * g_.to_stride.batch + t.first_group * channels_ * g_.to_stride.channel +
+    t.result = to_ + t.n * g_.to_stride.batch + row_offset(t.first_group * channels_) +
                (axis_[0].to_start + t.start[0] * axis_[0].to_step) * g_.to_stride.axis[0] + t.start[1] * line_step_ +
                t.start[2] * pixel_step_;
     return t;
@@ -389,23 +398,25 @@ class FamilyProduct {
 
   void compute(const Task& t, Scratch& s) const {
     const int64_t tiles = ceil_div(t.row1 - t.row0, plan_.tile_rows);
-    const int64_t kept_of_phase = plan_.keep_all ? t.groups * channels_ - channels_ + t.row1 - t.row0 : kMaxRows;
+    const int64_t part = std::max<int64_t>(kMaxRows, plan_.split_rows);  // rows that are delivered together
+    const int64_t kept_of_phase = plan_.keep_all ? t.groups * channels_ - channels_ + t.row1 - t.row0 : part;
     for (int64_t c0 = 0; c0 == 0 || c0 < from_words_; c0 += plan_.chunk) {
       const int64_t c1 = std::min(from_words_, c0 + plan_.chunk);
       fill(t, c0, c1, s);
       for (int64_t group = 0; group < t.groups; ++group)
         for (int64_t tile = 0; tile < tiles; ++tile) {
           const int64_t row = first_row_of_tile(t, tile, tiles), rows = first_row_of_tile(t, tile + 1, tiles) - row;
+          const int64_t in_part = patch_.rows() > 1 ? (row - t.row0) % plan_.split_rows : 0;
           for (int64_t h = 0; h < family_.lines(); ++h) {
             if (lines_of(t, h) <= 0) continue;
             for (int64_t w = 0; w < along_w_; ++w) {
               const int64_t f = h * along_w_ + w;
               const int64_t kept_row =
-                  plan_.keep_all ? f * kept_of_phase + group * channels_ + row - t.row0 : w * kMaxRows;
+                  plan_.keep_all ? f * kept_of_phase + group * channels_ + row - t.row0 : w * part + in_part;
               multiply(t, s, f, group, row, rows, c0, c1, s.kept + kept_row * plan_.columns);
             }
-            if (plan_.keep && !plan_.keep_all)
-              deliver(t, h, s.kept, kMaxRows * plan_.columns, group * channels_ + row, rows);
+            if (plan_.keep && !plan_.keep_all && (in_part + rows) % patch_.size[2] == 0)
+              deliver(t, h, s.kept, part * plan_.columns, group * channels_ + row - in_part, in_part + rows);
           }
         }
     }
@@ -459,7 +470,7 @@ class FamilyProduct {
                                    sum.channel * weights_[f].from_stride;
       const W* const b = s.strips + (group * (c1 - c0) + sum.channel - c0) * plan_.size;
       for (int64_t panel = 0; panel < panels; ++panel) {
-        if (sum.start == 0) own_results(t, h, row, rows, panel, panels);
+        if (sum.start == 0) own_results(t, f, row, rows, panel, panels);
         const int64_t v0 = first_vector(vectors, panel, panels), v1 = first_vector(vectors, panel + 1, panels);
         const auto [term, count] = s.terms[terms_of[panel]].of(sum, family_.most_taps);
         kernels_.strip[rows - 1]({.terms = count,
@@ -479,64 +490,73 @@ class FamilyProduct {
     }
   }
 
-  // Fetches lines of memory that results will be written to, a share for each panel: else each store waits for them.
-  void own_results(const Task& t, int64_t h_phase, int64_t row, int64_t rows, int64_t panel, int64_t panels) const {
-    if (pixel_step_ != 1 || t.line != line_step_ || t.images > 1) return;
-    const int64_t values = lines_of(t, h_phase) * t.line, line = 64 / sizeof(T);
-    const T* const target = begin_of(t, h_phase) + row * g_.to_stride.channel;
-    for (int64_t r = 0; r < rows; ++r)
-      for (int64_t i = values * panel / panels; i < values * (panel + 1) / panels; i += line)
-        __builtin_prefetch(target + r * g_.to_stride.channel + i, 1);
+  // Fetches lines of memory that results of phase f will be written to, a share for each panel: else each store waits
+  // for them. Tiles and phases that make a line share it.
+  void own_results(const Task& t, int64_t f, int64_t row, int64_t rows, int64_t panel, int64_t panels) const {
+    const int64_t step = axis_[2].to_step, of_line = patch_.size[2];
+    if (nhwc_ || t.images > 1 || (step > 1 && step != along_w_ * of_line)) return;
+    const int64_t tiles = ceil_div(of_line, plan_.tile_rows), tile = row % of_line / plan_.tile_rows;
+    const int64_t parts = panels * along_w_ * tiles, part = panel + panels * (f % along_w_ + along_w_ * tile);
+    int64_t count = lines_of(t, f / along_w_), values = t.line * step;
+    if (values == line_step_) values *= count, count = 1;
+    const int64_t line = 64 / sizeof(T), of_values = ceil_div(values, line), lines = count * of_values;
+    for (int64_t r = row - row % of_line; r < row + rows; r += of_line) {
+      const T* const target = begin_of(t, f / along_w_) + row_offset(r);
+      for (int64_t i = lines * part / parts; i < lines * (part + 1) / parts; ++i)
+        __builtin_prefetch(target + i / of_values * line_step_ + i % of_values * line, 1);
+    }
   }
 
   // Rows [first, first + rows) of the groups go from scratch to the result: those of all phases of a line, which lie at
   // one distance from each other.
   void deliver(const Task& t, int64_t h_phase, const W* source, int64_t distance, int64_t first, int64_t rows) const {
     for (int64_t n = 0; n < t.images; ++n, source += plan_.image)
-      deliver_image(t, h_phase, source, distance, rows,
-                    begin_of(t, h_phase) + n * g_.to_stride.batch + first * g_.to_stride.channel);
+      deliver_image(t, h_phase, source, distance, first, rows, begin_of(t, h_phase) + n * g_.to_stride.batch);
   }
 
-  void deliver_image(const Task& t, int64_t h_phase, const W* source, int64_t distance, int64_t rows, T* target) const {
-    const int64_t count = lines_of(t, h_phase);
-    if (along_w_ > 1 && !nhwc_) {
-      const int64_t values = std::min(t.line * along_w_, g_.to_extent[2] - t.start[2] * axis_[2].to_step);
-      for (int64_t r = 0; r < rows; ++r)
+  void deliver_image(const Task& t, int64_t h_phase, const W* source, int64_t distance, int64_t first, int64_t rows,
+                     T* target) const {
+    const int64_t count = lines_of(t, h_phase), of_line = patch_.size[2];
+    if (!nhwc_ && along_w_ * of_line > 1) {
+      const int64_t values = std::min(t.line * axis_[2].to_step, g_.to_extent[2] - t.start[2] * axis_[2].to_step);
+      for (int64_t r = 0; r < rows; r += of_line)
         for (int64_t h = 0; h < count; ++h)
-          kernels_.interleave(source + r * plan_.columns + h * plan_.pitch, distance, along_w_, values,
-                              target + r * g_.to_stride.channel + h * line_step_);
+          kernels_.interleave(source + r * plan_.columns + h * plan_.pitch, of_line > 1 ? plan_.columns : distance,
+                              along_w_ * of_line, values, target + row_offset(first + r) + h * line_step_);
       return;
     }
     for (int64_t w = 0; w < along_w_; ++w, source += distance) {
       const GatherAxis& axis = family_.phases[h_phase * along_w_ + w]->axis[2];
-      deliver_phase(source, rows, count, std::min(t.line, axis.count - t.start[2]),
+      deliver_phase(source, first, rows, count, std::min(t.line, axis.count - t.start[2]),
                     target + axis.to_start * g_.to_stride.axis[2]);
     }
   }
 
   // Of one phase: `count` lines of `length` pixels.
-  void deliver_phase(const W* source, int64_t rows, int64_t count, int64_t length, T* target) const {
+  void deliver_phase(const W* source, int64_t first, int64_t rows, int64_t count, int64_t length, T* target) const {
     if (nhwc_) {
       for (int64_t h = 0; h < count; ++h)
-        kernels_.store_transposed(source + h * plan_.pitch, plan_.columns, rows, length, target + h * line_step_,
-                                  pixel_step_);
+        kernels_.store_transposed(source + h * plan_.pitch, plan_.columns, rows, length,
+                                  target + row_offset(first) + h * line_step_, pixel_step_);
       return;
     }
-    for (int64_t r = 0; r < rows; ++r, source += plan_.columns, target += g_.to_stride.channel) {
+    for (int64_t r = 0; r < rows; ++r, source += plan_.columns) {
+      T* const of_row = target + row_offset(first + r);
       if (pixel_step_ == 1) {
-        kernels_.store_rows(source, plan_.pitch, count, length, target, line_step_);
+        kernels_.store_rows(source, plan_.pitch, count, length, of_row, line_step_);
         continue;
       }
       for (int64_t h = 0; h < count; ++h) {
         T stored[kMostColumns];
         kernels_.store_rows(source + h * plan_.pitch, 0, 1, length, stored, 0);
-        for (int64_t j = 0; j < length; ++j) target[h * line_step_ + j * pixel_step_] = stored[j];
+        for (int64_t j = 0; j < length; ++j) of_row[h * line_step_ + j * pixel_step_] = stored[j];
       }
     }
   }
 
   const Gather& g_;
   const Family& family_;
+  const Patch& patch_;
   const Plan& plan_;
   const Kernels<T>& kernels_;
   const T *const from_, *const weight_;
@@ -556,11 +576,11 @@ class FamilyProduct {
 
 // The cheapest of the plans. Small planes of NCHW leave lanes empty at their end: several samples share a block.
 template <typename T>
-Plan plan_for(const Gather& g, const Family& family, const Kernels<T>& kernels, int threads) {
+Plan plan_for(const Gather& g, const Family& family, const Patch& patch, const Kernels<T>& kernels, int threads) {
   Gather words = g;
   words.from_per_group = ceil_div(g.from_per_group, kernels.pair);
   const auto plan = [&](const Cut& cut) {
-    return Plan(words, family, kernels.rows, kernels.lanes, sizeof(Word<T>), kIsHalf<T>, threads, cut);
+    return Plan(words, family, patch, kernels.rows, kernels.lanes, sizeof(Word<T>), kIsHalf<T>, threads, cut);
   };
   const GatherAxis* const a = family.shared.axis;
   Cut best;
@@ -584,16 +604,22 @@ Plan plan_for(const Gather& g, const Family& family, const Kernels<T>& kernels, 
 template <typename T>
 void run(const ConvShape& s, Direction direction, const void* from, const ConvPointers& p, void* workspace,
          int threads) {
-  Gather g = make_gather(s, direction);
   const Kernels<T>& kernels = dense_kernels<T>();
+  Gather g = make_gather(s, direction);
+  const Patch patch = direction == Direction::kForward ? Patch{} : join_patches(g, s, kernels.rows);
   const auto* const weight = static_cast<const T*>(p.weight);
   const bool skip_zeros = works_on_padding(s) && all_finite(s, weight);
   if (skip_zeros) drop_idle_taps(g);
-  const Bias<T> bias(microkernels(), p.bias, g.groups * g.to_per_group);
+  const int64_t results = g.groups * g.to_per_group;
+  const Bias<T> bias(microkernels(), p.bias, results / patch.rows());
+  c10::SmallVector<Word<T>, 0> of_rows;
+  if (bias.get() && patch.rows() > 1)
+    for (int64_t row = 0; row < results; ++row) of_rows.push_back(bias.get()[row / patch.rows()]);
   for (const Family& family : families(g)) {
-    const Plan plan = plan_for(g, family, kernels, threads);
-    FamilyProduct<T>(g, family, plan, kernels, static_cast<const T*>(from), weight, bias.get(),
-                     static_cast<T*>(p.result), static_cast<Word<T>*>(workspace), skip_zeros)
+    const Plan plan = plan_for(g, family, patch, kernels, threads);
+    FamilyProduct<T>(g, family, patch, plan, kernels, static_cast<const T*>(from), weight,
+                     of_rows.empty() ? bias.get() : of_rows.data(), static_cast<T*>(p.result),
+                     static_cast<Word<T>*>(workspace), skip_zeros)
         .run();
   }
 }
@@ -625,14 +651,15 @@ const char* decline(const ConvShape& s, Direction direction) {
 // Families follow each other in the same scratch.
 template <typename T>
 int64_t workspace_bytes(const ConvShape& s, Direction direction, int threads) {
-  Gather g = make_gather(s, direction);
   const Kernels<T>& kernels = dense_kernels<T>();
+  Gather g = make_gather(s, direction);
+  const Patch patch = direction == Direction::kForward ? Patch{} : join_patches(g, s, kernels.rows);
   int64_t words = 0;
   const auto add = [&] {
     for (const Family& family : families(g)) {
       int64_t packed = 0;
       for (const GatherPhase* phase : family.phases) packed += packed_weights(g, *phase, kernels);
-      words = std::max(words, packed + plan_for(g, family, kernels, threads).elements(g, threads));
+      words = std::max(words, packed + plan_for(g, family, patch, kernels, threads).elements(g, threads));
     }
   };
   add();

@@ -22,6 +22,7 @@ inline constexpr int64_t kSlack = 16;           // behind the strips: vectors ar
 // Bytes from a row's weight to its next channel's: then they are packed.
 inline constexpr int64_t kFarWeights = 2 << 10;
 inline constexpr int64_t kMostTogether = 16;  // phases that share strips
+inline constexpr int64_t kMostOfLine = 64;    // rows of a patch that are interleaved into one line
 
 // One axis of a strip: planes of equal length. Position i of plane p holds source position base[p] + i * step, counted
 // from what the block's first result reads. Taps share planes, one for each residue of their offsets, or where they
@@ -110,7 +111,7 @@ inline Families families(const Gather& g) {
                                                       : 1;
   Families found;
   for (int64_t i = 0; i < count; i += together)
-    if (together == 1)
+    if (together == 1 || count == 1)
       found.emplace_back(g.phases[i]);
     else
       found.emplace_back(&g.phases[i], together, along_w);
@@ -124,6 +125,43 @@ struct Cut {
   bool line_per_tap = false, plane_per_tap = false;
 };
 
+// backward_input whose taps neither meet nor leave gaps (kernel = stride, as of patches): every result has one tap, and
+// all phases read the same pixel. They are rows of one product, [channel][position in the patch], as their weights lie:
+// a result channel of the gather is such a row, and `size[2]` of them are interleaved into a line.
+struct Patch {
+  int64_t size[3] = {1, 1, 1};
+
+  int64_t rows() const { return size[0] * size[1] * size[2]; }
+  // Rows of a register tile: of whole lines, or whole parts of a line.
+  int64_t tile_rows(int64_t most) const {
+    if (size[2] <= most) return most / size[2] * size[2];
+    while (size[2] % most != 0) --most;
+    return most;
+  }
+};
+
+inline Patch join_patches(Gather& g, const ConvShape& s, int64_t most_rows) {
+  Patch patch, none;
+  int64_t weights = 1;
+  for (int d = 2; d >= 0; --d) {
+    if (s.pad[d] != 0 || s.stride[d] != s.kernel[d] || (s.dilation[d] != 1 && s.kernel[d] != 1) ||
+        s.in[d] != s.out[d] * s.stride[d] || (s.kernel[d] > 1 && g.weight_axis_stride[d] != weights))
+      return none;
+    weights *= s.kernel[d];
+    patch.size[d] = s.kernel[d];
+  }
+  const bool nchw = g.from_stride.axis[2] == 1 && g.to_stride.axis[2] == 1;
+  if (!nchw || weights == 1 || g.weight_to_stride != weights || patch.size[2] > kMostOfLine ||
+      2 * patch.tile_rows(most_rows) <= most_rows)
+    return none;
+  GatherPhase phase = g.phases[0];
+  g.phases.clear();
+  g.phases.push_back(phase);
+  g.to_per_group *= weights;
+  g.weight_to_stride = 1;
+  return patch;
+}
+
 // How a family is cut. Scratch of each thread, in elements: the strips of a chunk of channels, result rows in the
 // making.
 struct Plan {
@@ -136,15 +174,16 @@ struct Plan {
   int64_t groups_at_once = 1, chunk;  // channels whose strips are in use at a time
   int64_t problems, kept_rows, splits;
   int64_t tile_rows;            // of the register tile
+  int64_t split_rows = 1;       // what splits have whole numbers of: tiles, where those are whole, and lines of a patch
   int64_t tile_weights = 0;     // weights of a channel of a packed tile; 0: they are read where they lie
   bool own_tiles = false;       // each split packs those that it reads
   bool joined, keep, keep_all;  // lines are joined to one run of columns; results go through scratch rows, all at once
 
-  Plan(const Gather& g, const Family& family, int64_t tile_rows, int64_t lanes, int64_t element_size, bool half,
-       int threads, const Cut& cut)
+  Plan(const Gather& g, const Family& family, const Patch& patch, int64_t most_rows, int64_t lanes,
+       int64_t element_size, bool half, int threads, const Cut& cut)
       : axis{StripAxis(family.shared.axis[0]), StripAxis(family.shared.axis[1]), StripAxis(family.shared.axis[2])},
         images(ceil_div(g.batch, ceil_div(g.batch, cut.images))),
-        tile_rows(tile_rows) {
+        tile_rows(patch.rows() > 1 ? patch.tile_rows(most_rows) : most_rows) {
     const GatherAxis* a = family.shared.axis;
     axis[1].per_tap = cut.plane_per_tap, axis[2].per_tap = cut.line_per_tap;
     const bool nhwc = g.to_stride.channel == 1 && g.to_stride.axis[2] != 1;
@@ -193,7 +232,7 @@ struct Plan {
     vectors = joined ? joined_vectors : line_vectors;
     // Joined lines that follow each other in the result, too, are a run there.
     const bool gapless = images == 1 && (block[1] == 1 || (pitch == block[2] && a[1].to_step == 1 && blocks[2] == 1));
-    keep = half || scatter || (joined && !gapless);
+    keep = half || scatter || patch.rows() > 1 || (joined && !gapless);
 
     // Threads take different blocks, or where these do not go round, different result channels.
     const int64_t rows = g.to_per_group;
@@ -221,10 +260,13 @@ struct Plan {
     // Where weights are more than what is read, threads share result channels: nothing passes between them.
     own_tiles = tile_weights > 0 && g.groups == 1 && threads > 1 && rows >= threads * tile_rows &&
                 packed > g.batch * g.from_pixels() * g.from_per_group;
-    if (own_tiles) splits = std::min(round_up(splits, threads), ceil_div(rows, tile_rows) / threads * threads);
-    const int64_t of_split =
-        tile_weights ? ceil_div(ceil_div(rows, tile_rows), splits) * tile_rows : ceil_div(rows, splits);
-    kept_rows = keep_all ? groups_at_once * of_split * family.size() : keep ? kMaxRows * family.along_w : 0;
+    if (tile_weights || patch.rows() > 1) split_rows = std::max(tile_rows, patch.size[2]);
+    const int64_t units = ceil_div(rows, split_rows);
+    splits = own_tiles ? std::min(round_up(splits, threads), units / threads * threads) : std::min(splits, units);
+    const int64_t of_split = ceil_div(units, splits) * split_rows;
+    kept_rows = keep_all ? groups_at_once * of_split * family.size()
+                : keep   ? std::max<int64_t>(kMaxRows, split_rows) * family.along_w
+                         : 0;
   }
   // Samples share a block if that holds all of their results.
   bool is_possible() const { return images == 1 || (blocks[0] == 1 && blocks[1] == 1 && blocks[2] == 1); }
