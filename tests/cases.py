@@ -349,6 +349,8 @@ NETWORKS = [  # real layers with fewer channels and pixels
     Case("tiles_along_batch", "conv2d", (9, 60, 5, 5), 20, 3, padding=1),
     Case("patch_embedding", "conv2d", (2, 3, 32, 32), 24, 16, stride=16),
     Case("patch_embedding_14", "conv2d", (2, 3, 42, 28), 9, 14, stride=14),
+    Case("stride_4_padded", "conv2d", (2, 3, 29, 141), 9, (5, 11), stride=4, padding=(2, 5)),
+    Case("stride_8_padded", "conv2d", (2, 17, 20, 61), 6, 8, stride=8, padding=3),
     Case("patches_of_many_pixels", "conv2d", (1, 2, 6, 1080), 70, (3, 2), stride=(3, 2)),
     Case("patches_3d_in_groups", "conv3d", (2, 6, 4, 6, 16), 12, (2, 3, 8), stride=(2, 3, 8), groups=3),
     Case("aspp_dilated", "conv2d", (1, 16, 14, 14), 16, 3, padding=6, dilation=6, bias=False),

@@ -337,6 +337,7 @@ class FamilyProduct {
   void prepare(const Task& t, Scratch& s) const {
     if (s.prepared == t.block && s.images == t.images) return;
     strip_runs(plan_, t.start, t.images, g_.from_stride.batch, s.runs);
+    if (g_.from_stride.axis[2] == 1) join_planes(plan_, s.runs);
     if (g_.from_stride.axis[2] == 1 && g_.groups * g_.from_per_group >= kLeastShuffled)
       strip_shuffles(plan_, s.runs, kernels_.lanes, s.shuffles);
     s.vectors.clear();

@@ -22,6 +22,7 @@ inline constexpr int64_t kSlack = 16;           // behind the strips: vectors ar
 // Bytes from a row's weight to its next channel's: then they are packed.
 inline constexpr int64_t kFarWeights = 2 << 10;
 inline constexpr int64_t kMostTogether = 16;  // phases that share strips
+inline constexpr int64_t kLeastJoined = 3;    // planes that are read as one: a strided copy of each is as fast for two
 inline constexpr int64_t kMostOfLine = 64;    // rows of a patch that are interleaved into one line
 
 // One axis of a strip: planes of equal length. Position i of plane p holds source position base[p] + i * step, counted
@@ -348,6 +349,47 @@ inline void strip_runs(const Plan& plan, const int64_t (&start)[3], int64_t imag
   }
 }
 
+// Runs of neighbouring planes along W that read the same line in turn become one: the line is read once. What only some of
+// them read, at a border, stays apart.
+inline void join_planes(const Plan& plan, Runs& runs) {
+  const StripAxis* a = plan.axis;
+  const int64_t along_w = a[2].planes(plan.block[2]), others = a[0].planes(1) * a[1].planes(plan.block[1]);
+  const auto size = static_cast<int64_t>(runs.size());
+  // (With stride 1 none do, and what is padding is zeroed after the lines: in this order.)
+  if (a[2].axis.from_step == 1 || along_w < kLeastJoined || size == 0 || size % (along_w * others) != 0) return;
+  const int64_t of_plane = size / (along_w * others), apart = plan.images * plan.image;
+  Runs joined;
+  for (int64_t i = 0; i < others * of_plane; ++i) {
+    const Segment* const first = runs.begin() + (i / of_plane * along_w * of_plane + i % of_plane);
+    for (int64_t w = 0; w < along_w;) {
+      Segment all = first[w * of_plane];
+      int64_t next = w + 1;
+      for (; next < along_w && next < w + all.step; ++next, ++all.planes) {
+        const Segment &run = first[next * of_plane], &before = first[(next - 1) * of_plane];
+        if (run.source != before.source + 1 || run.target != before.target + apart || run.length != all.length) break;
+        all.first = std::max(all.first, run.first), all.last = std::min(all.last, run.last);
+      }
+      if (all.planes == 1 || all.first >= all.last) {
+        for (; w < next; ++w) joined.push_back(first[w * of_plane]);
+        continue;
+      }
+      all.apart = static_cast<int32_t>(apart);
+      joined.push_back(all);
+      for (; w < next; ++w) {
+        const Segment& run = first[w * of_plane];
+        const auto left = [&](int32_t begin, int32_t end) {
+          if (begin < end)
+            joined.push_back(
+                {run.source + begin * run.step, run.step, run.target + begin, end - begin, 0, end - begin});
+        };
+        left(run.first, all.first);
+        left(all.last, run.last);
+      }
+    }
+  }
+  runs = std::move(joined);
+}
+
 // The same, vector by vector, where runs are short. Empty where they are not, or where too many windows would be read.
 using Shuffles = c10::SmallVector<Shuffle, 16>;
 
@@ -355,14 +397,16 @@ inline void strip_shuffles(const Plan& plan, const Runs& runs, int64_t lanes, Sh
   constexpr double kRun = 10, kRunVector = 3, kShuffle = 4;  // cycles
   shuffles.clear();
   double of_runs = 0;
-  for (const Segment& run : runs) of_runs += kRun + kRunVector * static_cast<double>(ceil_div(run.length, lanes));
+  for (const Segment& run : runs)
+    of_runs += kRun + kRunVector * static_cast<double>(run.planes * ceil_div(run.length, lanes));
   const auto most = static_cast<size_t>(of_runs / kShuffle);
   if (static_cast<size_t>(ceil_div(plan.size, lanes)) > most) return;
 
   c10::SmallVector<int64_t, 1024> source(round_up(plan.size, lanes), -1);
   for (const Segment& run : runs)
-    for (int64_t i = 0; i < run.length; ++i)
-      source[run.target + i] = i >= run.first && i < run.last ? run.source + i * run.step : -1;
+    for (int64_t p = 0; p < run.planes; ++p)
+      for (int64_t i = 0; i < run.length; ++i)
+        source[run.target + p * run.apart + i] = i >= run.first && i < run.last ? run.source + p + i * run.step : -1;
   for (int64_t target = 0; target < plan.size; target += lanes) {
     int64_t* const from = source.data() + target;
     bool onto = false;

@@ -140,10 +140,11 @@ struct DotTile {
 inline constexpr int kWinograds = 13;
 
 // A run of one packed row: length elements to target; those in [first, last) come from the plane at source + i * step,
-// the others are zero.
+// the others are zero. `planes` runs whose sources follow each other have their targets `apart`.
 struct Segment {
   int64_t source, step;
   int32_t target, length, first, last;
+  int32_t planes = 1, apart = 0;
 };
 
 // A vector of a packed row, whose values come from two windows of the plane: lane[l] counts through the lanes of both. What
