@@ -602,12 +602,20 @@ Plan plan_for(const Gather& g, const Family& family, const Patch& patch, const K
   return plan(best);
 }
 
+Gather gather_of(const ConvShape& s, Direction direction, int64_t most_rows, Patch& patch) {
+  Gather g = make_gather(s, direction);
+  if (direction == Direction::kForward) return g;
+  patch = join_patches(g, s, most_rows);
+  if (patch.rows() == 1) take_lines_apart(g);
+  return g;
+}
+
 template <typename T>
 void run(const ConvShape& s, Direction direction, const void* from, const ConvPointers& p, void* workspace,
          int threads) {
   const Kernels<T>& kernels = dense_kernels<T>();
-  Gather g = make_gather(s, direction);
-  const Patch patch = direction == Direction::kForward ? Patch{} : join_patches(g, s, kernels.rows);
+  Patch patch;
+  Gather g = gather_of(s, direction, kernels.rows, patch);
   const auto* const weight = static_cast<const T*>(p.weight);
   const bool skip_zeros = works_on_padding(s) && all_finite(s, weight);
   if (skip_zeros) drop_idle_taps(g);
@@ -653,8 +661,8 @@ const char* decline(const ConvShape& s, Direction direction) {
 template <typename T>
 int64_t workspace_bytes(const ConvShape& s, Direction direction, int threads) {
   const Kernels<T>& kernels = dense_kernels<T>();
-  Gather g = make_gather(s, direction);
-  const Patch patch = direction == Direction::kForward ? Patch{} : join_patches(g, s, kernels.rows);
+  Patch patch;
+  Gather g = gather_of(s, direction, kernels.rows, patch);
   int64_t words = 0;
   const auto add = [&] {
     for (const Family& family : families(g)) {

@@ -21,7 +21,7 @@ inline constexpr int64_t kChannelsAtOnce = 16;  // of several groups that NHWC t
 inline constexpr int64_t kSlack = 16;           // behind the strips: vectors are read whole
 // Bytes from a row's weight to its next channel's: then they are packed.
 inline constexpr int64_t kFarWeights = 2 << 10;
-inline constexpr int64_t kMostTogether = 16;  // phases that share strips
+inline constexpr int64_t kMostTogether = 64;  // phases that share strips
 inline constexpr int64_t kLeastJoined = 3;    // planes that are read as one: a strided copy of each is as fast for two
 inline constexpr int64_t kMostOfLine = 64;    // rows of a patch that are interleaved into one line
 
@@ -161,6 +161,34 @@ inline Patch join_patches(Gather& g, const ConvShape& s, int64_t most_rows) {
   g.to_per_group *= weights;
   g.weight_to_stride = 1;
   return patch;
+}
+
+// backward_input of kernels that nearly cover the input, such as 22x1 on 22 lines: most taps of a line of gx would read
+// zeros beyond gy. There each line is a phase of its own, with the taps that read something. A plane likewise.
+inline void take_lines_apart(Gather& g) {
+  for (int d = 0; d < 2; ++d) {
+    const GatherAxis axis = g.phases[0].axis[d];
+    if (axis.to_step > 1 || axis.mode != PaddingMode::kZeros || 2 * axis.from_extent >= axis.count ||
+        axis.count > kMostTogether)
+      continue;
+    const auto all = static_cast<int64_t>(g.phases.size());
+    const int64_t planes = d == 0 ? 1 : std::min(g.phases[0].axis[0].to_step, g.to_extent[0]), of_plane = all / planes;
+    c10::SmallVector<GatherPhase, 1> apart;
+    for (int64_t i = 0; i < planes * axis.count; ++i) {
+      const int64_t j = i % axis.count;
+      GatherAxis line{1, j, axis.count, 1, axis.from_extent, {}, {}, axis.mode};
+      for (int64_t t = 0; t < axis.taps(); ++t) {
+        if (axis.source(j, t) < 0) continue;
+        line.tap.push_back(axis.tap[t]);
+        line.offset.push_back(axis.source(j, t));
+      }
+      for (int64_t p = 0; p < of_plane; ++p) {
+        apart.push_back(g.phases[i / axis.count * of_plane + p]);
+        apart.back().axis[d] = line;
+      }
+    }
+    g.phases = apart;
+  }
 }
 
 // How a family is cut. Scratch of each thread, in elements: the strips of a chunk of channels, result rows in the

@@ -24,8 +24,8 @@
 // Groups with few channels are taken together, so that they fill vectors (Together): each multiplies its own lanes.
 //
 // Threads: where U is small, they split groups and tiles, each with all of a group's U; else they split the columns,
-// each with U of its own and, unless they are many, V of all tiles. What a thread needs it computes: to fetch it from
-// another costs more. Sums: blocks of kBlock channels, each from a fresh accumulator, added in order.
+// each with U of its own and, where tiles are few, V of all tiles: to compute it is no slower than to fetch it from
+// another thread, and nobody waits. Sums: blocks of kBlock channels, each from a fresh accumulator, added in order.
 // A tile with a result that is not finite is computed again without transforms, in which an infinity would spread.
 // 16-bit types are float32 from the transforms of what is read to those of what is written, and rounded there.
 // Declines: other kernels, strides and types. Yields where direct computation or the other tile size takes less time.
@@ -48,6 +48,7 @@ constexpr int64_t kFewTiles = 4;               // of a thread, which leave its m
 constexpr int64_t kTilesInL2 = 400 << 10;      // bytes of V and M of one thread
 constexpr int64_t kFewTilesInL2 = 160 << 10;   // where U is small
 constexpr int64_t kInputBytes = 12 << 20;      // bytes of V of all threads
+constexpr int64_t kOwnInput = 3 << 20;         // of V of all tiles, up to which each thread has one of its own
 constexpr int64_t kAllWeights = 32 << 20;      // and bytes of U, or of V, that all threads have of their own
 constexpr int64_t kColumnsPerThread = 64;      // from which on all tiles' transforms are little beside the products
 constexpr double kTransforms = 32;             // terms that those of a tile of V and one of M take as long as
@@ -135,7 +136,8 @@ struct Plan {
                 : std::clamp<int64_t>((p.together.groups > 1 ? kFewTilesInL2 : kTilesInL2) / (bytes * (depth + width)),
                                       8, kMostTiles);
     block = std::min(block, split_columns || p.gather.groups >= threads ? p.tiles : ceil_div(p.tiles, threads));
-    own_input = !split_columns || (threads * kColumnsPerThread <= to && threads * bytes * depth * block <= kAllWeights);
+    own_input = !split_columns || (threads * kColumnsPerThread <= to && bytes * depth * p.tiles <= kOwnInput &&
+                                   threads * kOwnInput <= kAllWeights);
     // All of a panel's U, or where that is much for all threads, a block of channels at a time and as few tiles.
     const bool whole_u = threads * bytes * depth * width <= kAllWeights;
     chunk = block;
