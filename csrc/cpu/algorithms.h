@@ -56,6 +56,7 @@ const char* depthwise_forward_yield(const ConvShape&);
 int64_t depthwise_forward_workspace(const ConvShape&, int threads);
 void depthwise_forward(const ConvShape&, const ConvPointers&, void* workspace, int threads);
 const char* depthwise_backward_input_decline(const ConvShape&);
+const char* depthwise_backward_input_yield(const ConvShape&);
 int64_t depthwise_backward_input_workspace(const ConvShape&, int threads);
 void depthwise_backward_input(const ConvShape&, const ConvPointers&, void* workspace, int threads);
 

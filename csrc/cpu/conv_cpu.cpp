@@ -44,7 +44,7 @@ const Algorithm kForward[] = {
 };
 const Algorithm kBackwardInput[] = {
     {"depthwise", depthwise_backward_input_decline, depthwise_backward_input_workspace, depthwise_backward_input,
-     kDepthwisePacks},
+     kDepthwisePacks, depthwise_backward_input_yield},
     {"pointwise", pointwise_decline, pointwise_backward_input_workspace, pointwise_backward_input, kPointwisePacks},
     winograd<Direction::kBackwardInput, false>(),
     winograd<Direction::kBackwardInput, true>(),

@@ -410,6 +410,14 @@ const char* depthwise_forward_yield(const ConvShape& s) {
   return "filters enough for the rows of a register tile";
 }
 const char* depthwise_backward_input_decline(const ConvShape& s) { return decline(s, Direction::kBackwardInput); }
+const char* depthwise_backward_input_yield(const ConvShape& s) {
+  constexpr int64_t kHalfVector = 8, kVector = 16;
+  if (s.groups > 1 || s.out_per_group == 1) return nullptr;
+  if (s.channels_last() && s.out_per_group < (is_short(s) ? kHalfVector : kVector))
+    return "one channel, filters too few for a vector";
+  return !s.channels_last() && !is_short(s) && s.kernel[0] * s.kernel[1] == 1 ? "one channel, taps in one long line"
+                                                                              : nullptr;
+}
 
 int64_t depthwise_forward_workspace(const ConvShape& s, int threads) {
   return gather_workspace(s, Direction::kForward, threads);

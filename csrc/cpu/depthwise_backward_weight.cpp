@@ -319,8 +319,9 @@ const char* depthwise_backward_weight_decline(const ConvShape& s) {
   return s.batch == 0 ? "nothing to sum over" : decline(s, Direction::kBackwardWeight);
 }
 const char* depthwise_backward_weight_yield(const ConvShape& s) {
-  constexpr int64_t kVectorFilters = 16;
-  return s.groups == 1 && s.out_per_group >= kVectorFilters ? "one channel, filters enough for a vector" : nullptr;
+  const bool one_line = s.kernel[0] * s.kernel[1] == 1;
+  const int64_t enough = s.channels_last() ? 2 : is_short(s) ? 16 : one_line ? 4 : 8;
+  return s.groups == 1 && s.out_per_group >= enough ? "one channel, filters enough for a product" : nullptr;
 }
 
 int64_t depthwise_backward_weight_workspace(const ConvShape& s, int threads) {

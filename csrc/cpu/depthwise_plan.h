@@ -15,6 +15,9 @@
 
 namespace myconv::cpu::depthwise {
 
+// Whether loops are written out for the taps of a line, and neighbouring results share what they read.
+inline bool is_short(const ConvShape& s) { return s.kernel[2] <= 7 && s.stride[1] == 1 && s.stride[2] == 1; }
+
 inline constexpr int64_t kStripLimit = 1 << 20;  // a strip that does not fit here is declined
 inline constexpr int64_t kMaxDepthwiseKernel = 4096;
 inline constexpr int64_t kMaxReach = 65536;  // positions from an axis' first tap to its last
