@@ -95,7 +95,7 @@ struct DepthwiseTile {
   int64_t sums_plane;
 };
 
-inline constexpr int kDepthwiseWidths[] = {1, 3, 5, 7};   // K
+inline constexpr int kDepthwiseWidths = 6;                // K: 1, 3, 5, 7, 9, 11
 inline constexpr int kDepthwiseRows[] = {1, 2, 4, 7, 8};  // R
 inline constexpr int kSpreadWidths[] = {3, 5, 7};         // K, where stride 2 is undone
 inline constexpr int kMaxWalkedTaps = 256;                // of one tile
@@ -115,10 +115,11 @@ template <typename T>
 struct DepthwiseKernels {
   // [index of K][index of R]; of 16-bit types, null where they cannot be loaded by masks
   using Tile = void (*)(const DepthwiseTile<T>&);
-  Tile lines[2][4][5], pixels[2][4][5];          // [stride - 1], null where there is no such tile
+  using Tiles = Tile[2][kDepthwiseWidths][5];  // [stride - 1], null where there is no such tile
+  Tiles lines, pixels;
   Tile spread_lines[3][2], spread_pixels[3][2];  // of 2 results, and of the most:
   int most_spread_lines, most_spread_pixels;
-  Tile weight_lines[2][4][5], weight_pixels[2][4][5];  // [stride - 1]
+  Tiles weight_lines, weight_pixels;
   RollingKernels<T> rolling;
 };
 

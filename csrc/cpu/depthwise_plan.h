@@ -202,8 +202,9 @@ class Plan {
     }
     // Pieces of the results, and of the taps, each with at most kSumLength terms. Of kernels with several pieces those that
     // a tile reads from the padding alone are left out.
-    constexpr int64_t kWidest = kDepthwiseWidths[std::size(kDepthwiseWidths) - 1];
-    const bool tall = across > kWidest && to && t.skip_zeros && along_.mode == PaddingMode::kZeros;
+    int64_t widest = 2 * kDepthwiseWidths - 1;
+    while (!table[widest / 2][0]) widest -= 2;
+    const bool tall = across > widest && to && t.skip_zeros && along_.mode == PaddingMode::kZeros;
     const bool accumulates = t.accumulate;
     for (int64_t i = 0; i < count; i += t.count) {
       const int rows = rows_for(count - i, table[0]);
@@ -212,10 +213,12 @@ class Plan {
       t.accumulate = accumulates;
       if (to) t.to = to + i * t.to_step;
       if (gy) t.gy = gy + i * t.to_step;
-      for (int64_t k = 0, width; k == 0 || k < across; k += width) {
-        int w = std::size(kDepthwiseWidths) - 1;
-        while (w > 0 && kDepthwiseWidths[w] > across - k) --w;
-        width = kDepthwiseWidths[w];
+      // Odd widths add up to an odd number only if they are so many.
+      int64_t pieces = std::max<int64_t>(1, ceil_div(across, widest));
+      if ((across - pieces) % 2 == 1) ++pieces;
+      for (int64_t k = 0, width; k == 0 || k < across; k += width, --pieces) {
+        width = std::max<int64_t>(1, ceil_div(across - k, pieces) | 1);
+        const auto w = static_cast<int>(width / 2);
         t.line = (first + i) * along_.from_step + k + low_;
         t.units = units_.data() + (first + i) * along_.from_step + k;
         const bool last = k + width >= across;
