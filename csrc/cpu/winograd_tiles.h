@@ -136,9 +136,12 @@ struct TileAxis {
   }
 };
 
-// From one position to the next. A line is added: steps that are powers of two would put all positions into the same few
-// sets of the cache.
-constexpr int64_t position_step(int64_t elements) { return elements + 16; }
+// From one position to the next. A line is added, or two: steps that are multiples of 2 KiB would put all positions into
+// the same few sets of the cache.
+constexpr int64_t position_step(int64_t elements) {
+  constexpr int64_t line = 16, sets = 512;
+  return elements + ((elements + line) % sets == 0 ? 2 * line : line);
+}
 
 // A rectangle of tiles of one frame of one image.
 struct TileRectangle {
