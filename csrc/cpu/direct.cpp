@@ -224,6 +224,7 @@ class FamilyProduct {
         bias_(bias),
         to_(to),
         skip_zeros_(skip_zeros),
+        patches_(patch.rows() > 1),
         axis_(family.shared.axis),
         channels_(g.to_per_group),
         from_words_(ceil_div(g.from_per_group, kernels.pair)),
@@ -306,8 +307,9 @@ class FamilyProduct {
     return plan_.split_rows > 1 ? std::min(t.row1, t.row0 + tile * plan_.tile_rows)
                                 : t.row0 + (t.row1 - t.row0) * tile / tiles;
   }
-  // Where a row of the groups lies in the result.
+  // Where a row of the groups lies in the result. (Divisions take as long as the sums of few terms.)
   int64_t row_offset(int64_t row) const {
+    if (!patches_) return row * g_.to_stride.channel;
     const int64_t* const patch = patch_.size;
     const int64_t w = row % patch[2], h = row / patch[2] % patch[1], d = row / (patch[2] * patch[1]) % patch[0];
     return row / patch_.rows() * g_.to_stride.channel + d * g_.to_stride.axis[0] + h * g_.to_stride.axis[1] +
@@ -407,7 +409,7 @@ class FamilyProduct {
       for (int64_t group = 0; group < t.groups; ++group)
         for (int64_t tile = 0; tile < tiles; ++tile) {
           const int64_t row = first_row_of_tile(t, tile, tiles), rows = first_row_of_tile(t, tile + 1, tiles) - row;
-          const int64_t in_part = patch_.rows() > 1 ? (row - t.row0) % plan_.split_rows : 0;
+          const int64_t in_part = patches_ ? (row - t.row0) % plan_.split_rows : 0;
           for (int64_t h = 0; h < family_.lines(); ++h) {
             if (lines_of(t, h) <= 0) continue;
             for (int64_t w = 0; w < along_w_; ++w) {
@@ -501,10 +503,12 @@ class FamilyProduct {
     int64_t count = lines_of(t, f / along_w_), values = t.line * step;
     if (values == line_step_) values *= count, count = 1;
     const int64_t line = 64 / sizeof(T), of_values = ceil_div(values, line), lines = count * of_values;
+    const int64_t begin = lines * part / parts, end = lines * (part + 1) / parts;
     for (int64_t r = row - row % of_line; r < row + rows; r += of_line) {
       const T* const target = begin_of(t, f / along_w_) + row_offset(r);
-      for (int64_t i = lines * part / parts; i < lines * (part + 1) / parts; ++i)
-        __builtin_prefetch(target + i / of_values * line_step_ + i % of_values * line, 1);
+      for (int64_t h = begin / of_values, i = h * of_values; i < end; ++h, i += of_values)
+        for (int64_t j = std::max(begin, i); j < std::min(end, i + of_values); ++j)
+          __builtin_prefetch(target + h * line_step_ + (j - i) * line, 1);
     }
   }
 
@@ -563,7 +567,7 @@ class FamilyProduct {
   const T *const from_, *const weight_;
   const W* const bias_;
   T* const to_;
-  const bool skip_zeros_;
+  const bool skip_zeros_, patches_;
   const GatherAxis* const axis_;  // of what the phases share
   const int64_t channels_, from_words_, along_w_;
   const int64_t gathers_, image_blocks_, all_tiles_;
