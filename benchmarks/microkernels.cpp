@@ -92,10 +92,10 @@ void dot(const Kernels<T>& k, int rows, int cols, int depth, const T* a, const T
 //   pixels   y [rows][cols] from x [side][..][cols] and w [side][side][cols]: rows pixels of a line, cols channels
 template <typename T, bool kLines, int S>
 void depthwise(const Kernels<T>& k, int rows, int cols, int depth, const T* x, const T* w, T* y, int64_t times) {
-  int side = 1, width = 0, row = 0;
+  int side = 1, row = 0;
   while (side * side < depth) ++side;
-  while (width < int(std::size(kDepthwiseWidths)) && kDepthwiseWidths[width] != side) ++width;
   const auto& tiles = (kLines ? k.depthwise.lines : k.depthwise.pixels)[S - 1];
+  const int width = side / 2;  // of odd ones
   // The highest tile there is that takes these rows.
   for (int r = 0; r < int(std::size(kDepthwiseRows)); ++r)
     if (tiles[width][r] && rows % kDepthwiseRows[r] == 0) row = r;
