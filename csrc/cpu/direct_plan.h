@@ -377,8 +377,8 @@ inline void strip_runs(const Plan& plan, const int64_t (&start)[3], int64_t imag
   }
 }
 
-// Runs of neighbouring planes along W that read the same line in turn become one: the line is read once. What only some of
-// them read, at a border, stays apart.
+// Runs of neighbouring planes along W that read the same line in turn become one: the line is read once. What only some
+// of them read, at a border, stays apart.
 inline void join_planes(const Plan& plan, Runs& runs) {
   const StripAxis* a = plan.axis;
   const int64_t along_w = a[2].planes(plan.block[2]), others = a[0].planes(1) * a[1].planes(plan.block[1]);
