@@ -40,7 +40,7 @@ constexpr int64_t kPhasesAtOnce = 16;     // whose plans are kept
 constexpr int64_t kOwnPanels = 16 << 20;  // of all threads, that share panels and each pack them for themselves
 constexpr double kPackedProducts = 20;    // packing a value takes as long
 constexpr double kScattered = 0.025;      // how much longer it takes to read parts of pixels
-constexpr int64_t kOwnPixels = 192;       // of a thread, from which on that takes little
+constexpr int64_t kOwnPixels = 64;        // of a thread, from which on that takes little
 constexpr double kNarrower = 0.95;        // of the time with wider panels, that narrower ones may take at most
 constexpr double kOneVector = 1.25;       // how much longer a vector takes in a tile of its own
 

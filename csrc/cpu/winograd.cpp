@@ -571,6 +571,7 @@ constexpr double kVector = 16;
 // A vector of a position, with its way through the caches.
 constexpr double kTileRead = 8.7, kTileWritten = 5.2, kWeights = 3;
 constexpr double kWeightsAgain = 8;   // the same, packed and transformed once more for each further chunk of tiles
+constexpr double kWeightsFar = 24;    // the same of weights that fill the last cache (kAllWeights)
 constexpr double kTransposed = 0.12;  // a pixel of a tile in NCHW
 constexpr double kTogether = 0.25;
 constexpr double kPieceWaits = 1.12;   // of what `direct` does in pieces, without the padding of a dilation
@@ -598,8 +599,9 @@ double winograd_cycles(const ConvShape& s, Direction direction, const WinogradKe
   const double bytes_of_v = positions * from * taps_d * sizeof(float), all_u = bytes_of_v * to;
   const double chunk = std::max<double>(kMostTiles, kInputBytes / 2 / bytes_of_v);
   const double again = all_u > kLargeWeights && !together ? std::max(0.0, tiles / chunk - 1) : 0;
+  const double once_more = all_u > kAllWeights ? kWeightsFar : kWeightsAgain;
   double transforms = positions * (tiles * (kTileRead * rows * taps_d + kTileWritten * columns) +
-                                   (kWeights + kWeightsAgain * again) * from * taps_d * columns) +
+                                   (kWeights + once_more * again) * from * taps_d * columns) +
                       moved * tiles * std::max(rows, columns);
   // Tiles of several groups that share vectors are few enough to stay in the first cache.
   if (together && t.stride * t.result_stride == 1) transforms *= kTogether;
@@ -614,8 +616,8 @@ double direct_cycles(const ConvShape& s, Direction direction) {
   // backward_input has a product for each phase of the stride, with its share of the taps.
   const double phases = forward ? 1 : static_cast<double>(s.stride[1] * s.stride[2]);
   const auto pixels = static_cast<double>(forward ? s.out_pixels() : s.in_pixels()) / phases;
-  // What the direct way leaves out of the padding.
-  const double inside = works_on_padding(s) ? dilated_share_inside(s) : 1;
+  // What the direct way leaves out of the padding: in NHWC, by rectangles, all of it.
+  const double inside = s.channels_last() || works_on_padding(s) ? dilated_share_inside(s) : 1;
   const double depth = static_cast<double>(s.taps()) * words / phases;
   const bool few_of_groups = s.groups > 1 && std::max(from, to) < kVector;
   if (s.channels_last() && !few_of_groups)
