@@ -21,6 +21,9 @@ enum class Dtype : int8_t { kFloat64, kFloat32, kBFloat16, kFloat16, kInt64, kIn
 enum class Layout : int8_t { kChannelsFirst, kChannelsLast };
 enum class PaddingMode : int8_t { kZeros, kReflect, kReplicate, kCircular };  // the values the schemas use
 
+inline constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+inline constexpr int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
+
 inline constexpr int64_t dtype_size(Dtype dtype) {
   constexpr int64_t size[] = {8, 4, 2, 2, 8, 4, 2, 1, 1};
   return size[static_cast<int>(dtype)];

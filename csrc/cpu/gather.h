@@ -152,27 +152,32 @@ inline void drop_idle_taps(Gather& g) {
     }
 }
 
-// The share of the pairs of output and tap that do not read zeros of the padding, along the axes with a dilation: there
-// whole tiles of pixels read zeros.
-inline double dilated_share_inside(const ConvShape& s) {
+// The share of the pairs of output and tap that do not read zeros of the padding, along the axes where whole tiles of
+// pixels read zeros: depth, and those with a dilation.
+inline double tiles_inside(const ConvShape& s) {
   if (s.padding_mode != PaddingMode::kZeros) return 1;
   double inside = 1;
-  for (int d = 0; d < 3; ++d) {
-    if (s.kernel[d] == 1 || s.dilation[d] == 1) continue;
-    inside *= share_inside(forward_axis(s, d));
-  }
+  for (int d = 0; d < 3; ++d)
+    if (s.kernel[d] > 1 && (d == 0 || s.dilation[d] > 1)) inside *= share_inside(forward_axis(s, d));
   return inside;
 }
 
 // Whether much of the work of a convolution is on zeros of the padding: the first or the last tap of an axis is idle, or
-// with a dilation, three in ten or more of all pairs are.
+// with a dilation, three in ten or more of all pairs are, or so many planes that those left, in vectors of their own, are
+// fewer.
 inline bool works_on_padding(const ConvShape& s) {
   if (s.padding_mode != PaddingMode::kZeros) return false;
   for (int d = 0; d < 3; ++d) {
     const double reach = static_cast<double>(s.kernel[d] - 1) * s.dilation[d], pad = s.pad[d];
     if (static_cast<double>(s.out[d] - 1) * s.stride[d] < pad || reach - pad >= s.in[d]) return true;
   }
-  return dilated_share_inside(s) < 0.7;
+  constexpr double kTiles = 0.7, kPlanes = 0.9;
+  constexpr int64_t kLanes = 16;
+  const int64_t pixels = s.out[1] * s.out[2];
+  const double planes = s.kernel[0] > 1 ? share_inside(forward_axis(s, 0)) : 1;
+  const double lanes = static_cast<double>(ceil_div(pixels, kLanes) * s.out[0]) /
+                       static_cast<double>(std::max<int64_t>(1, ceil_div(pixels * s.out[0], kLanes)));
+  return tiles_inside(s) < kTiles || planes * lanes < kPlanes;
 }
 
 }  // namespace myconv::cpu

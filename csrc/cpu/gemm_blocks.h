@@ -20,9 +20,6 @@ inline constexpr int64_t kPackedBytes = int64_t{32} << 20;
 // Taps of an implicit GEMM: bounds the list of pointers of one register tile to 1 MiB.
 inline constexpr int64_t kMaxTaps = 16384;
 
-inline constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-inline constexpr int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
-
 // Columns in panels of nearly equal width, whole numbers of vectors: 49 columns of 16 lanes are 32 + 17, not 48 + 1, and
 // 160 are 48 + 32 + 48 + 32, not 3 x 48 + 16.
 struct Panels {

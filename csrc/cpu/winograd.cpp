@@ -50,7 +50,7 @@ constexpr int64_t kFewTilesInL2 = 160 << 10;   // where U is small
 constexpr int64_t kInputBytes = 12 << 20;      // bytes of V of all threads
 constexpr int64_t kOwnInput = 3 << 20;         // of V of all tiles, up to which each thread has one of its own
 constexpr int64_t kAllWeights = 32 << 20;      // and bytes of U, or of V, that all threads have of their own
-constexpr int64_t kColumnsPerThread = 64;      // from which on all tiles' transforms are little beside the products
+constexpr int64_t kColumnsPerThread = 16;      // from which on all tiles' transforms are little beside the products
 constexpr double kTransforms = 32;             // terms that those of a tile of V and one of M take as long as
 constexpr int64_t kFewChannels = 16;           // whose transforms are not shared by enough products
 constexpr int64_t kFewTerms = 8;               // the same of groups that share vectors
@@ -617,7 +617,7 @@ double direct_cycles(const ConvShape& s, Direction direction) {
   const double phases = forward ? 1 : static_cast<double>(s.stride[1] * s.stride[2]);
   const auto pixels = static_cast<double>(forward ? s.out_pixels() : s.in_pixels()) / phases;
   // What the direct way leaves out of the padding: in NHWC, by rectangles, all of it.
-  const double inside = s.channels_last() || works_on_padding(s) ? dilated_share_inside(s) : 1;
+  const double inside = s.channels_last() || works_on_padding(s) ? tiles_inside(s) : 1;
   const double depth = static_cast<double>(s.taps()) * words / phases;
   const bool few_of_groups = s.groups > 1 && std::max(from, to) < kVector;
   if (s.channels_last() && !few_of_groups)
