@@ -29,7 +29,9 @@ namespace {
 
 using namespace depthwise;
 
-constexpr int64_t kSmallPlane = 256;  // NCHW: values of a plane that may be transposed
+constexpr int64_t kSmallPlane = 256;         // NCHW: values of a plane that may be transposed
+constexpr int64_t kOwnWeights = 256 * 1024;  // of all threads, that each pack them for themselves
+constexpr int64_t kWidenedStep = 16;         // NCHW: what follows widened weights begins with a line of the cache
 
 // --- NCHW ------------------------------------------------------------------------------------------------------------
 
@@ -120,38 +122,84 @@ void gather_lines(const Gather& g, const Phase& phase, const int64_t* kernel, co
 
 // --- NHWC ------------------------------------------------------------------------------------------------------------
 
-// Packs weights as [block][tap][lane]; a block is one vector of channels. Returns whether all of them are finite.
+// Weights packed as [block][tap][lane]; a block is one vector of channels. Where they are few, each thread packs them for
+// itself: to fetch what another thread has written takes longer.
 template <typename T>
-bool pack_weights(const Gather& g, const Kernels<T>& kernels, const int64_t* kernel, const T* weight, Word<T>* packed) {
+class PackedWeights {
+ public:
   using W = Word<T>;
-  const int64_t lanes = kernels.lanes, taps = kernel[0] * kernel[1] * kernel[2];
-  const int64_t per_group = g.from_per_group * g.to_per_group;
-  const int64_t filters = g.groups * per_group, filter_step = g.weight_group_stride / per_group;
-  bool dense = true;  // the taps of a filter, in order
-  for (int64_t d = 2, step = 1; d >= 0; step *= kernel[d--])
-    dense = dense && (kernel[d] == 1 || g.weight_axis_stride[d] == step);
-  std::atomic<bool> finite = true;
-  parallel_tasks(ceil_div(filters, lanes), 8.0 * taps * lanes, [&](int64_t begin, int64_t end) {
+  struct Packed {
+    const W* data;
+    bool finite;
+  };
+
+  PackedWeights(const Gather& g, const Kernels<T>& kernels, const int64_t* kernel, const T* weight, W* memory,
+                int threads)
+      : g_(g),
+        kernels_(kernels),
+        kernel_(kernel),
+        taps_(kernel[0] * kernel[1] * kernel[2]),
+        filters_(g.groups * g.from_per_group * g.to_per_group),
+        filter_step_(g.weight_group_stride / (g.from_per_group * g.to_per_group)),
+        blocks_(ceil_div(filters_, kernels.lanes)),
+        weight_(weight),
+        memory_(memory) {
+    for (int64_t d = 2, step = 1; d >= 0; step *= kernel[d--])
+      dense_ = dense_ && (kernel[d] == 1 || g.weight_axis_stride[d] == step);
+    copies_ = copies(size(), threads);
+    if (copies_ > 1) return;
+    std::atomic<bool> finite = true;
+    parallel_tasks(blocks_, 8.0 * taps_ * kernels.lanes, [&](int64_t begin, int64_t end) {
+      if (!pack(begin, end, memory_)) finite = false;
+    });
+    finite_ = finite;
+  }
+
+  int64_t blocks() const { return blocks_; }
+  int64_t size() const { return blocks_ * taps_ * kernels_.lanes; }
+  static int64_t copies(int64_t size, int threads) { return threads * size <= kOwnWeights ? threads : 1; }
+  W* end() const { return memory_ + copies_ * size(); }
+  // For the calling thread.
+  Packed packed() const {
+    if (copies_ == 1) return {memory_, finite_};
+    W* const mine = memory_ + at::get_thread_num() * size();
+    const bool finite = pack(0, blocks_, mine);
+    return {mine, finite};
+  }
+
+ private:
+  // Returns whether all of them are finite.
+  bool pack(int64_t begin, int64_t end, W* packed) const {
+    const int64_t lanes = kernels_.lanes;
     for (int64_t b = begin; b < end; ++b) {
-      const T* of_block = weight + b * lanes * filter_step;
-      const int64_t count = std::min(lanes, filters - b * lanes);
-      W* const w = packed + b * taps * lanes;
-      if (count < lanes) std::fill_n(w, taps * lanes, W(0));
-      if (dense)
-        kernels.transpose(of_block, filter_step, count, taps, w, lanes);
+      const T* of_block = weight_ + b * lanes * filter_step_;
+      const int64_t count = std::min(lanes, filters_ - b * lanes);
+      W* const w = packed + b * taps_ * lanes;
+      if (count < lanes) std::fill_n(w, taps_ * lanes, W(0));
+      if (dense_)
+        kernels_.transpose(of_block, filter_step_, count, taps_, w, lanes);
       else
-        for (int64_t t = 0; t < taps; ++t) {
-          const T* of_tap = of_block + t / (kernel[1] * kernel[2]) * g.weight_axis_stride[0] +
-                            t / kernel[2] % kernel[1] * g.weight_axis_stride[1] +
-                            t % kernel[2] * g.weight_axis_stride[2];
+        for (int64_t t = 0; t < taps_; ++t) {
+          const T* of_tap = of_block + t / (kernel_[1] * kernel_[2]) * g_.weight_axis_stride[0] +
+                            t / kernel_[2] % kernel_[1] * g_.weight_axis_stride[1] +
+                            t % kernel_[2] * g_.weight_axis_stride[2];
           for (int64_t c = 0; c < count; ++c)
-            kernels.copy_rows(of_tap + c * filter_step, 0, 1, 1, w + t * lanes + c, 0);
+            kernels_.copy_rows(of_tap + c * filter_step_, 0, 1, 1, w + t * lanes + c, 0);
         }
     }
-    if (!all_finite(packed + begin * taps * lanes, (end - begin) * taps * lanes)) finite = false;
-  });
-  return finite;
-}
+    return all_finite(packed + begin * taps_ * lanes, (end - begin) * taps_ * lanes);
+  }
+
+  const Gather& g_;
+  const Kernels<T>& kernels_;
+  const int64_t* kernel_;
+  int64_t taps_, filters_, filter_step_, blocks_;
+  const T* weight_;
+  W* memory_;
+  bool dense_ = true;  // the taps of a filter, in order
+  bool finite_ = true;
+  int64_t copies_;
+};
 
 // Pixels that are kept, one value a filter, before those of a channel are added up.
 template <typename T>
@@ -204,15 +252,13 @@ void run_columns(const Plan& plan, const Kernels<T>& kernels, const Gather& g, i
 // backward_input adds up the results of a channel's filters.
 template <typename T>
 void gather_pixels(const Gather& g, const Phases& phases, const Kernels<T>& kernels, const int64_t* kernel,
-                   const T* from, const T* weight, const Word<T>* bias, T* to, Word<T>* workspace) {
-  using W = Word<T>;
+                   const T* from, const T* weight, const Word<T>* bias, T* to, Word<T>* workspace, int threads) {
   const int64_t lanes = kernels.lanes, taps = kernel[0] * kernel[1] * kernel[2];
   const int64_t multiplier = g.from_per_group * g.to_per_group, filters = g.groups * multiplier;
-  const int64_t blocks = ceil_div(filters, lanes);
   const int64_t packed_step[] = {kernel[1] * kernel[2] * lanes, kernel[2] * lanes, lanes};
-  W* const packed = workspace;
-  T* const kept = reinterpret_cast<T*>(packed + blocks * taps * lanes);
-  const bool finite = pack_weights(g, kernels, kernel, weight, packed);
+  const PackedWeights<T> weights(g, kernels, kernel, weight, workspace, threads);
+  const int64_t blocks = weights.blocks();
+  T* const kept = reinterpret_cast<T*>(weights.end());
   const bool adds = g.from_per_group > 1;
   std::vector<DepthwiseMove> moves;
   if (g.to_per_group > 1) moves = multiplier_moves(filters, multiplier, lanes);
@@ -251,6 +297,7 @@ void gather_pixels(const Gather& g, const Phases& phases, const Kernels<T>& kern
   const int64_t strips = ceil_div(lines, strip);
   const int64_t tasks = g.batch * depths * strips * parts;
   parallel_tasks(tasks, macs / tasks, [&](int64_t begin, int64_t end) {
+    const auto [packed, finite] = weights.packed();
     for (int64_t i = begin; i < end; ++i)
       for (const Plan& plan : plans) {
         const auto axis = [&](int j) -> const GatherAxis& { return plan.axis(j); };
@@ -310,19 +357,20 @@ bool transposes(const ConvShape& s, Direction direction, int64_t lanes) {
 
 template <typename T>
 void gather_transposed(const Gather& g, const Kernels<T>& kernels, const int64_t* kernel, const T* from,
-                       const T* weight, const Word<T>* bias, T* to, Word<T>* workspace) {
+                       const T* weight, const Word<T>* bias, T* to, Word<T>* workspace, int threads) {
   using W = Word<T>;
   const GatherAxis* a = g.phases[0].axis;
   const int64_t lanes = kernels.lanes, channels = g.groups, blocks = ceil_div(channels, lanes);
   const int64_t taps = kernel[0] * kernel[1] * kernel[2], in = g.from_pixels(), out = g.to_pixels();
   const int64_t packed_step[] = {kernel[1] * kernel[2] * lanes, kernel[2] * lanes, lanes};
   const int64_t from_step[] = {in * lanes, g.from_extent[2] * lanes, lanes};
-  W *const packed = workspace, *const images = packed + blocks * taps * lanes;
-  const bool finite = pack_weights(g, kernels, kernel, weight, packed);
+  const PackedWeights<T> weights(g, kernels, kernel, weight, workspace, threads);
+  W* const images = weights.end();
   const Plan plan({g.phases[0], std::nullopt}, /*lines=*/false, from_step, packed_step, lanes);
   parallel_tasks(g.batch * blocks, 2.0 * taps * out * lanes, [&](int64_t begin, int64_t end) {
     W* const image = images + at::get_thread_num() * (in + out) * lanes;
     W* const result = image + in * lanes;
+    const auto [packed, finite] = weights.packed();
     for (int64_t i = begin; i < end; ++i) {
       const int64_t c = i % blocks * lanes, n = i / blocks, count = std::min(lanes, channels - c);
       const T* const planes = from + n * g.from_stride.batch + c * in;
@@ -368,7 +416,8 @@ const Word<T>* widened_weights(Gather& g, const Kernels<T>& kernels, const int64
 }
 
 template <typename T>
-void gather(const ConvShape& s, Direction direction, const void* from, const ConvPointers& p, void* workspace) {
+void gather(const ConvShape& s, Direction direction, const void* from, const ConvPointers& p, void* workspace,
+            int threads) {
   using W = Word<T>;
   Gather g = make_gather(s, direction);
   const Kernels<T>& kernels = kernels_of<T>(microkernels());
@@ -378,16 +427,18 @@ void gather(const ConvShape& s, Direction direction, const void* from, const Con
   T* const y = static_cast<T*>(p.result);
   W* const scratch = static_cast<W*>(workspace);
   const Phases phases = phases_of(s, direction);
-  if (s.channels_last()) return gather_pixels(g, phases, kernels, s.kernel, x, w, b, y, scratch);
-  if (transposes(s, direction, kernels.lanes)) return gather_transposed(g, kernels, s.kernel, x, w, b, y, scratch);
+  if (s.channels_last()) return gather_pixels(g, phases, kernels, s.kernel, x, w, b, y, scratch, threads);
+  if (transposes(s, direction, kernels.lanes))
+    return gather_transposed(g, kernels, s.kernel, x, w, b, y, scratch, threads);
   const W* const weight = widened_weights(g, kernels, s.kernel, w, scratch);
-  W* const rest = scratch + (kIsHalf<T> ? round_up(g.groups * s.out_per_group * s.taps(), 16) : 0);
+  W* const rest = scratch + (kIsHalf<T> ? round_up(g.groups * s.out_per_group * s.taps(), kWidenedStep) : 0);
   for (const Phase& phase : phases) gather_lines(g, phase, s.kernel, kernels, x, weight, b, y, rest);
 }
 
 int64_t gather_workspace(const ConvShape& s, Direction direction, int threads) {
   const int64_t size = dtype_size(s.dtype), word = std::max<int64_t>(size, 4), filters = s.groups * s.out_per_group;
-  const int64_t weights = s.taps() * (filters * word + kMostLanes) + kMostLanes;
+  const int64_t packed = s.taps() * round_up(filters, lanes_of(size));
+  const int64_t weights = PackedWeights<float>::copies(packed, threads) * packed * word;  // of vectors of channels
   if (s.channels_last()) {
     if (direction == Direction::kForward || s.out_per_group == 1) return weights;
     return weights +
@@ -398,7 +449,7 @@ int64_t gather_workspace(const ConvShape& s, Direction direction, int threads) {
   int64_t elements = 0;
   for (const Phase& phase : phases_of(s, direction))
     elements = std::max(elements, LineScratch(phase, size, lanes_of(size)).elements());
-  return threads * elements * size + (size == 2 ? weights : 0);
+  return threads * elements * size + (size == 2 ? round_up(s.taps() * filters, kWidenedStep) * word : 0);
 }
 
 }  // namespace
@@ -426,13 +477,14 @@ int64_t depthwise_backward_input_workspace(const ConvShape& s, int threads) {
   return gather_workspace(s, Direction::kBackwardInput, threads);
 }
 
-void depthwise_forward(const ConvShape& s, const ConvPointers& p, void* workspace, int) {
-  with_type(s.dtype, [&](auto type) { gather<decltype(type)>(s, Direction::kForward, p.input, p, workspace); });
+void depthwise_forward(const ConvShape& s, const ConvPointers& p, void* workspace, int threads) {
+  with_type(s.dtype,
+            [&](auto type) { gather<decltype(type)>(s, Direction::kForward, p.input, p, workspace, threads); });
 }
 
-void depthwise_backward_input(const ConvShape& s, const ConvPointers& p, void* workspace, int) {
+void depthwise_backward_input(const ConvShape& s, const ConvPointers& p, void* workspace, int threads) {
   const Direction direction = Direction::kBackwardInput;
-  with_type(s.dtype, [&](auto type) { gather<decltype(type)>(s, direction, p.grad_output, p, workspace); });
+  with_type(s.dtype, [&](auto type) { gather<decltype(type)>(s, direction, p.grad_output, p, workspace, threads); });
 }
 
 }  // namespace myconv::cpu
