@@ -542,7 +542,12 @@ const WinogradKernels<float>* transforms(const ConvShape& s, Direction direction
   return find_transforms(microkernels().f32, s, direction, small);
 }
 
-const char* decline(const ConvShape& s, Direction direction, bool small) {
+ConvShape tiled_shape(const ConvShape& s, Direction direction) {
+  return lines_as_frames(microkernels().f32, s, direction);
+}
+
+const char* decline(const ConvShape& shape, Direction direction, bool small) {
+  const ConvShape s = tiled_shape(shape, direction);
   if (!is_floating_point(s.dtype) || s.dtype == Dtype::kFloat64) return "only float32 and 16-bit types";
   if (s.in_per_group == 0 || s.out_per_group == 0 || s.in_pixels() == 0 || s.out_pixels() == 0)
     return "nothing to sum over";
@@ -639,7 +644,8 @@ double direct_cycles(const ConvShape& s, Direction direction) {
   return phases * waits * product_cycles(to, depth, vectors * inside) + 4 * words * strip / kVector;
 }
 
-const char* yield(const ConvShape& s, Direction direction, bool small) {
+const char* yield(const ConvShape& shape, Direction direction, bool small) {
+  const ConvShape s = tiled_shape(shape, direction);
   const int64_t from = direction == Direction::kForward ? s.in_per_group : s.out_per_group;
   const int64_t to = s.in_per_group + s.out_per_group - from;
   const bool together = Together(s.groups, from, to).groups > 1;
@@ -657,11 +663,12 @@ const char* yield(const ConvShape& s, Direction direction, bool small) {
   if (decline(s, direction, !small) == nullptr &&
       winograd_cycles(s, direction, *transforms(s, direction, !small)) < cycles)
     return small ? "larger tiles take less" : "smaller tiles take less";
-  if (direct_cycles(s, direction) < cycles) return "the transforms cost more than they save";
+  if (direct_cycles(shape, direction) < cycles) return "the transforms cost more than they save";
   return nullptr;
 }
 
-int64_t workspace(const ConvShape& s, Direction direction, bool small, int threads) {
+int64_t workspace(const ConvShape& shape, Direction direction, bool small, int threads) {
+  const ConvShape s = tiled_shape(shape, direction);
   const Kernels<float>& k = microkernels().f32;
   const Problem problem(s, direction, *transforms(s, direction, small));
   const Plan plan(problem, s.channels_last(), k, threads);
@@ -669,7 +676,8 @@ int64_t workspace(const ConvShape& s, Direction direction, bool small, int threa
 }
 
 template <Direction direction, bool small>
-void run(const ConvShape& s, const ConvPointers& p, void* workspace, int threads) {
+void run(const ConvShape& shape, const ConvPointers& p, void* workspace, int threads) {
+  const ConvShape s = tiled_shape(shape, direction);
   const void* const from = direction == Direction::kForward ? p.input : p.grad_output;
   const Kernels<float>& k = microkernels().f32;
   const Problem problem(s, direction, *transforms(s, direction, small));

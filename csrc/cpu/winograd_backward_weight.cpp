@@ -341,7 +341,10 @@ const WinogradKernels<float>* transforms(const ConvShape& s) {
   return find_transforms(microkernels().f32, s, Direction::kBackwardWeight, /*small=*/false);
 }
 
-const char* decline(const ConvShape& s) {
+ConvShape tiled_shape(const ConvShape& s) { return lines_as_frames(microkernels().f32, s, Direction::kBackwardWeight); }
+
+const char* decline(const ConvShape& shape) {
+  const ConvShape s = tiled_shape(shape);
   if (!is_floating_point(s.dtype) || s.dtype == Dtype::kFloat64) return "only float32 and 16-bit types";
   if (s.batch == 0 || s.in_per_group == 0 || s.out_per_group == 0 || s.in_pixels() == 0 || s.out_pixels() == 0)
     return "nothing to sum over";
@@ -362,6 +365,7 @@ constexpr double kTransformed = 2.7, kOfChunk = 1.1, kOfResult = 0.5;
 constexpr double kTransposed = 0.65;  // NCHW: of eight pixels of a tile
 constexpr double kPhases = 1.1e5;     // parallel regions, one after the other
 constexpr double kDirect = 1.15;
+constexpr double kLines = 1.25;  // where frames are lines: tiles of few results, and x read once for each tap
 
 double product_cycles() { return multiply_cycles() / 4; }
 
@@ -382,12 +386,14 @@ double winograd_cycles(const ConvShape& s, const WinogradKernels<float>& t) {
          (chunks * kOfChunk + kOfResult) * positions * rows * vectors + kPhases / static_cast<double>(s.groups);
 }
 
-const char* yield(const ConvShape& s) {
+const char* yield(const ConvShape& shape) {
+  const ConvShape s = tiled_shape(shape);
   if (s.in_per_group < kFewChannels || s.out_per_group < kFewChannels) return "few channels";
   // implicit_gemm multiplies pairs of bfloat16; packing them takes as long as ever.
   const double faster = s.dtype == Dtype::kBFloat16 && dense_kernels<bfloat16>().pair > 1 ? 1.5 : 1;
   const double direct = kDirect * product_cycles() * s.macs() / static_cast<double>(s.groups) / 32 / faster;
-  return direct < winograd_cycles(s, *transforms(s)) ? "the transforms cost more than they save" : nullptr;
+  const double lines = s.kernel[0] == shape.kernel[0] ? 1 : kLines;
+  return direct < lines * winograd_cycles(s, *transforms(s)) ? "the transforms cost more than they save" : nullptr;
 }
 
 // What computes results that are not finite.
@@ -399,15 +405,17 @@ const Algorithm& next_row(const ConvShape& s) {
   return rows.rows[rows.size - 1];
 }
 
-int64_t workspace(const ConvShape& s, int threads) {
+int64_t workspace(const ConvShape& shape, int threads) {
+  const ConvShape s = tiled_shape(shape);
   const Kernels<float>& k = microkernels().f32;
   const Problem problem(s, *transforms(s));
   const Plan plan(problem, k.lanes, k.vectors, threads);
   return std::max((plan.shared + threads * plan.of_thread) * static_cast<int64_t>(sizeof(float)),
-                  next_row(s).workspace(s, threads));
+                  next_row(shape).workspace(shape, threads));
 }
 
-void run(const ConvShape& s, const ConvPointers& p, void* workspace, int threads) {
+void run(const ConvShape& shape, const ConvPointers& p, void* workspace, int threads) {
+  const ConvShape s = tiled_shape(shape);
   const Kernels<float>& k = microkernels().f32;
   const Problem problem(s, *transforms(s));
   const Plan plan(problem, k.lanes, k.vectors, threads);
@@ -415,7 +423,7 @@ void run(const ConvShape& s, const ConvPointers& p, void* workspace, int threads
     using T = decltype(zero);
     if constexpr (!std::is_same_v<T, double>)
       if (!WeightGradient<T>(problem, plan, p, static_cast<float*>(workspace)).run())
-        next_row(s).run(s, p, workspace, threads);
+        next_row(shape).run(shape, p, workspace, threads);
   });
 }
 

@@ -33,6 +33,16 @@ inline const WinogradKernels<float>* find_transforms(const Kernels<float>& kerne
   return nullptr;
 }
 
+// An image whose kernel has tiles along its lines, and none across them, is a sum over the lines of the kernel: H takes the
+// place of the third axis, whose frames are lines.
+inline ConvShape lines_as_frames(const Kernels<float>& kernels, ConvShape s, Direction direction) {
+  const bool is_image = s.in[0] == 1 && s.out[0] == 1 && s.kernel[0] == 1 && s.pad[0] == 0;
+  if (!is_image || s.kernel[1] == 1 || find_transforms(kernels, s, direction, /*small=*/false) != nullptr) return s;
+  for (int64_t* const axis : {s.in, s.out, s.kernel, s.stride, s.pad, s.dilation, s.weight_stride + 2})
+    std::swap(axis[0], axis[1]);
+  return s;
+}
+
 // Groups with few channels that are read, transformed and written as one: all that share a vector, and where they fill
 // it, several vectors.
 struct Together {
