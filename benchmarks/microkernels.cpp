@@ -7,11 +7,14 @@
 #include <algorithm>
 #include <cstring>
 #include <iterator>
+#include <type_traits>
 #include <vector>
 
 using namespace myconv::cpu;
 
 namespace {
+
+constexpr int kRolledLines = 7;
 
 const Microkernels* const kIsas[] = {
     &portable::kMicrokernels,
@@ -46,6 +49,22 @@ void gemm(const Kernels<T>& k, int rows, int cols, int depth, const T* a, const 
   tile.c = c_rows;
   tile.cols = cols;
   for (int64_t i = 0; i < times; ++i) k.gemm[rows - 1](tile);
+}
+
+// As gemm, of a tile whose rows lie at one distance.
+template <typename T>
+void gemm_rows(const Kernels<T>& k, int rows, int cols, int depth, const T* a, const T* b, T* c, int64_t times) {
+  const Term run{};
+  GemmRows<T> tile{};
+  tile.tiles = tile.runs = 1;
+  tile.depth = depth;
+  tile.run = &run;
+  tile.a = a;
+  tile.a_row = depth;
+  tile.b = b;
+  tile.ldb = tile.c_row = tile.cols = cols;
+  tile.c = c;
+  for (int64_t i = 0; i < times; ++i) k.gemm_rows[rows - 1](tile);
 }
 
 // As gemm, through lists of terms and of vectors. B is read in whole vectors.
@@ -87,11 +106,42 @@ void dot(const Kernels<T>& k, int rows, int cols, int depth, const T* a, const T
   for (int64_t i = 0; i < times; ++i) k.dot(tile);
 }
 
-// A square kernel of depth taps without padding, with stride S.
+// As gemm, of whole vectors, with A transposed: [depth][rows].
+template <typename T>
+void winograd_product(const Kernels<T>& k, int rows, int cols, int depth, const T* a, const T* b, T* c, int64_t times) {
+  const WinogradProduct<T> product{depth, a, rows, rows, b, cols, cols, c, cols};
+  for (int64_t i = 0; i < times; ++i) k.winograd_product(product);
+}
+
+// Groups of depth channels that share vectors: C [rows][cols] from A [rows][cols] and B [depth][cols].
+template <typename T>
+void groups(const Kernels<T>& k, int rows, int cols, int depth, const T* a, const T* b, T* c, int64_t times) {
+  std::vector<int32_t> lane(int64_t{depth} * kMostIndices);
+  for (int p = 0; p < depth; ++p)
+    for (int l = 0; l < k.lanes; ++l) lane[p * kMostIndices + l] = l / depth * depth + p;
+  GroupsProduct<T> product{};
+  product.taps = 1;
+  product.depth = depth;
+  product.vectors = cols / k.lanes;
+  product.lane = reinterpret_cast<const int32_t (*)[kMostIndices]>(lane.data());
+  product.a = a;
+  product.a_row = product.ldb = product.c_row = cols;
+  product.a_vector = k.lanes;
+  product.rows = rows;
+  product.b = b;
+  product.c = c;
+  for (int64_t i = 0; i < times; ++i) k.groups_product(product);
+}
+
+// A square kernel of depth taps without padding, with stride S. False if there is no such kernel that rolls.
 //   lines    y [rows][cols] from x [..][(cols - 1) * S + side] and w [side][side]
-//   pixels   y [rows][cols] from x [side][..][cols] and w [side][side][cols]: rows pixels of a line, cols channels
-template <typename T, bool kLines, int S>
-void depthwise(const Kernels<T>& k, int rows, int cols, int depth, const T* x, const T* w, T* y, int64_t times) {
+//   pixels   y [rows][cols] from x [side][..][cols] and w [side][side][cols]: rows pixels of a line, cols channels;
+//            where they roll, of kRolledLines lines at once
+template <typename T, bool kLines, int S, bool kRolls>
+bool depthwise(const Kernels<T>& k, int rows, int cols, int depth, const T* x, const T* w, T* y, int64_t times) {
+  const auto rolls = (kLines ? k.depthwise.rolling.lines : k.depthwise.rolling.pixels)[S - 1];
+  if (kRolls && !rolls) return false;
+  constexpr int64_t kLists = kRolls && !kLines ? kRolledLines : 1;
   int side = 1, row = 0;
   while (side * side < depth) ++side;
   const auto& tiles = (kLines ? k.depthwise.lines : k.depthwise.pixels)[S - 1];
@@ -102,7 +152,7 @@ void depthwise(const Kernels<T>& k, int rows, int cols, int depth, const T* x, c
   const int64_t units = (rows - 1) * S + side, unit = kLines ? (cols - 1) * S + side : cols;
   std::vector<int64_t> unit_offsets, row_offsets;
   for (int64_t i = 0; i < units; ++i) unit_offsets.push_back(i * unit);
-  for (int64_t i = 0; i < (kLines ? 1 : side); ++i) row_offsets.push_back(i * units * unit);
+  for (int64_t i = 0; i < (kLines ? 1 : (kLists - 1) * S + side); ++i) row_offsets.push_back(i * units * unit);
   // Packed weights hold whole vectors: [block][tap][lane].
   const int64_t blocks = kLines ? 1 : (cols + k.lanes - 1) / k.lanes;
   std::vector<T> packed(blocks * depth * k.lanes);
@@ -123,7 +173,8 @@ void depthwise(const Kernels<T>& k, int rows, int cols, int depth, const T* x, c
   tile.weight_plane = depth * k.lanes;
   tile.taps = taps.size();
   tile.tap = taps.data();
-  tile.lists = 1;
+  tile.lists = kLists;
+  tile.list_step = int64_t{rows} * cols;
   tile.rows = row_offsets.data();
   tile.count = rows;
   tile.unit_step = S;
@@ -139,17 +190,27 @@ void depthwise(const Kernels<T>& k, int rows, int cols, int depth, const T* x, c
   tile.to_step = cols;
   tile.length = cols;
   tile.skip_zeros = true;
-  for (int64_t i = 0; i < times; ++i) tiles[width][row](tile);
+  const auto run = kRolls ? rolls : tiles[width][row];
+  for (int64_t i = 0; i < times; ++i) run(tile);
+  return true;
 }
 
 template <typename T>
-constexpr auto lines = depthwise<T, true, 1>;
+constexpr auto lines = depthwise<T, true, 1, false>;
 template <typename T>
-constexpr auto lines_stride_2 = depthwise<T, true, 2>;
+constexpr auto lines_stride_2 = depthwise<T, true, 2, false>;
 template <typename T>
-constexpr auto pixels = depthwise<T, false, 1>;
+constexpr auto pixels = depthwise<T, false, 1, false>;
 template <typename T>
-constexpr auto pixels_stride_2 = depthwise<T, false, 2>;
+constexpr auto pixels_stride_2 = depthwise<T, false, 2, false>;
+template <typename T>
+constexpr auto rolling_lines = depthwise<T, true, 1, true>;
+template <typename T>
+constexpr auto rolling_lines_stride_2 = depthwise<T, true, 2, true>;
+template <typename T>
+constexpr auto rolling_pixels = depthwise<T, false, 1, true>;
+template <typename T>
+constexpr auto rolling_pixels_stride_2 = depthwise<T, false, 2, true>;
 
 // The transforms of one Winograd tile of rows x rows results, of a 3x3 kernel and cols channels: [pixel][channel], [position][channel].
 template <typename T>
@@ -198,6 +259,15 @@ bool brgemm(int rows, int cols, int depth, const void* a, const void* b, void* c
   return false;
 }
 
+// Whether the kernel was there; those that say nothing always are.
+template <typename F, typename... A>
+bool there(F function, const A&... arguments) {
+  if constexpr (std::is_void_v<decltype(function(arguments...))>)
+    return function(arguments...), true;
+  else
+    return function(arguments...);
+}
+
 }  // namespace
 
 extern "C" {
@@ -212,21 +282,30 @@ void tile_of(const char* isa, bool is_double, int* tile) {
   is_double ? read(find(isa)->f64) : read(find(isa)->f32);
 }
 
-#define EXPORT(name)                                                                                                \
-  void run_##name(const char* isa, bool is_double, int rows, int cols, int depth, const void* a, const void* b,     \
-                  void* c, int64_t times) {                                                                         \
-    const auto run = [&]<typename T>(const Kernels<T>& k) {                                                         \
-      name<T>(k, rows, cols, depth, static_cast<const T*>(a), static_cast<const T*>(b), static_cast<T*>(c), times); \
-    };                                                                                                              \
-    is_double ? run(find(isa)->f64) : run(find(isa)->f32);                                                          \
+// Results are false where there is no such kernel.
+#define EXPORT(name)                                                                                            \
+  bool run_##name(const char* isa, bool is_double, int rows, int cols, int depth, const void* a, const void* b, \
+                  void* c, int64_t times) {                                                                     \
+    const auto run = [&]<typename T>(const Kernels<T>& k) {                                                     \
+      return there(name<T>, k, rows, cols, depth, static_cast<const T*>(a), static_cast<const T*>(b),           \
+                   static_cast<T*>(c), times);                                                                  \
+    };                                                                                                          \
+    return is_double ? run(find(isa)->f64) : run(find(isa)->f32);                                               \
   }
 EXPORT(gemm)
+EXPORT(gemm_rows)
+EXPORT(winograd_product)
+EXPORT(groups)
 EXPORT(strip)
 EXPORT(dot)
 EXPORT(lines)
 EXPORT(lines_stride_2)
 EXPORT(pixels)
 EXPORT(pixels_stride_2)
+EXPORT(rolling_lines)
+EXPORT(rolling_lines_stride_2)
+EXPORT(rolling_pixels)
+EXPORT(rolling_pixels_stride_2)
 EXPORT(winograd_input)
 EXPORT(winograd_weight)
 EXPORT(winograd_output)

@@ -42,18 +42,27 @@ from myconv import _build
 
 # Kernels that are reported together.
 FAMILIES = {
-    "matrix product": ("gemm", "strip", "dot", "brgemm"),
+    "matrix product": ("gemm", "gemm_rows", "strip", "dot", "winograd_product", "groups", "brgemm"),
     "depthwise": ("lines", "lines_stride_2", "pixels", "pixels_stride_2"),
+    "depthwise, rolling": (
+        "rolling_lines",
+        "rolling_lines_stride_2",
+        "rolling_pixels",
+        "rolling_pixels_stride_2",
+    ),
     "Winograd's transforms": ("winograd_input", "winograd_weight", "winograd_output"),
 }
-PRODUCT, DEPTHWISE, WINOGRAD = FAMILIES
+PRODUCT, DEPTHWISE, ROLLING, WINOGRAD = FAMILIES
 FAMILY = {kernel: family for family, kernels in FAMILIES.items() for kernel in kernels}
 DTYPES = ("float32", "float64", "bfloat16")
 ISAS = [isa for isa in myconv._C.isas() if isa != "avx512_bf16"]  # whose kernels of these types are avx512's
 BRGEMM_ROWS = (8, 16, 32, 64)
 BRGEMM_COLS = (16, 32, 48, 64)
 DEPTHWISE_ROWS = (7, 8)
-DEPTHWISE_TAPS = (9, 25, 49)
+DEPTHWISE_TAPS = (9, 25, 49, 81, 121)
+ROLLING_ROWS = (14, 56)  # results along the walk
+ROLLING_LINES = 7  # of pixels, together
+PANEL_ROWS = (8, 32)  # of a product of Winograd's weight gradient, and of one of groups
 WINOGRAD_ROWS = (2, 4)
 CHANNELS = 64  # of a Winograd tile, and of a depthwise tile of pixels
 COPIED = 1536  # values of a copy: 24 KiB read and written in float64
@@ -91,7 +100,8 @@ def library() -> ctypes.CDLL:
     # The microkernels are those of the package. Linked, not loaded with RTLD_GLOBAL, which would offer its symbols to
     # every library of the process.
     found = native("microkernels", ["benchmarks/microkernels.cpp"], portable, [myconv._C.__file__])
-    found.run_brgemm.restype = ctypes.c_bool
+    for kernel in (*FAMILY, "copy"):
+        getattr(found, f"run_{kernel}").restype = ctypes.c_bool
     return found
 
 
@@ -113,9 +123,16 @@ def sizes(kernel: str, isa: str, dtype: str, arguments: argparse.Namespace) -> I
         return iter(())
     cols = [v * lanes - arguments.tail for v in range(1, vectors + 1)]
     if FAMILY[kernel] == DEPTHWISE:
-        return product(DEPTHWISE_ROWS, [CHANNELS - arguments.tail], DEPTHWISE_TAPS)
-    if FAMILY[kernel] == WINOGRAD and dtype == "float64":
+        # Nine taps and more of a line are for the registers of AVX-512, and for stride 1.
+        widest = 49 if lanes < 16 * 4 // getattr(torch, dtype).itemsize or kernel.endswith("stride_2") else math.inf
+        return product(DEPTHWISE_ROWS, [CHANNELS - arguments.tail], [taps for taps in DEPTHWISE_TAPS if taps <= widest])
+    if FAMILY[kernel] == ROLLING:
+        return product(ROLLING_ROWS, [CHANNELS - arguments.tail], [9])
+    if dtype == "float64" and (FAMILY[kernel] == WINOGRAD or kernel in ("winograd_product", "groups")):
         return iter(())
+    if kernel in ("winograd_product", "groups"):  # whole vectors; half of one is a group
+        depths = [lanes // 2] if kernel == "groups" else arguments.depth
+        return product(PANEL_ROWS, [v * lanes for v in range(1, vectors + 1)], depths)
     if FAMILY[kernel] == WINOGRAD:
         # Weights are transformed in whole vectors.
         tail = 0 if kernel == "winograd_weight" else arguments.tail
@@ -158,39 +175,48 @@ class Problem(NamedTuple):
 
 
 def matrix_product(tile: Tile, draw: Callable[..., Tensor]) -> Problem:
-    a, b = draw(tile.rows, tile.depth), draw(tile.depth, tile.cols)
+    a, b = draw(tile.rows, tile.cols if tile.kernel == "groups" else tile.depth), draw(tile.depth, tile.cols)
     c = torch.zeros(tile.rows, tile.cols, dtype=torch.float32 if tile.dtype == "bfloat16" else a.dtype)
-    ours_b = b
+    ours_a, ours_b = a, b
     if tile.kernel == "dot":
         ours_b = b.t().contiguous()
+    elif tile.kernel == "winograd_product":
+        ours_a = a.t().contiguous()
     elif tile.kernel == "strip":  # its last vector is read whole
         ours_b = torch.cat([b.flatten(), b.new_zeros(64)])
     elif tile.dtype == "bfloat16":  # pairs of rows side by side
         ours_b = b.view(tile.depth // 2, 2, tile.cols).transpose(1, 2).contiguous()
-    flops = 2 * tile.rows * tile.cols * tile.depth
-    return Problem(function_of(tile, a, ours_b, c), c, lambda dtype: a.to(dtype) @ b.to(dtype), flops)
+
+    def expected(dtype: torch.dtype) -> Tensor:
+        if tile.kernel != "groups":
+            return a.to(dtype) @ b.to(dtype)
+        of_group = (-1, tile.cols // tile.depth, tile.depth)
+        return torch.einsum("rgk,kgl->rgl", a.to(dtype).view(of_group), b.to(dtype).view(of_group)).reshape(c.shape)
+
+    return Problem(function_of(tile, ours_a, ours_b, c), c, expected, 2 * tile.rows * tile.cols * tile.depth)
 
 
 def depthwise(tile: Tile, draw: Callable[..., Tensor]) -> Problem:
     side, stride = math.isqrt(tile.depth), 2 if tile.kernel.endswith("stride_2") else 1
-    y = torch.zeros(tile.rows, tile.cols, dtype=getattr(torch, tile.dtype))
+    is_lines = "lines" in tile.kernel  # else channels come last
+    lines = ROLLING_LINES if tile.kernel.startswith("rolling_pixels") else 1
+    y = torch.zeros(lines * tile.rows, tile.cols, dtype=getattr(torch, tile.dtype))
 
     def reach(results: int) -> int:
         return (results - 1) * stride + side
 
     def expected(dtype: torch.dtype) -> Tensor:
-        lines = tile.kernel.startswith("lines")  # else channels come last
-        image, kernel = (t if lines else t.permute(2, 0, 1) for t in (x.to(dtype), w.to(dtype)))
-        channels = 1 if lines else tile.cols
-        found = F.conv2d(image.view(1, channels, *image.shape[-2:]) if lines else image[None],
+        image, kernel = (t if is_lines else t.permute(2, 0, 1) for t in (x.to(dtype), w.to(dtype)))
+        channels = 1 if is_lines else tile.cols
+        found = F.conv2d(image.view(1, channels, *image.shape[-2:]) if is_lines else image[None],
                          kernel.reshape(channels, 1, side, side), stride=stride, groups=channels)  # fmt: skip
-        return found.view(tile.rows, tile.cols) if lines else found.view(tile.cols, tile.rows).t()
+        return found.view(y.shape) if is_lines else found.view(tile.cols, -1).t()
 
-    if tile.kernel.startswith("lines"):
+    if is_lines:
         x, w = draw(reach(tile.rows), reach(tile.cols)), draw(side, side)
     else:
-        x, w = draw(side, reach(tile.rows), tile.cols), draw(side, side, tile.cols)
-    return Problem(function_of(tile, x, w, y), y, expected, 2 * tile.rows * tile.cols * tile.depth)
+        x, w = draw(reach(lines), reach(tile.rows), tile.cols), draw(side, side, tile.cols)
+    return Problem(function_of(tile, x, w, y), y, expected, 2 * y.numel() * tile.depth)
 
 
 def winograd(tile: Tile, draw: Callable[..., Tensor]) -> Problem:
@@ -221,7 +247,7 @@ def winograd(tile: Tile, draw: Callable[..., Tensor]) -> Problem:
     return Problem(run, y, expected, bytes=moved * size)
 
 
-PROBLEMS = {PRODUCT: matrix_product, DEPTHWISE: depthwise, WINOGRAD: winograd}
+PROBLEMS = {PRODUCT: matrix_product, DEPTHWISE: depthwise, ROLLING: depthwise, WINOGRAD: winograd}
 
 
 @cache

@@ -149,13 +149,14 @@ def test_every_loop_of_multiply_adds():
 def test_microkernels(tmp_path):
     options = ("--isa", "portable", "--dtype", "float32", "--depth", "64", "--tail", "1")
     record, output = record_of(tmp_path / "record.json", "microkernels.py", *options)
-    assert {row["kernel"] for row in record["rows"]} == set(microkernels.FAMILY)
+    portable = [family for family in microkernels.FAMILIES if family != microkernels.ROLLING]  # too few registers
+    assert {row["kernel"] for row in record["rows"]} == {k for family in portable for k in microkernels.FAMILIES[family]}
     for row in record["rows"]:
         family = microkernels.FAMILY[row["kernel"]]
         rate = "gbytes" if family == microkernels.WINOGRAD else "gflops"
         assert row["share"] == pytest.approx(row[rate] / row[f"peak_{rate}"])
-        assert row["depth"] == 64 or family != microkernels.PRODUCT
-    assert "%" in output and all(family in output for family in microkernels.FAMILIES)
+        assert row["depth"] == 64 or family != microkernels.PRODUCT or row["kernel"] == "groups"
+    assert "%" in output and all(f"{family}:" in output for family in portable)
 
 
 def test_every_tile_is_right(monkeypatch):

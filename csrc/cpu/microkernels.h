@@ -186,7 +186,7 @@ struct WinogradProduct {
   const T* a;
   int64_t lda, rows;
   const T* b;
-  int64_t ldb, cols;  // at most Kernels::vectors
+  int64_t ldb, cols;  // at most Kernels::vectors of them
   T* c;
   int64_t ldc;
 };
