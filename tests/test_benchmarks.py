@@ -150,7 +150,9 @@ def test_microkernels(tmp_path):
     options = ("--isa", "portable", "--dtype", "float32", "--depth", "64", "--tail", "1")
     record, output = record_of(tmp_path / "record.json", "microkernels.py", *options)
     portable = [family for family in microkernels.FAMILIES if family != microkernels.ROLLING]  # too few registers
-    assert {row["kernel"] for row in record["rows"]} == {k for family in portable for k in microkernels.FAMILIES[family]}
+    assert {row["kernel"] for row in record["rows"]} == {
+        k for family in portable for k in microkernels.FAMILIES[family]
+    }
     for row in record["rows"]:
         family = microkernels.FAMILY[row["kernel"]]
         rate = "gbytes" if family == microkernels.WINOGRAD else "gflops"
