@@ -1,5 +1,8 @@
 """What the machine can do at most, measured: multiply-adds in registers, and a copy of memory.
 
+And how far its threads are from each other: the time that a line of the cache takes to another thread and back. On a
+virtual machine it changes, as the processors behind it do.
+
     python benchmarks/ceilings.py
 
 Also builds the C++ beside the benchmarks, once, into build/.
@@ -24,6 +27,7 @@ from common import ROOT, interleave, seconds_per_call
 FLAGS = ["-std=c++20", "-O3", "-fno-math-errno", "-ffp-contract=fast"]  # contraction makes a multiply-add of a * b + c
 CALL = 1e-3  # seconds that a timed call into C++ takes at least: ctypes takes a microsecond
 COPIED = 1 << 28  # bytes, beyond the caches
+TRIPS = 20_000
 # The loops that bound a type: it may be computed in another one.
 COMPUTED_IN = {"float16": ("float32",), "bfloat16": ("bfloat16", "float32")}
 
@@ -107,8 +111,16 @@ def peak(dtype: str, threads: int, budget: float = 0.2) -> tuple[float, Loop]:
     return rates[best], candidates[best]
 
 
+def round_trip() -> float:
+    """Seconds from one thread to another and back."""
+    run = partial(native("fma", ["benchmarks/fma.cpp"]).round_trips, ctypes.c_int64(TRIPS))
+    return interleave([run], 0.05)[0] / TRIPS
+
+
 def measure(dtype: str) -> dict | None:
     """FLOP/s and bytes/s (read and written) of torch's number of threads, and the loop that had the most FLOP/s.
+
+    And with more than one thread, the seconds of a round trip.
 
     None, and a complaint, where the loops cannot be built.
     """
@@ -119,12 +131,19 @@ def measure(dtype: str) -> dict | None:
         return None
     source = torch.ones(COPIED, dtype=torch.uint8)
     copy = partial(torch.zeros_like(source).copy_, source)
-    return {"flops": flops, "loop": f"{loop.isa} {loop.dtype}", "bytes": 2 * COPIED / interleave([copy], 0.3)[0]}
+    trip = {"round_trip": round_trip()} if torch.get_num_threads() > 1 else {}
+    bytes_per_second = 2 * COPIED / interleave([copy], 0.3)[0]
+    return {"flops": flops, "loop": f"{loop.isa} {loop.dtype}", "bytes": bytes_per_second} | trip
 
 
 def highest(measured: Sequence[dict]) -> dict:
-    """Of measurements at different times: a shared machine hides some of what it can do at any one."""
-    return max(measured, key=lambda c: c["flops"]) | {"bytes": max(c["bytes"] for c in measured)}
+    """Of measurements at different times: a shared machine hides some of what it can do at any one.
+
+    Of round trips the longest, which tells whether the threads were far apart at one of them.
+    """
+    trips = [c["round_trip"] for c in measured if "round_trip" in c]
+    best = max(measured, key=lambda c: c["flops"]) | {"bytes": max(c["bytes"] for c in measured)}
+    return best | ({"round_trip": max(trips)} if trips else {})
 
 
 def roof_seconds(flops: float, moved: float, ceilings: dict) -> float:
@@ -134,7 +153,8 @@ def roof_seconds(flops: float, moved: float, ceilings: dict) -> float:
 
 def describe_ceilings(ceilings: dict) -> str:
     flops, moved = ceilings["flops"] / 1e9, ceilings["bytes"] / 1e9
-    return f"{flops:.0f} GFLOP/s ({ceilings['loop']} multiply-adds in registers), {moved:.0f} GB/s (a copy)"
+    trip = f", {ceilings['round_trip'] * 1e9:.0f} ns to another thread and back" if "round_trip" in ceilings else ""
+    return f"{flops:.0f} GFLOP/s ({ceilings['loop']} multiply-adds in registers), {moved:.0f} GB/s (a copy){trip}"
 
 
 if __name__ == "__main__":

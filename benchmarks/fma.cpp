@@ -1,8 +1,11 @@
-// Loops of multiply-adds that touch nothing but registers: the most arithmetic that a core does in a second.
+// Loops of multiply-adds that touch nothing but registers: the most arithmetic that a core does in a second. And a line of
+// the cache that two threads write in turn.
 //
 // Each loop has as many independent chains as hide the latency of its instruction and fit the registers. The
 // multiply-add of vectors is one instruction where the target has it, else a product and a sum.
+#include <atomic>
 #include <cstdint>
+#include <thread>
 #if defined(__x86_64__)
 #include <immintrin.h>
 #endif
@@ -79,6 +82,16 @@ const Loop kLoops[] = {
 #endif
 };
 
+// Its value counts how often it has been passed on.
+void pass_on(std::atomic<int64_t>& line, int64_t first, int64_t rounds) {
+  for (int64_t i = 0; i < rounds; ++i) {
+    const int64_t mine = 2 * i + first;
+    while (line.load(std::memory_order_acquire) != mine) {
+    }
+    line.store(mine + 1, std::memory_order_release);
+  }
+}
+
 }  // namespace
 
 // The index of a loop counts from 0; behind the last one its names are null.
@@ -88,4 +101,12 @@ const char* loop_dtype(unsigned index) { return kLoops[index].dtype; }
 int loop_flops(unsigned index) { return kLoops[index].flops; }
 bool loop_runs_here(unsigned index) { return kLoops[index].runs_here(); }
 void loop_run(unsigned index, int64_t rounds) { kLoops[index].run(rounds); }
+
+// So many times to another thread and back.
+void round_trips(int64_t rounds) {
+  alignas(128) std::atomic<int64_t> line = 0;
+  std::thread other([&] { pass_on(line, 1, rounds); });
+  pass_on(line, 0, rounds);
+  other.join();
+}
 }

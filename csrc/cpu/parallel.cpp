@@ -39,13 +39,6 @@ struct Region {
   std::exception_ptr error;
 };
 
-// What a piece is told lies on the stack of the thread that opened the region, which has just written it. Line by line, as
-// a piece comes across it, each would be waited for, long where that thread runs far away; together they are not.
-void fetch_stack(const void* region) {
-  constexpr int kBytes = 8192, kLine = 64;
-  for (int i = 0; i < kBytes; i += kLine) __builtin_prefetch(static_cast<const char*>(region) + i);
-}
-
 void piece(void* argument) {
   Region& region = *static_cast<Region*>(argument);
   // The team has its usual size even if fewer pieces are worth it: a team of another size would cost the runtime new
@@ -54,7 +47,6 @@ void piece(void* argument) {
   const int64_t length = (region.tasks + pieces - 1) / pieces, thread = omp_get_thread_num();
   const int64_t begin = thread * length, end = std::min(region.tasks, begin + length);
   if (begin >= end) return;
-  if (thread > 0) fetch_stack(&region);
   const uint32_t mode = float_mode();
   set_float_mode(region.mode);
   try {
