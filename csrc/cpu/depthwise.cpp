@@ -30,7 +30,7 @@ namespace {
 using namespace depthwise;
 
 constexpr int64_t kSmallPlane = 256;         // NCHW: values of a plane that may be transposed
-constexpr int64_t kOwnWeights = 256 * 1024;  // of all threads, that each pack them for themselves
+constexpr int64_t kOwnWeights = 256 * 1024;  // values of all threads, that each pack them for themselves
 constexpr int64_t kWidenedStep = 16;         // NCHW: what follows widened weights begins with a line of the cache
 
 // --- NCHW ------------------------------------------------------------------------------------------------------------

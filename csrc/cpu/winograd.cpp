@@ -542,12 +542,8 @@ const WinogradKernels<float>* transforms(const ConvShape& s, Direction direction
   return find_transforms(microkernels().f32, s, direction, small);
 }
 
-ConvShape tiled_shape(const ConvShape& s, Direction direction) {
-  return lines_as_frames(microkernels().f32, s, direction);
-}
-
 const char* decline(const ConvShape& shape, Direction direction, bool small) {
-  const ConvShape s = tiled_shape(shape, direction);
+  const ConvShape s = lines_as_frames(shape, direction);
   if (!is_floating_point(s.dtype) || s.dtype == Dtype::kFloat64) return "only float32 and 16-bit types";
   if (s.in_per_group == 0 || s.out_per_group == 0 || s.in_pixels() == 0 || s.out_pixels() == 0)
     return "nothing to sum over";
@@ -645,7 +641,7 @@ double direct_cycles(const ConvShape& s, Direction direction) {
 }
 
 const char* yield(const ConvShape& shape, Direction direction, bool small) {
-  const ConvShape s = tiled_shape(shape, direction);
+  const ConvShape s = lines_as_frames(shape, direction);
   const int64_t from = direction == Direction::kForward ? s.in_per_group : s.out_per_group;
   const int64_t to = s.in_per_group + s.out_per_group - from;
   const bool together = Together(s.groups, from, to).groups > 1;
@@ -668,7 +664,7 @@ const char* yield(const ConvShape& shape, Direction direction, bool small) {
 }
 
 int64_t workspace(const ConvShape& shape, Direction direction, bool small, int threads) {
-  const ConvShape s = tiled_shape(shape, direction);
+  const ConvShape s = lines_as_frames(shape, direction);
   const Kernels<float>& k = microkernels().f32;
   const Problem problem(s, direction, *transforms(s, direction, small));
   const Plan plan(problem, s.channels_last(), k, threads);
@@ -677,7 +673,7 @@ int64_t workspace(const ConvShape& shape, Direction direction, bool small, int t
 
 template <Direction direction, bool small>
 void run(const ConvShape& shape, const ConvPointers& p, void* workspace, int threads) {
-  const ConvShape s = tiled_shape(shape, direction);
+  const ConvShape s = lines_as_frames(shape, direction);
   const void* const from = direction == Direction::kForward ? p.input : p.grad_output;
   const Kernels<float>& k = microkernels().f32;
   const Problem problem(s, direction, *transforms(s, direction, small));

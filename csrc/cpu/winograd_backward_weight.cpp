@@ -341,10 +341,8 @@ const WinogradKernels<float>* transforms(const ConvShape& s) {
   return find_transforms(microkernels().f32, s, Direction::kBackwardWeight, /*small=*/false);
 }
 
-ConvShape tiled_shape(const ConvShape& s) { return lines_as_frames(microkernels().f32, s, Direction::kBackwardWeight); }
-
 const char* decline(const ConvShape& shape) {
-  const ConvShape s = tiled_shape(shape);
+  const ConvShape s = lines_as_frames(shape, Direction::kBackwardWeight);
   if (!is_floating_point(s.dtype) || s.dtype == Dtype::kFloat64) return "only float32 and 16-bit types";
   if (s.batch == 0 || s.in_per_group == 0 || s.out_per_group == 0 || s.in_pixels() == 0 || s.out_pixels() == 0)
     return "nothing to sum over";
@@ -387,7 +385,7 @@ double winograd_cycles(const ConvShape& s, const WinogradKernels<float>& t) {
 }
 
 const char* yield(const ConvShape& shape) {
-  const ConvShape s = tiled_shape(shape);
+  const ConvShape s = lines_as_frames(shape, Direction::kBackwardWeight);
   if (s.in_per_group < kFewChannels || s.out_per_group < kFewChannels) return "few channels";
   // implicit_gemm multiplies pairs of bfloat16; packing them takes as long as ever.
   const double faster = s.dtype == Dtype::kBFloat16 && dense_kernels<bfloat16>().pair > 1 ? 1.5 : 1;
@@ -406,7 +404,7 @@ const Algorithm& next_row(const ConvShape& s) {
 }
 
 int64_t workspace(const ConvShape& shape, int threads) {
-  const ConvShape s = tiled_shape(shape);
+  const ConvShape s = lines_as_frames(shape, Direction::kBackwardWeight);
   const Kernels<float>& k = microkernels().f32;
   const Problem problem(s, *transforms(s));
   const Plan plan(problem, k.lanes, k.vectors, threads);
@@ -415,7 +413,7 @@ int64_t workspace(const ConvShape& shape, int threads) {
 }
 
 void run(const ConvShape& shape, const ConvPointers& p, void* workspace, int threads) {
-  const ConvShape s = tiled_shape(shape);
+  const ConvShape s = lines_as_frames(shape, Direction::kBackwardWeight);
   const Kernels<float>& k = microkernels().f32;
   const Problem problem(s, *transforms(s));
   const Plan plan(problem, k.lanes, k.vectors, threads);

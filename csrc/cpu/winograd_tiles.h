@@ -35,9 +35,9 @@ inline const WinogradKernels<float>* find_transforms(const Kernels<float>& kerne
 
 // An image whose kernel has tiles along its lines, and none across them, is a sum over the lines of the kernel: H takes the
 // place of the third axis, whose frames are lines.
-inline ConvShape lines_as_frames(const Kernels<float>& kernels, ConvShape s, Direction direction) {
+inline ConvShape lines_as_frames(ConvShape s, Direction direction) {
   const bool is_image = s.in[0] == 1 && s.out[0] == 1 && s.kernel[0] == 1 && s.pad[0] == 0;
-  if (!is_image || s.kernel[1] == 1 || find_transforms(kernels, s, direction, /*small=*/false) != nullptr) return s;
+  if (!is_image || s.kernel[1] == 1 || find_transforms(microkernels().f32, s, direction, /*small=*/false)) return s;
   for (int64_t* const axis : {s.in, s.out, s.kernel, s.stride, s.pad, s.dilation, s.weight_stride + 2})
     std::swap(axis[0], axis[1]);
   return s;
