@@ -74,6 +74,7 @@ struct DepthwiseTile {
   int64_t extent;
   const DepthwiseMove* moves;             // or nullptr. NCHW: [vector at an end][line_moves], NHWC: [plane]
   int64_t line_moves, first_end, to_end;  // NCHW: the vectors before first_end and from to_end on are at an end
+  int64_t before_line, behind_line;       // NCHW, kernels that roll: the columns that a padding mode puts there
   const W* weight;
   int64_t weight_step, pair_step;  // from one of the K to the next, and to the paired tap's
   const W* bias;                   // or nullptr
@@ -102,8 +103,7 @@ inline constexpr int kMaxWalkedTaps = 256;                // of one tile
 inline constexpr int64_t kRolledTerms = 512;              // of backward_weight, a lane's in one sum
 
 // 3 x 3 taps with stride 1 or 2 (depthwise_rolling.inc): all lists, planes and units of a tile, whose taps are the 3 of
-// the axis that is walked; in NHWC the lines that they read follow one another. With stride 2 lines do not move. Null where
-// there is none.
+// the axis that is walked; in NHWC the lines that they read follow one another. Null where there is none.
 template <typename T>
 struct RollingKernels {
   using Tile = void (*)(const DepthwiseTile<T>&);

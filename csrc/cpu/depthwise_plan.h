@@ -261,7 +261,9 @@ class Plan {
     if (spread()) return lines_ && std::max(width.taps(), spread()->odd.taps()) == 2 && walked_ == 3;
     const GatherAxis& shared = lines_ ? along_ : height;
     if (width.taps() != 3 || shared.from_step != stride_ || shared.offset[1] - shared.offset[0] != 1) return false;
-    return !lines_ || stride_ == 1 || moves_.empty();
+    // At each end of a line a padding mode may move one column.
+    return moves_.empty() ||
+           (width.offset[0] >= -1 && width.offset[2] + (width.count - 1) * stride_ <= width.from_extent);
   }
 
   template <typename T>
@@ -269,6 +271,9 @@ class Plan {
     if (moves_.empty()) return;
     t.moves = moves_.data();
     t.line_moves = line_moves_, t.first_end = first_end_, t.to_end = to_end_;
+    const GatherAxis& w = phase_.axis[2];
+    t.before_line = padded_index(-1, w.from_extent, w.mode);
+    t.behind_line = padded_index(w.from_extent, w.from_extent, w.mode);
   }
 
   // The first position that is read along an axis, and how many there are.

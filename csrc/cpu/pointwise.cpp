@@ -31,7 +31,7 @@ constexpr int64_t kChunkBytes = 64 << 10;       // NHWC: pixels that meet all pa
 constexpr int64_t kWideChunkBytes = 256 << 10;  // NHWC: and where the panels come from farther away
 constexpr int64_t kPanelsInL2 = 512 << 10;      // up to here each thread packs all panels for itself
 constexpr int64_t kLongRow = 48;                // NHWC: from here on the next rows are fetched ahead
-constexpr int64_t kConvertedTiles = 2;          // NHWC: tiles whose rows are packed at a time, if they have to be
+constexpr int64_t kConvertedTiles = 2;          // NHWC: tiles whose rows are packed at a time, if few meet all panels
 constexpr int64_t kMostTilesOfBlock = 4;        // NCHW, backward_input
 constexpr int64_t kPlaneBytes = 512 << 10;      // NCHW, backward_input: pixels of a block of a sum that stay in L2
 constexpr int64_t kMostChannels = 8192;         // NCHW: of a panel that holds all, which 16-bit types need
@@ -103,7 +103,7 @@ struct RowPlan {
   bool panels_lie;          // as they are: then too few rows would share a packed one
   bool own_panels;          // or all panels for itself: to fetch them from another thread costs more
   int64_t chunk;            // tiles that meet all panels at a time
-  int64_t sums, converted;  // 16-bit types, of a thread: rows of sums in the making, words of a tile's rows
+  int64_t sums, converted;  // 16-bit types, of a thread: rows of sums in the making, words of rows
 
   RowPlan(const Product& p, int64_t tile_rows, int64_t lanes, int64_t vectors, int64_t word_size, bool in_place,
           int threads)
@@ -118,10 +118,11 @@ struct RowPlan {
     }
     panels_lie = split_columns && !p.half && p.to_stride == 1 && tiles <= kInPlaceRowTiles;
     own_panels = p.groups * panels.count * unit(p) * word_size <= kPanelsInL2;
-    const int64_t block = std::min(p.depth, kSumLength);
-    chunk = std::max<int64_t>(1, (own_panels ? kChunkBytes : kWideChunkBytes) / (tile_rows * block * word_size));
+    const int64_t block = std::min(p.depth, kSumLength),
+                  kept = in_place ? block : p.depth;  // of a row, from panel to panel
+    chunk = std::max<int64_t>(1, (own_panels ? kChunkBytes : kWideChunkBytes) / (tile_rows * kept * word_size));
     sums = p.half && p.depth > kSumLength ? split_columns ? rows : chunk * tile_rows : 0;
-    converted = in_place ? 0 : kConvertedTiles * tile_rows * block;
+    converted = in_place ? 0 : split_columns ? kConvertedTiles * tile_rows * block : chunk * tile_rows * p.depth;
   }
   int64_t unit(const Product& p) const { return p.depth * panels.width; }  // words of one packed panel
   int64_t units_per_pass(const Product& p, int64_t word_size) const {
@@ -154,39 +155,35 @@ void rows_are_pixels(const Product& p, const Operands<T>& o, const Kernels<T>& k
                 p.from_stride, p.to_stride, std::min(block.channels * pair, p.from - channel), columns_of(unit), target,
                 width);
   };
+  const auto first_row = [&](int64_t tile) { return plan.rows * tile / plan.tiles; };
+  const auto row_at = [&](int64_t row, int64_t group, int64_t channel) {
+    return o.from + row * from_channels + group * p.from + channel * pair;
+  };
+  const auto sums_of_thread = [&] { return of_threads + at::get_thread_num() * plan.of_thread(); };
   const Term one_run{0, 0};
-  const auto multiply = [&](int64_t unit, const Block& block, const W* b, int64_t ldb, int64_t tile0, int64_t tile1,
-                            bool from_afar) {
+  // Rows [row, row + rows), which lie at `a`. Blocks that are not the last leave their sums at `partial`.
+  const auto multiply = [&](int64_t unit, const Block& block, const W* b, int64_t ldb, int64_t row, int64_t rows,
+                            const W* a, int64_t a_row, W* partial, bool from_afar) {
     const int64_t group = unit / panels.count, column = group * p.to + panels.begin(unit % panels.count);
-    const int64_t row0 = plan.rows * tile0 / plan.tiles, row1 = plan.rows * tile1 / plan.tiles;
-    W* const sums = of_threads + at::get_thread_num() * plan.of_thread();
-    W* const converted = sums + plan.sums * width;
-    for (int64_t row = row0, end; row < row1; row = end) {
-      end = in_place ? row1 : std::min(row1, row + kConvertedTiles * kernels.rows);
-      const T* const source = o.from + row * from_channels + group * p.from + block.channel * pair;
-      if (!in_place)
-        kernels.copy_rows(source, from_channels, end - row,
-                          std::min(block.channels * pair, p.from - block.channel * pair), converted, block.channels);
-      multiply_rows(kernels,
-                    {.tiles = 0,
-                     .runs = 1,
-                     .depth = block.channels,
-                     .run = &one_run,
-                     .a = in_place ? as_words(source) : converted,
-                     .a_row = in_place ? from_channels / pair : block.channels,
-                     .b = b,
-                     .ldb = ldb,
-                     .c = o.to + row * to_channels + column,
-                     .c_row = to_channels,
-                     .cols = columns_of(unit),
-                     .column_bias = o.bias ? o.bias + column : nullptr,
-                     .accumulate = block.start > 0,
-                     .ahead = from_afar && in_place,
-                     .partial = sums + (row - row0) * width,
-                     .partial_step = width,
-                     .unfinished = block.start + block.channels < p.depth},
-                    end - row);
-    }
+    multiply_rows(kernels,
+                  {.tiles = 0,
+                   .runs = 1,
+                   .depth = block.channels,
+                   .run = &one_run,
+                   .a = a,
+                   .a_row = a_row,
+                   .b = b,
+                   .ldb = ldb,
+                   .c = o.to + row * to_channels + column,
+                   .c_row = to_channels,
+                   .cols = columns_of(unit),
+                   .column_bias = o.bias ? o.bias + column : nullptr,
+                   .accumulate = block.start > 0,
+                   .ahead = from_afar,
+                   .partial = partial,
+                   .partial_step = width,
+                   .unfinished = block.start + block.channels < p.depth},
+                  rows);
   };
 
   const int64_t units = p.groups * panels.count;
@@ -196,13 +193,22 @@ void rows_are_pixels(const Product& p, const Operands<T>& o, const Kernels<T>& k
       W* const packed = workspace + at::get_thread_num() * std::min(p.depth, kSumLength) * width;
       for (int64_t unit = begin; unit < end; ++unit)
         for (const Block& block : blocks) {
-          if (!plan.panels_lie) {
-            pack(unit, block, packed);
-            multiply(unit, block, packed, width, 0, plan.tiles, false);
-            continue;
+          const int64_t group = unit / panels.count,
+                        channels = std::min(block.channels * pair, p.from - block.channel * pair);
+          const T* const weight = o.weight + group * p.group_stride + panels.begin(unit % panels.count);
+          if (!plan.panels_lie) pack(unit, block, packed);
+          const W* const b = plan.panels_lie ? as_words(weight + block.channel * p.from_stride) : packed;
+          W* const sums = sums_of_thread();
+          W* const converted = sums + plan.sums * width;
+          const int64_t step = in_place ? plan.rows : kConvertedTiles * kernels.rows;
+          for (int64_t row = 0; row < plan.rows; row += step) {
+            const int64_t rows = std::min(step, plan.rows - row);
+            const T* const source = row_at(row, group, block.channel);
+            if (!in_place) kernels.copy_rows(source, from_channels, rows, channels, converted, block.channels);
+            multiply(unit, block, b, plan.panels_lie ? p.from_stride : width, row, rows,
+                     in_place ? as_words(source) : converted, in_place ? from_channels / pair : block.channels,
+                     sums + row * width, false);
           }
-          const T* const weight = o.weight + unit / panels.count * p.group_stride + panels.begin(unit % panels.count);
-          multiply(unit, block, as_words(weight + block.channel * p.from_stride), p.from_stride, 0, plan.tiles, false);
         }
     });
     return;
@@ -221,14 +227,22 @@ void rows_are_pixels(const Product& p, const Operands<T>& o, const Kernels<T>& k
     parallel_tasks(plan.tiles, macs * count / plan.tiles, [&](int64_t begin, int64_t end) {
       W* const packed = workspace + (plan.own_panels ? at::get_thread_num() * count * plan.unit(p) : 0);
       if (plan.own_panels) pack_units(0, count, packed);
-      for (int64_t tile = begin; tile < end; tile += plan.chunk)
+      W* const sums = sums_of_thread();
+      W* const converted = sums + plan.sums * width;
+      for (int64_t tile = begin; tile < end; tile += plan.chunk) {
+        const int64_t row = first_row(tile), rows = first_row(std::min(end, tile + plan.chunk)) - row;
         for (int64_t j = 0; j < block_count * count; ++j) {
           // All panels for a block; sums that are rounded at their end, all blocks for a panel.
           const int64_t i = p.half ? j / block_count : j % count;
           const Block& block = blocks[p.half ? j % block_count : j / count];
-          multiply(first + i, block, packed + i * plan.unit(p) + block.start * width, width, tile,
-                   std::min(end, tile + plan.chunk), ahead && i == 0);
+          const int64_t group = (first + i) / panels.count;
+          if (!in_place && block.start == 0 && (i == 0 || (first + i) % panels.count == 0))
+            kernels.copy_rows(row_at(row, group, 0), from_channels, rows, p.from, converted, p.depth);
+          multiply(first + i, block, packed + i * plan.unit(p) + block.start * width, width, row, rows,
+                   in_place ? as_words(row_at(row, group, block.channel)) : converted + block.start,
+                   in_place ? from_channels / pair : p.depth, sums, in_place && ahead && i == 0);
         }
+      }
     });
   }
 }
