@@ -229,25 +229,6 @@ void add_filters(const T* from, int64_t pixels, int64_t channels, int64_t multip
   add(multiplier);
 }
 
-// Results along tiles that roll, in pieces of so many columns, one vector of channels after the other. Of large tensors
-// each piece fetches, in the order it lies, what the next one reads and writes: of the same lines, or below them.
-template <typename T>
-void run_columns(const Plan& plan, const Kernels<T>& kernels, const Gather& g, int64_t columns, bool fetches, int64_t d,
-                 int64_t line, DepthwiseTile<T> tile) {
-  const GatherAxis &h = plan.axis(1), &w = plan.axis(2);
-  const int64_t pixel = g.from_stride.axis[2], below = tile.lists * h.from_step * g.from_stride.axis[1];
-  T* const to = tile.to;
-  for (int64_t first = 0; first < w.count; first += columns) {
-    const int64_t next = first + columns;
-    tile.to = to + first * tile.to_step;
-    if (fetches) {
-      tile.next = next < w.count ? (w.offset[0] + next * w.from_step) * pixel : below;
-      tile.to_next = next < w.count ? columns * tile.to_step : tile.lists * tile.list_step - first * tile.to_step;
-    }
-    plan.run(kernels.depthwise, d, line, first, std::min(columns, w.count - first), tile);
-  }
-}
-
 // With a channel multiplier a vector holds filters: forward repeats what each channel of x holds (moves), and
 // backward_input adds up the results of a channel's filters.
 template <typename T>
@@ -265,34 +246,35 @@ void gather_pixels(const Gather& g, const Phases& phases, const Kernels<T>& kern
 
   std::deque<Plan> plans;
   // The most of any phase; lines that a line of each phase reads.
-  int64_t depths = 1, lines = 1, most_columns = 1, width = 1, reads = 1;
+  int64_t depths = 1, lines = 1, width = 1, reads = 1;
   double macs = 0;
   for (const Phase& phase : phases) {
     const GatherAxis* a = phase.axis;
     plans.emplace_back(phase, /*lines=*/false, g.from_stride.axis, packed_step, lanes);
     depths = std::max(depths, a[0].count), lines = std::max(lines, plans.back().lists());
-    width = std::max(width, a[2].taps()), most_columns = std::max(most_columns, a[2].count);
+    width = std::max(width, a[2].taps());
     reads = std::max(reads, a[1].from_step);
     macs += 2.0 * phase.taps() * phase.pixels() * filters * g.batch;
   }
   // Lines in equal strips: a few for each thread, that fit L2. All phases of a strip follow one another. Where tiles roll,
-  // strips are theirs, and vectors of channels are shared out.
+  // strips are theirs; those of large tensors are any, of whole tiles. Vectors of channels are shared out if lines are few.
   const bool rolls = !adds && moves.empty() && plans[0].rolled(kernels.depthwise, false);
+  const bool in_order =
+      rolls && bytes_moved<T>(g) > kInOrder && plans[0].rolled(kernels.depthwise, false, /*in_order=*/true);
   const int64_t line_bytes = reads * g.from_stride.axis[1] * sizeof(T), images = std::max<int64_t>(1, g.batch * depths);
-  const bool streams = bytes_moved<T>(g) > kStreamed;
-  int64_t together = width < 7 || adds ? blocks : 1, strip = lines, columns = most_columns;
+  int64_t together = width < 7 || adds ? blocks : 1, strip = lines;
   if (rolls) {
     const int64_t step = g.from_stride.axis[1] * static_cast<int64_t>(sizeof(T));
-    strip = ceil_div(lines, ceil_div(lines, rolled_lines(lines, reads, step, streams)));
-    together = ceil_div(blocks, std::min(blocks, ceil_div(kTasks, images * ceil_div(lines, strip))));
-    if (!plans[0].pairs_lines()) columns = rolled_columns(columns, reads, ((strip - 1) * reads + 3) * step);
+    const int64_t wanted = in_order ? std::max<int64_t>(kTasks, kTasks / 4 * threads) : kTasks;
+    strip = in_order ? round_up(ceil_div(lines, std::min(lines, ceil_div(wanted, images))), 2)
+                     : ceil_div(lines, ceil_div(lines, rolled_lines(lines, reads, step)));
+    together = ceil_div(blocks, std::min(blocks, ceil_div(wanted, images * ceil_div(lines, strip))));
   } else {
     const int64_t fit = std::max<int64_t>(1, kPixelsBytes / std::max<int64_t>(1, line_bytes));
     const int64_t wanted = ceil_div(kTasks, images * ceil_div(blocks, together));
     strip = ceil_div(lines, std::clamp<int64_t>(wanted, ceil_div(lines, fit), lines));
   }
-  // With stride 1 sums that begin anew cost more than the order saves.
-  const bool fetches = rolls && streams && (reads > 1 || columns < most_columns);
+  const bool streams = bytes_moved<T>(g) > kStreamed;
   const int64_t parts = ceil_div(blocks, together);
   const int64_t strips = ceil_div(lines, strip);
   const int64_t tasks = g.batch * depths * strips * parts;
@@ -322,10 +304,10 @@ void gather_pixels(const Gather& g, const Phases& phases, const Kernels<T>& kern
         tile.to_step = axis(2).to_step * g.to_stride.axis[2];
         tile.length = filters - c;
         tile.skip_zeros = finite;
-        tile.rolls = rolls;
+        tile.rolls = rolls, tile.in_order = in_order;
         tile.ahead = streams ? axis(1).from_step * g.from_stride.axis[1] : 0;
         if (!adds) {
-          run_columns(plan, kernels, g, columns, fetches, d, h, tile);
+          plan.run(kernels.depthwise, d, h, 0, axis(2).count, tile);
           continue;
         }
         const int64_t most = summed_pixels<T>(filters, g.to_extent[2]), lists = tile.lists;

@@ -81,14 +81,13 @@ struct DepthwiseTile {
   T* to;
   int64_t list_step, to_step;
   int64_t length;   // columns, or channels of all planes
-  bool rolls;       // whether kernels that roll may be used
+  bool rolls;       // whether kernels that roll may be used,
+  bool in_order;    // NHWC: or those of large tensors
   bool skip_zeros;  // the weights are finite: what lies in the padding adds nothing
   bool accumulate;  // not of 16-bit types
   int64_t
-      ahead;  // 0, or fetch early: the step from a line of what is read to the next (NHWC: that the next list reads)
-  int64_t next, to_next;  // NHWC, tiles that roll: 0, or what is fetched early instead, in the order it lies: where it
-                          // begins in each line of `from`, and how far from each list
-  int64_t line;           // NCHW, of the first unit
+      ahead;     // 0, or fetch early: the step from a line of what is read to the next (NHWC: that the next list reads)
+  int64_t line;  // NCHW, of the first unit
   int64_t even_taps, first_stored, end_stored;  // where stride 2 is undone; results outside are left alone
   int64_t first_list, end_list;                 // where it is undone along both axes: so are lines outside
   const T* gy;                                  // with the steps of `to`
@@ -109,6 +108,7 @@ struct RollingKernels {
   using Tile = void (*)(const DepthwiseTile<T>&);
   Tile lines[2], pixels[2], weight_lines[2], weight_pixels[2];  // [stride - 1]
   Tile spread_lines, spread_pixels;  // stride 2 undone; of pixels along both axes: a list is a pair of lines of results
+  Tile pixels_in_order[2];           // depthwise_in_order.inc
 };
 
 template <typename T>

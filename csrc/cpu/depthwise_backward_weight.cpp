@@ -230,8 +230,7 @@ void weight_pixels(const ConvShape& s, const Kernels<T>& kernels, const T* gy, c
   const bool rolls = plan.rolled(kernels.depthwise, true) && moves.empty();
   if (rolls) {
     const int64_t step = x_stride.axis[1] * static_cast<int64_t>(sizeof(T));
-    if (const int64_t most = rolled_lines(s.out[1], s.stride[1], step, false); most < kRolledLines)
-      fit = std::min(fit, most);
+    if (const int64_t most = rolled_lines(s.out[1], s.stride[1], step); most < kRolledLines) fit = std::min(fit, most);
   }
   const bool streams = !cut.turns && (!rolls || bytes_moved<T>(make_gather(s, Direction::kForward)) > kStreamed);
   const WeightTarget target(s);

@@ -28,8 +28,8 @@ inline constexpr int64_t kLeastPixels = 8;  // NHWC: pixels that are kept before
 inline constexpr int64_t kTasks = 16;       // NHWC: pieces of work of a call, at least
 inline constexpr int64_t kPlanesBytes = 16 << 10;   // NCHW: planes that are done together
 inline constexpr double kStreamed = 16e6;           // above so many bytes, read and written, values are fetched early
+inline constexpr double kInOrder = 6e6;             // NHWC, 3x3: above so many they are read in order
 inline constexpr int64_t kPixelsBytes = 256 << 10;  // NHWC: what the lines of a strip read
-inline constexpr int64_t kLeastColumns = 4;         // NHWC: of a piece of lines where tiles roll
 inline constexpr int64_t kRolledLines = 7;          // NHWC: lines of a strip where tiles roll,
 inline constexpr int64_t kFewRolledLines = 4;       // or so many: with stride 2, of more lines than that,
 inline constexpr int64_t kSameSets = 4096;  // whose distance is a multiple of this: 15 would not fit their sets of L1
@@ -133,11 +133,13 @@ class Plan {
   }
   bool pads() const { return pads_; }  // whether any tap of any result lies in the padding (NCHW: but for columns)
 
-  // The kernel that rolls, if there is one for this plan.
+  // The kernel that rolls, or reads in order, if there is one for this plan.
   template <typename T>
-  auto rolled(const DepthwiseKernels<T>& kernels, bool weighs) const -> typename RollingKernels<T>::Tile {
+  auto rolled(const DepthwiseKernels<T>& kernels, bool weighs, bool in_order = false) const ->
+      typename RollingKernels<T>::Tile {
     if (!rolls_) return nullptr;
     const RollingKernels<T>& k = kernels.rolling;
+    if (in_order) return spread() ? nullptr : k.pixels_in_order[stride_ - 1];
     if (spread()) return lines_ ? k.spread_lines : k.spread_pixels;
     return (weighs ? lines_ ? k.weight_lines : k.weight_pixels : lines_ ? k.lines : k.pixels)[stride_ - 1];
   }
@@ -163,8 +165,10 @@ class Plan {
     t.unit_size = unit_size_;
     t.weight_step = along_gap_;
     t.pair_step = pair_gap_;
+    t.first_inside = units_.data() + std::max<int64_t>(0, -low_);
+    t.end_inside = units_.data() + std::min<int64_t>(units_.size(), along_.from_extent - low_);
     if (lines_) set_moves(t);
-    if (const auto roll = t.rolls ? rolled(kernels, gy) : nullptr) {
+    if (const auto roll = t.rolls ? rolled(kernels, gy, t.in_order) : nullptr) {
       t.taps = walked_;
       t.tap = taps_.data() + d * walked_;
       t.from += t.tap->offset;  // of the one tap along D
@@ -181,8 +185,6 @@ class Plan {
       return roll(t);
     }
     t.unit_step = along_.from_step;
-    t.first_inside = units_.data() + std::max<int64_t>(0, -low_);
-    t.end_inside = units_.data() + std::min<int64_t>(units_.size(), along_.from_extent - low_);
     if (spread()) {
       const auto& tiles = (lines_ ? kernels.spread_lines : kernels.spread_pixels)[along_.taps() / 2 - 1];
       const int64_t most = lines_ ? kernels.most_spread_lines : kernels.most_spread_pixels;
@@ -374,16 +376,9 @@ inline bool spreads(const ConvShape& s, Direction direction) {
 }
 
 // NHWC: result lines that tiles roll along together, of `lines` that read lines so many bytes apart.
-inline int64_t rolled_lines(int64_t lines, int64_t stride, int64_t line_bytes, bool streams) {
+inline int64_t rolled_lines(int64_t lines, int64_t stride, int64_t line_bytes) {
   const bool conflicts = line_bytes % kSameSets == 0;
-  return stride == 2 && lines > kRolledLines && (conflicts || streams) ? kFewRolledLines : kRolledLines;
-}
-
-// And columns of a piece of them, which read so many bytes in all.
-inline int64_t rolled_columns(int64_t columns, int64_t stride, int64_t bytes) {
-  const int64_t fit = stride == 1 ? kPixelsBytes * 3 / 2 : kPixelsBytes;
-  const int64_t pieces = bytes > fit ? ceil_div(bytes, kPixelsBytes) : 1;
-  return std::max(kLeastColumns, ceil_div(columns, pieces));
+  return stride == 2 && lines > kRolledLines && conflicts ? kFewRolledLines : kRolledLines;
 }
 
 // NHWC: whether pixels roll where stride 2 is undone, along both axes.
