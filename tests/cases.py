@@ -250,6 +250,10 @@ GROUPS = [
     Case("depthwise_rolling_stride_2_wide", "conv2d", (1, 3, 9, 259), 3, 3, 2, padding=(1, 2), groups=3),
     Case("depthwise_rolling_stride_2_small", "conv2d", (3, 20, 5, 10), 20, 3, 2, padding=1, groups=20),
     Case("depthwise_rolling_stride_2_padding", "conv2d", (1, 17, 2, 3), 17, 3, 2, padding=5, groups=17),
+    # Beyond 6 MB in channels_last; single samples are less.
+    Case("depthwise_in_order", "conv2d", (8, 34, 43, 71), 34, 3, padding=1, groups=34),
+    Case("depthwise_in_order_stride_2", "conv2d", (8, 66, 43, 71), 66, 3, 2, padding=(2, 1), groups=66),
+    Case("depthwise_in_order_channels", "conv2d", (8, 530, 11, 19), 530, 3, padding=1, groups=530),
     Case("depthwise_of_padding", "conv2d", (1, 8, 2, 3), 8, 5, padding=6, groups=8),
     Case("depthwise_1d", "conv1d", (2, 9, 21), 9, 4, padding=3, groups=9),
     Case("depthwise_3d", "conv3d", (1, 8, 4, 5, 6), 8, 3, padding=1, groups=8),
@@ -313,6 +317,9 @@ MODES = [
     Case("circular_depthwise_stride_2", "conv2d", (1, 3, 9, 71), 3, 5, 2, padding=2, groups=3, padding_mode="circular"),
     Case("reflect_depthwise_lines", "conv2d", (1, 3, 9, 37), 3, 5, padding=2, groups=3, padding_mode="reflect"),
     Case("reflect_depthwise_rolling", "conv2d", (1, 17, 9, 52), 17, 3, padding=2, groups=17, padding_mode="reflect"),
+    Case("reflect_depthwise_stride_2_rolling", "conv2d", (1, 17, 9, 53), 17, 3, 2, padding=1, groups=17, padding_mode="reflect"),
+    Case("circular_depthwise_stride_2_rolling", "conv2d", (2, 17, 8, 52), 17, 3, 2, 1, groups=17, padding_mode="circular"),
+    Case("reflect_depthwise_in_order", "conv2d", (8, 34, 43, 71), 34, 3, padding=1, groups=34, padding_mode="reflect"),
     Case("circular_depthwise_rolling", "conv2d", (2, 17, 10, 52), 17, 3, padding=1, groups=17, padding_mode="circular"),
     Case("reflect_depthwise_stride_2", "conv2d", (1, 4, 9, 38), 4, 7, 2, padding=3, groups=4, padding_mode="reflect"),
     Case("replicate_depthwise_times_2", "conv2d", (1, 3, 7, 19), 6, 3, padding=1, groups=3, padding_mode="replicate"),
@@ -438,6 +445,7 @@ INVARIANCE = [
         "groups_4_of_16 depthwise depthwise_stride_2 1x1 1x1_of_1x1 1x1_stride_2 7x7 kernel_is_input reflect_2d "
         "circular_depthwise depthwise_7x7_plane depthwise_times_2_5x5 depthwise_times_5 31x31_depthwise "
         "circular_depthwise_lines depthwise_5x5_stride_2 depthwise_stride_2_lines transposed_depthwise_3x3 "
+        "depthwise_in_order depthwise_in_order_stride_2 depthwise_in_order_channels "
         "resnet_stem resnet_3x3 vgg_3x3 wav2vec_feature video_3x3x3 unet_up "
         "transposed_stride_2 transposed_1d_stride_3"
     ).split()
