@@ -317,8 +317,20 @@ MODES = [
     Case("circular_depthwise_stride_2", "conv2d", (1, 3, 9, 71), 3, 5, 2, padding=2, groups=3, padding_mode="circular"),
     Case("reflect_depthwise_lines", "conv2d", (1, 3, 9, 37), 3, 5, padding=2, groups=3, padding_mode="reflect"),
     Case("reflect_depthwise_rolling", "conv2d", (1, 17, 9, 52), 17, 3, padding=2, groups=17, padding_mode="reflect"),
-    Case("reflect_depthwise_stride_2_rolling", "conv2d", (1, 17, 9, 53), 17, 3, 2, padding=1, groups=17, padding_mode="reflect"),
-    Case("circular_depthwise_stride_2_rolling", "conv2d", (2, 17, 8, 52), 17, 3, 2, 1, groups=17, padding_mode="circular"),
+    Case(
+        "reflect_depthwise_stride_2_rolling",
+        "conv2d",
+        (1, 17, 9, 53),
+        17,
+        3,
+        2,
+        padding=1,
+        groups=17,
+        padding_mode="reflect",
+    ),
+    Case(
+        "circular_depthwise_stride_2_rolling", "conv2d", (2, 17, 8, 52), 17, 3, 2, 1, groups=17, padding_mode="circular"
+    ),
     Case("reflect_depthwise_in_order", "conv2d", (8, 34, 43, 71), 34, 3, padding=1, groups=34, padding_mode="reflect"),
     Case("circular_depthwise_rolling", "conv2d", (2, 17, 10, 52), 17, 3, padding=1, groups=17, padding_mode="circular"),
     Case("reflect_depthwise_stride_2", "conv2d", (1, 4, 9, 38), 4, 7, 2, padding=3, groups=4, padding_mode="reflect"),
