@@ -136,12 +136,14 @@ void groups(const Kernels<T>& k, int rows, int cols, int depth, const T* a, cons
 // A square kernel of depth taps without padding, with stride S. False if there is no such kernel that rolls.
 //   lines    y [rows][cols] from x [..][(cols - 1) * S + side] and w [side][side]
 //   pixels   y [rows][cols] from x [side][..][cols] and w [side][side][cols]: rows pixels of a line, cols channels;
-//            where they roll, of kRolledLines lines at once
-template <typename T, bool kLines, int S, bool kRolls>
+//            where they roll, or are read in order, of kRolledLines lines at once
+enum Walk { kTiles, kRolls, kInOrder };
+template <typename T, bool kLines, int S, Walk kWalk>
 bool depthwise(const Kernels<T>& k, int rows, int cols, int depth, const T* x, const T* w, T* y, int64_t times) {
-  const auto rolls = (kLines ? k.depthwise.rolling.lines : k.depthwise.rolling.pixels)[S - 1];
-  if (kRolls && !rolls) return false;
-  constexpr int64_t kLists = kRolls && !kLines ? kRolledLines : 1;
+  const RollingKernels<T>& rolling = k.depthwise.rolling;
+  const auto rolls = (kWalk == kInOrder ? rolling.pixels_in_order : kLines ? rolling.lines : rolling.pixels)[S - 1];
+  if (kWalk != kTiles && !rolls) return false;
+  constexpr int64_t kLists = kWalk != kTiles && !kLines ? kRolledLines : 1;
   int side = 1, row = 0;
   while (side * side < depth) ++side;
   const auto& tiles = (kLines ? k.depthwise.lines : k.depthwise.pixels)[S - 1];
@@ -190,27 +192,31 @@ bool depthwise(const Kernels<T>& k, int rows, int cols, int depth, const T* x, c
   tile.to_step = cols;
   tile.length = cols;
   tile.skip_zeros = true;
-  const auto run = kRolls ? rolls : tiles[width][row];
+  const auto run = kWalk != kTiles ? rolls : tiles[width][row];
   for (int64_t i = 0; i < times; ++i) run(tile);
   return true;
 }
 
 template <typename T>
-constexpr auto lines = depthwise<T, true, 1, false>;
+constexpr auto lines = depthwise<T, true, 1, kTiles>;
 template <typename T>
-constexpr auto lines_stride_2 = depthwise<T, true, 2, false>;
+constexpr auto lines_stride_2 = depthwise<T, true, 2, kTiles>;
 template <typename T>
-constexpr auto pixels = depthwise<T, false, 1, false>;
+constexpr auto pixels = depthwise<T, false, 1, kTiles>;
 template <typename T>
-constexpr auto pixels_stride_2 = depthwise<T, false, 2, false>;
+constexpr auto pixels_stride_2 = depthwise<T, false, 2, kTiles>;
 template <typename T>
-constexpr auto rolling_lines = depthwise<T, true, 1, true>;
+constexpr auto rolling_lines = depthwise<T, true, 1, kRolls>;
 template <typename T>
-constexpr auto rolling_lines_stride_2 = depthwise<T, true, 2, true>;
+constexpr auto rolling_lines_stride_2 = depthwise<T, true, 2, kRolls>;
 template <typename T>
-constexpr auto rolling_pixels = depthwise<T, false, 1, true>;
+constexpr auto rolling_pixels = depthwise<T, false, 1, kRolls>;
 template <typename T>
-constexpr auto rolling_pixels_stride_2 = depthwise<T, false, 2, true>;
+constexpr auto rolling_pixels_stride_2 = depthwise<T, false, 2, kRolls>;
+template <typename T>
+constexpr auto pixels_in_order = depthwise<T, false, 1, kInOrder>;
+template <typename T>
+constexpr auto pixels_in_order_stride_2 = depthwise<T, false, 2, kInOrder>;
 
 // The transforms of one Winograd tile of rows x rows results, of a 3x3 kernel and cols channels: [pixel][channel], [position][channel].
 template <typename T>
@@ -306,6 +312,8 @@ EXPORT(rolling_lines)
 EXPORT(rolling_lines_stride_2)
 EXPORT(rolling_pixels)
 EXPORT(rolling_pixels_stride_2)
+EXPORT(pixels_in_order)
+EXPORT(pixels_in_order_stride_2)
 EXPORT(winograd_input)
 EXPORT(winograd_weight)
 EXPORT(winograd_output)

@@ -44,11 +44,13 @@ from myconv import _build
 FAMILIES = {
     "matrix product": ("gemm", "gemm_rows", "strip", "dot", "winograd_product", "groups", "brgemm"),
     "depthwise": ("lines", "lines_stride_2", "pixels", "pixels_stride_2"),
-    "depthwise, rolling": (
+    "depthwise, rolling or in order": (
         "rolling_lines",
         "rolling_lines_stride_2",
         "rolling_pixels",
         "rolling_pixels_stride_2",
+        "pixels_in_order",
+        "pixels_in_order_stride_2",
     ),
     "Winograd's transforms": ("winograd_input", "winograd_weight", "winograd_output"),
 }
@@ -199,7 +201,7 @@ def matrix_product(tile: Tile, draw: Callable[..., Tensor]) -> Problem:
 def depthwise(tile: Tile, draw: Callable[..., Tensor]) -> Problem:
     side, stride = math.isqrt(tile.depth), 2 if tile.kernel.endswith("stride_2") else 1
     is_lines = "lines" in tile.kernel  # else channels come last
-    lines = ROLLING_LINES if tile.kernel.startswith("rolling_pixels") else 1
+    lines = ROLLING_LINES if FAMILY[tile.kernel] == ROLLING and not is_lines else 1
     y = torch.zeros(lines * tile.rows, tile.cols, dtype=getattr(torch, tile.dtype))
 
     def reach(results: int) -> int:
