@@ -251,7 +251,7 @@ GROUPS = [
     Case("depthwise_rolling_stride_2_small", "conv2d", (3, 20, 5, 10), 20, 3, 2, padding=1, groups=20),
     Case("depthwise_rolling_stride_2_padding", "conv2d", (1, 17, 2, 3), 17, 3, 2, padding=5, groups=17),
     # Beyond 6 MB in channels_last; single samples are less.
-    Case("depthwise_in_order", "conv2d", (8, 34, 43, 71), 34, 3, padding=1, groups=34),
+    Case("depthwise_in_order", "conv2d", (8, 66, 23, 71), 66, 3, padding=1, groups=66),
     Case("depthwise_in_order_stride_2", "conv2d", (8, 66, 43, 71), 66, 3, 2, padding=(2, 1), groups=66),
     Case("depthwise_in_order_channels", "conv2d", (8, 530, 11, 19), 530, 3, padding=1, groups=530),
     Case("depthwise_of_padding", "conv2d", (1, 8, 2, 3), 8, 5, padding=6, groups=8),
@@ -331,7 +331,7 @@ MODES = [
     Case(
         "circular_depthwise_stride_2_rolling", "conv2d", (2, 17, 8, 52), 17, 3, 2, 1, groups=17, padding_mode="circular"
     ),
-    Case("reflect_depthwise_in_order", "conv2d", (8, 34, 43, 71), 34, 3, padding=1, groups=34, padding_mode="reflect"),
+    Case("reflect_depthwise_in_order", "conv2d", (8, 66, 23, 71), 66, 3, padding=1, groups=66, padding_mode="reflect"),
     Case("circular_depthwise_rolling", "conv2d", (2, 17, 10, 52), 17, 3, padding=1, groups=17, padding_mode="circular"),
     Case("reflect_depthwise_stride_2", "conv2d", (1, 4, 9, 38), 4, 7, 2, padding=3, groups=4, padding_mode="reflect"),
     Case("replicate_depthwise_times_2", "conv2d", (1, 3, 7, 19), 6, 3, padding=1, groups=3, padding_mode="replicate"),

@@ -259,8 +259,8 @@ void gather_pixels(const Gather& g, const Phases& phases, const Kernels<T>& kern
   // Lines in equal strips: a few for each thread, that fit L2. All phases of a strip follow one another. Where tiles roll,
   // strips are theirs; those of large tensors are any, of whole tiles. Vectors of channels are shared out if lines are few.
   const bool rolls = !adds && moves.empty() && plans[0].rolled(kernels.depthwise, false);
-  const bool in_order =
-      rolls && bytes_moved<T>(g) > kInOrder && plans[0].rolled(kernels.depthwise, false, /*in_order=*/true);
+  const bool in_order = rolls && bytes_moved<T>(g) > kInOrder && blocks >= kLeastInOrder &&
+                        plans[0].rolled(kernels.depthwise, false, /*in_order=*/true);
   const int64_t line_bytes = reads * g.from_stride.axis[1] * sizeof(T), images = std::max<int64_t>(1, g.batch * depths);
   int64_t together = width < 7 || adds ? blocks : 1, strip = lines;
   if (rolls) {
