@@ -133,7 +133,7 @@ void groups(const Kernels<T>& k, int rows, int cols, int depth, const T* a, cons
   for (int64_t i = 0; i < times; ++i) k.groups_product(product);
 }
 
-// A square kernel of depth taps without padding, with stride S. False if there is no such kernel that rolls.
+// A square kernel of depth taps without padding, with stride S. False if there is no such kernel that rolls, or reads in order.
 //   lines    y [rows][cols] from x [..][(cols - 1) * S + side] and w [side][side]
 //   pixels   y [rows][cols] from x [side][..][cols] and w [side][side][cols]: rows pixels of a line, cols channels;
 //            where they roll, or are read in order, of kRolledLines lines at once

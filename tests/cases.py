@@ -318,15 +318,7 @@ MODES = [
     Case("reflect_depthwise_lines", "conv2d", (1, 3, 9, 37), 3, 5, padding=2, groups=3, padding_mode="reflect"),
     Case("reflect_depthwise_rolling", "conv2d", (1, 17, 9, 52), 17, 3, padding=2, groups=17, padding_mode="reflect"),
     Case(
-        "reflect_depthwise_stride_2_rolling",
-        "conv2d",
-        (1, 17, 9, 53),
-        17,
-        3,
-        2,
-        padding=1,
-        groups=17,
-        padding_mode="reflect",
+        "reflect_depthwise_stride_2_rolling", "conv2d", (1, 17, 9, 53), 17, 3, 2, 1, groups=17, padding_mode="reflect"
     ),
     Case(
         "circular_depthwise_stride_2_rolling", "conv2d", (2, 17, 8, 52), 17, 3, 2, 1, groups=17, padding_mode="circular"

@@ -7,6 +7,7 @@
 //          Planes with lines of up to half a vector are transposed, a vector of channels at a time, and done as NHWC.
 //   NHWC   vectors run along channels. Tiles are 8 or 7 pixels of a line.
 //   3x3 kernels with stride 1 or 2 roll along lines (NCHW) or pixels (NHWC) instead: depthwise_rolling.inc.
+//   Of large tensors in NHWC, and on AVX2, they read in order: depthwise_in_order.inc.
 //
 //                    for each walked tap (NCHW: of W, NHWC: of H), for each line (pixel) that the tile reads: one load
 //   forward            K weights in registers:     sum[result] += loaded * weight[k]      up to K multiply-adds
