@@ -263,7 +263,7 @@ void gather_pixels(const Gather& g, const Phases& phases, const Kernels<T>& kern
   const bool in_order = rolls && bytes_moved<T>(g) > kInOrder && blocks >= kLeastInOrder &&
                         plans[0].rolled(kernels.depthwise, false, /*in_order=*/true);
   const int64_t line_bytes = reads * g.from_stride.axis[1] * sizeof(T), images = std::max<int64_t>(1, g.batch * depths);
-  int64_t together = width < 7 || adds ? blocks : 1, strip = lines;
+  int64_t together = blocks, strip = lines;
   if (rolls) {
     const int64_t step = g.from_stride.axis[1] * static_cast<int64_t>(sizeof(T));
     const int64_t wanted = in_order ? std::max<int64_t>(kTasks, kTasks / 4 * threads) : kTasks;
@@ -272,8 +272,14 @@ void gather_pixels(const Gather& g, const Phases& phases, const Kernels<T>& kern
     together = ceil_div(blocks, std::min(blocks, ceil_div(wanted, images * ceil_div(lines, strip))));
   } else {
     const int64_t fit = std::max<int64_t>(1, kPixelsBytes / std::max<int64_t>(1, line_bytes));
-    const int64_t wanted = ceil_div(kTasks, images * ceil_div(blocks, together));
+    if (width >= 5 && reads == 1 && !adds && fit >= kLeastLines)
+      together = vectors_together(blocks, lanes * sizeof(T), g.from_stride.axis[2] * sizeof(T));
+    const int64_t others = images * ceil_div(blocks, together), wanted = ceil_div(kTasks, others);
     strip = ceil_div(lines, std::clamp<int64_t>(wanted, ceil_div(lines, fit), lines));
+    // Lower ones, where threads would have unequal shares.
+    const auto share = [&](int64_t s) { return ceil_div(others * ceil_div(lines, s), threads) * s; };
+    for (int64_t lower = strip - 1; lower > 1; --lower)
+      if (share(lower) < share(strip)) strip = lower;
   }
   const bool streams = bytes_moved<T>(g) > kStreamed;
   const int64_t parts = ceil_div(blocks, together);

@@ -222,11 +222,12 @@ void weight_pixels(const ConvShape& s, const Kernels<T>& kernels, const T* gy, c
   const Plan plan(phases_of(s, Direction::kForward)[0], /*lines=*/false, x_stride.axis, sum_step, lanes);
   std::vector<DepthwiseMove> moves;
   if (multiplier > 1) moves = multiplier_moves(filters, multiplier, lanes);
-  const int64_t line_bytes = (s.stride[1] * x_stride.axis[1] + width * filters) * sizeof(T);
-  const bool wide = s.kernel[2] >= 7;  // a strip of lines for each vector
+  // Strips of lines whose part of the vectors stays in L2, where a line is read by several tiles.
+  const int64_t line_bytes = (s.stride[1] * x_stride.axis[1] + width * filters) * sizeof(T) / cut.parts;
+  const bool strips = s.kernel[2] >= 5 && !cut.turns;
   const int64_t columns = std::min(width, (kSumLength - 3) * 7), line_tiles = most_tiles(columns);
-  int64_t fit = std::min(kSumLength / line_tiles,
-                         wide && !cut.turns ? std::max<int64_t>(1, kPixelsBytes / line_bytes) : kSumLength);
+  int64_t fit =
+      std::min(kSumLength / line_tiles, strips ? std::max<int64_t>(1, kPixelsBytes / line_bytes) : kSumLength);
   const bool rolls = plan.rolled(kernels.depthwise, true) && moves.empty();
   if (rolls) {
     const int64_t step = x_stride.axis[1] * static_cast<int64_t>(sizeof(T));
@@ -249,30 +250,28 @@ void weight_pixels(const ConvShape& s, const Kernels<T>& kernels, const T* gy, c
   const auto sum_up = [&](WeightSums<W>& all, auto from, auto of_gy, const auto& tiles, int64_t first, int64_t last,
                           int64_t begin, int64_t end, W* sums) {
     using S = std::remove_const_t<std::remove_pointer_t<decltype(from)>>;
-    const int64_t pixel = cut.turns ? lanes : filters, together = wide ? 1 : last - first;
+    const int64_t pixel = cut.turns ? lanes : filters;
     for (int64_t line = begin, lists; line < end; line += lists) {
       const int64_t h = line % s.out[1], d = line / s.out[1] % s.out[0], n = line / (s.out[1] * s.out[0]);
       lists = std::min({fit, end - line, s.out[1] - h});
       for (int64_t at = 0; at < width; at += columns) {
         const int64_t count = std::min(columns, width - at);
         all.reserve(lists * most_tiles(count));
-        for (int64_t v = first; v < last; v += together) {
-          DepthwiseTile<S> tile{};
-          tile.planes = together;
-          tile.from_plane = tile.to_plane = lanes;
-          tile.sums_plane = of_vector;
-          tile.lists = lists;
-          tile.from = from + (cut.turns ? 0 : n * x_stride.batch + (moves.empty() ? v * lanes : 0));
-          tile.moves = moves.empty() ? nullptr : moves.data() + v;
-          tile.gy = of_gy + ((cut.turns ? h : line) * width + at) * pixel + (cut.turns ? 0 : v * lanes);
-          tile.list_step = width * pixel;
-          tile.to_step = pixel;
-          tile.length = filters - v * lanes;
-          tile.sums = sums + (v - first) * of_vector;
-          tile.rolls = moves.empty();
-          tile.ahead = streams ? s.stride[1] * x_stride.axis[1] : 0;
-          plan.run(tiles, d, h, at, count, tile);
-        }
+        DepthwiseTile<S> tile{};
+        tile.planes = last - first;
+        tile.from_plane = tile.to_plane = lanes;
+        tile.sums_plane = of_vector;
+        tile.lists = lists;
+        tile.from = from + (cut.turns ? 0 : n * x_stride.batch + (moves.empty() ? first * lanes : 0));
+        tile.moves = moves.empty() ? nullptr : moves.data() + first;
+        tile.gy = of_gy + ((cut.turns ? h : line) * width + at) * pixel + (cut.turns ? 0 : first * lanes);
+        tile.list_step = width * pixel;
+        tile.to_step = pixel;
+        tile.length = filters - first * lanes;
+        tile.sums = sums;
+        tile.rolls = moves.empty();
+        tile.ahead = streams ? s.stride[1] * x_stride.axis[1] : 0;
+        plan.run(tiles, d, h, at, count, tile);
       }
     }
   };

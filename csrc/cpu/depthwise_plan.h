@@ -30,7 +30,8 @@ inline constexpr int64_t kPlanesBytes = 16 << 10;   // NCHW: planes that are don
 inline constexpr double kStreamed = 16e6;           // above so many bytes, read and written, values are fetched early
 inline constexpr double kInOrder = 6e6;             // NHWC, 3x3: above so many they are read in order,
 inline constexpr int64_t kLeastInOrder = 4;         // with so many vectors of channels: of fewer a pixel is little
-inline constexpr int64_t kPixelsBytes = 256 << 10;  // NHWC: what the lines of a strip read
+inline constexpr int64_t kPixelsBytes = 256 << 10;  // NHWC: what the lines of a strip read;
+inline constexpr int64_t kLeastLines = 4;           // with fewer, a part of their channels is not done at a time
 inline constexpr int64_t kRolledLines = 7;          // NHWC: lines of a strip where tiles roll,
 inline constexpr int64_t kFewRolledLines = 4;       // or so many: with stride 2, of more lines than that,
 inline constexpr int64_t kSameSets = 4096;  // whose distance is a multiple of this: 15 would not fit their sets of L1
@@ -380,6 +381,14 @@ inline bool spreads(const ConvShape& s, Direction direction) {
 inline int64_t rolled_lines(int64_t lines, int64_t stride, int64_t line_bytes) {
   const bool conflicts = line_bytes % kSameSets == 0;
   return stride == 2 && lines > kRolledLines && conflicts ? kFewRolledLines : kRolledLines;
+}
+
+// NHWC, stride 1, kernels of 5 columns and more: how many of the vectors of channels are done together, line after line,
+// so that what the lines of a result read stays in L1; 256 bytes of a pixel are fetched as fast as fewer. All of them where
+// pixels share few sets of L1 and nothing would stay.
+inline int64_t vectors_together(int64_t vectors, int64_t vector_bytes, int64_t pixel_bytes) {
+  constexpr int64_t kBytes = 256;
+  return pixel_bytes % (kSameSets / 2) == 0 ? vectors : std::min(vectors, kBytes / vector_bytes);
 }
 
 // NHWC: whether pixels roll where stride 2 is undone, along both axes.
