@@ -201,6 +201,8 @@ GROUPS = [
     Case("groups_of_4_to_2_1x1", "conv2d", (2, 8, 14, 14), 4, 1, groups=2),
     Case("groups_of_20_to_40_1x1", "conv2d", (2, 60, 7, 7), 120, 1, groups=3),
     Case("groups_of_8", "conv2d", (2, 128, 9, 13), 128, 3, padding=1, groups=16),
+    Case("groups_of_8_half_a_vector_left", "conv2d", (2, 40, 9, 13), 40, 3, padding=1, groups=5),
+    Case("groups_of_8_to_4_one_left", "conv2d", (2, 56, 8, 7), 28, 3, padding=1, groups=7),
     Case("groups_of_4_to_8", "conv2d", (2, 24, 8, 7), 48, 3, padding=1, groups=6),
     Case("groups_of_8_3d", "conv3d", (1, 32, 3, 6, 7), 32, 3, padding=1, groups=4),
     Case("groups_1d", "conv1d", (2, 8, 19), 12, 5, padding=2, groups=4),

@@ -75,19 +75,19 @@ struct Problem {
   int64_t tiles_of_image;  // or frame
   int64_t tiles;
 
-  Problem(const ConvShape& s, Direction direction, const WinogradKernels<float>& t)
+  Problem(const ConvShape& s, Direction direction, const WinogradKernels<float>& t, const Together& groups_together,
+          int64_t groups)
       : gather(make_gather(s, direction)),
         phase(gather.phases[0]),
         transforms(t),
         h(tiles_of(s, phase, t, 1)),
         w(tiles_of(s, phase, t, 2)),
-        together(phase.axis[0].taps() * gather.from_per_group <= kBlock ? gather.groups : 1, gather.from_per_group,
-                 gather.to_per_group),
+        together(groups_together),
         depth(phase.axis[0].taps() * gather.from_per_group * together.groups),
         terms(depth / together.groups),
         tiles_of_image(h.tiles() * w.tiles()),
         tiles(gather.batch * frames() * tiles_of_image) {
-    gather.groups /= together.groups;
+    gather.groups = groups / together.groups;
     gather.from_per_group *= together.groups, gather.to_per_group *= together.groups;
   }
   Problem(const Problem&) = delete;
@@ -161,8 +161,8 @@ struct Plan {
 template <typename T>
 class Winograd {
  public:
-  Winograd(const Problem& problem, const Plan& plan, const ConvShape& s, const void* from, const ConvPointers& p,
-           float* workspace, int threads)
+  Winograd(const Problem& problem, const Plan& plan, bool channels_last, const T* from, const T* weight, const T* bias,
+           T* to, float* workspace, int threads)
       : p_(problem),
         g_(problem.gather),
         t_(problem.transforms),
@@ -170,12 +170,12 @@ class Winograd {
         kernels_(microkernels().f32),
         stored_(kernels_of<T>(microkernels())),
         variant_(static_cast<int>(&t_ - kernels_.winograd)),
-        channels_last_(s.channels_last()),
+        channels_last_(channels_last),
         lanes_(p_.together, g_.from_per_group / p_.together.groups, g_.to_per_group / p_.together.groups),
-        from_(static_cast<const T*>(from)),
-        weight_(static_cast<const T*>(p.weight)),
-        bias_(microkernels(), p.bias, g_.groups * g_.to_per_group),
-        to_(static_cast<T*>(p.result)),
+        from_(from),
+        weight_(weight),
+        bias_(microkernels(), bias, g_.groups * g_.to_per_group),
+        to_(to),
         zeros_(reinterpret_cast<T*>(workspace)),
         shared_(workspace + g_.from_per_group),
         scratch_(workspace + plan_.shared),
@@ -571,13 +571,20 @@ double product_cycles(double rows, double depth, double columns) {
 constexpr double kVector = 16;
 // A vector of a position, with its way through the caches.
 constexpr double kTileRead = 8.7, kTileWritten = 5.2, kWeights = 3;
-constexpr double kWeightsAgain = 8;   // the same, packed and transformed once more for each further chunk of tiles
-constexpr double kWeightsFar = 24;    // the same of weights that fill the last cache (kAllWeights)
-constexpr double kTransposed = 0.12;  // a pixel of a tile in NCHW
-constexpr double kTogether = 0.25;
-constexpr double kPieceWaits = 1.12;   // of what `direct` does in pieces, without the padding of a dilation
-constexpr double kOperandWaits = 0.7;  // of a step
-constexpr double kPhases = 5000;       // more parallel regions and smaller pieces than the direct way has
+constexpr double kWeightsAgain = 8;      // the same, packed and transformed once more for each further chunk of tiles
+constexpr double kWeightsFar = 24;       // the same of weights that fill the last cache (kAllWeights)
+constexpr double kTransposed = 0.12;     // a pixel of a tile in NCHW,
+constexpr double kFewTransposed = 0.36;  // of groups that share vectors
+constexpr double kTogether = 1.2;        // their transforms, divided by the number of vectors
+constexpr double kPieceWaits = 1.12;     // of what `direct` does in pieces, without the padding of a dilation
+constexpr double kOperandWaits = 0.7;    // of a step
+constexpr double kPhases = 5000;         // more parallel regions and smaller pieces than the direct way has
+
+Together together_of(const ConvShape& s, Direction direction) {
+  const int64_t from = direction == Direction::kForward ? s.in_per_group : s.out_per_group;
+  const int64_t to = s.in_per_group + s.out_per_group - from;
+  return s.kernel[0] * from <= kBlock ? Together(s.groups, from, to) : Together();
+}
 
 double winograd_cycles(const ConvShape& s, Direction direction, const WinogradKernels<float>& t) {
   const bool forward = direction == Direction::kForward;
@@ -590,24 +597,28 @@ double winograd_cycles(const ConvShape& s, Direction direction, const WinogradKe
     return static_cast<double>(longer * ceil_div(length + 1, out) + (dilation - longer) * ceil_div(length, out));
   };
   const double tiles = static_cast<double>(extent[0]) * tiles_of(1) * tiles_of(2), taps_d = s.kernel[0];
-  const bool together = Together(s.groups, static_cast<int64_t>(from), static_cast<int64_t>(to)).groups > 1;
+  const auto [groups, vectors] = together_of(s, direction);
+  const bool together = groups > 1;
   const double positions = t.positions, columns = together ? to / kVector : std::ceil(to / kVector);
   const double rows = together ? from / kVector : std::ceil(from / kVector);
   // NCHW transposes what a tile reads and writes.
   double out = 1, read = 1;
   for (int d = 0; d < 2; ++d) out *= t.out[d], read *= s.kernel[d + 1] > 1 ? t.out[d] / t.result_stride * t.stride : 1;
-  const double moved = s.channels_last() ? 0 : kTransposed * kVector * (1.5 * taps_d * read + out);
+  const double transposed = together ? kFewTransposed : kTransposed;
+  const double moved = s.channels_last() ? 0 : transposed * kVector * (1.5 * taps_d * read + out);
   const double bytes_of_v = positions * from * taps_d * sizeof(float), all_u = bytes_of_v * to;
   const double chunk = std::max<double>(kMostTiles, kInputBytes / 2 / bytes_of_v);
   const double again = all_u > kLargeWeights && !together ? std::max(0.0, tiles / chunk - 1) : 0;
   const double once_more = all_u > kAllWeights ? kWeightsFar : kWeightsAgain;
   double transforms = positions * (tiles * (kTileRead * rows * taps_d + kTileWritten * columns) +
-                                   (kWeights + once_more * again) * from * taps_d * columns) +
-                      moved * tiles * std::max(rows, columns);
+                                   (kWeights + once_more * again) * from * taps_d * columns);
   // Tiles of several groups that share vectors are few enough to stay in the first cache.
-  if (together && t.stride * t.result_stride == 1) transforms *= kTogether;
-  return (1 + kOperandWaits / multiply_cycles()) * product_cycles(tiles, from * taps_d, columns) * positions +
-         transforms + kPhases / static_cast<double>(s.groups);
+  if (together && t.stride * t.result_stride == 1) transforms *= kTogether / static_cast<double>(vectors);
+  const double computed = static_cast<double>(ceil_div(s.groups, groups) * groups) / static_cast<double>(s.groups);
+  return computed *
+             ((1 + kOperandWaits / multiply_cycles()) * product_cycles(tiles, from * taps_d, columns) * positions +
+              transforms + moved * tiles * std::max(rows, columns)) +
+         kPhases / static_cast<double>(s.groups);
 }
 
 double direct_cycles(const ConvShape& s, Direction direction) {
@@ -620,8 +631,8 @@ double direct_cycles(const ConvShape& s, Direction direction) {
   // What the direct way leaves out of the padding: in NHWC, by rectangles, all of it.
   const double inside = s.channels_last() || works_on_padding(s) ? tiles_inside(s) : 1;
   const double depth = static_cast<double>(s.taps()) * words / phases;
-  const bool few_of_groups = s.groups > 1 && std::max(from, to) < kVector;
-  if (s.channels_last() && !few_of_groups)
+  const char* const by_strips = forward ? direct_forward_decline(s) : direct_backward_input_decline(s);
+  if (s.channels_last() && by_strips != nullptr)
     return phases * product_cycles(pixels * inside, depth, std::ceil(to / kVector));
   // NCHW, and few channels of groups: vectors of pixels, of each line or of the lines of a strip joined. A vector of the
   // strip takes 4 cycles.
@@ -644,7 +655,7 @@ const char* yield(const ConvShape& shape, Direction direction, bool small) {
   const ConvShape s = lines_as_frames(shape, direction);
   const int64_t from = direction == Direction::kForward ? s.in_per_group : s.out_per_group;
   const int64_t to = s.in_per_group + s.out_per_group - from;
-  const bool together = Together(s.groups, from, to).groups > 1;
+  const bool together = together_of(s, direction).groups > 1;
   if (from < (together ? kFewTerms : kFewChannels) ||
       (s.groups == 1 && from + to < (s.channels_last() ? kFewInAndOut : 2 * kFewChannels)))
     return "few channels";
@@ -663,25 +674,47 @@ const char* yield(const ConvShape& shape, Direction direction, bool small) {
   return nullptr;
 }
 
+// Each range of groups is a problem of its own; they follow each other in the same scratch.
+template <typename Use>
+void each_range(const ConvShape& s, Direction direction, bool small, int threads, const Use& use) {
+  const Together together = together_of(s, direction);
+  for (const GroupRange& range : group_ranges(s.groups, together)) {
+    const Problem problem(s, direction, *transforms(s, direction, small), together, range.count);
+    use(range.first, problem, Plan(problem, s.channels_last(), microkernels().f32, threads));
+  }
+}
+
 int64_t workspace(const ConvShape& shape, Direction direction, bool small, int threads) {
-  const ConvShape s = lines_as_frames(shape, direction);
-  const Kernels<float>& k = microkernels().f32;
-  const Problem problem(s, direction, *transforms(s, direction, small));
-  const Plan plan(problem, s.channels_last(), k, threads);
-  return (plan.shared + threads * plan.of_thread) * static_cast<int64_t>(sizeof(float));
+  int64_t floats = 0;
+  each_range(lines_as_frames(shape, direction), direction, small, threads,
+             [&](int64_t, const Problem&, const Plan& plan) {
+               floats = std::max(floats, plan.shared + threads * plan.of_thread);
+             });
+  return floats * static_cast<int64_t>(sizeof(float));
+}
+
+template <typename T, Direction direction, bool small>
+void run_ranges(const ConvShape& s, const ConvPointers& p, float* workspace, int threads) {
+  const auto* const from = static_cast<const T*>(direction == Direction::kForward ? p.input : p.grad_output);
+  each_range(s, direction, small, threads, [&](int64_t group, const Problem& problem, const Plan& plan) {
+    // Channels of a group, before groups were taken together.
+    const Gather& g = problem.gather;
+    const int64_t reads = g.from_per_group / problem.together.groups, writes = g.to_per_group / problem.together.groups;
+    const auto* const bias = static_cast<const T*>(p.bias);
+    Winograd<T>(problem, plan, s.channels_last(), from + group * reads * g.from_stride.channel,
+                static_cast<const T*>(p.weight) + group * g.weight_group_stride, bias ? bias + group * writes : nullptr,
+                static_cast<T*>(p.result) + group * writes * g.to_stride.channel, workspace, threads)
+        .run();
+  });
 }
 
 template <Direction direction, bool small>
 void run(const ConvShape& shape, const ConvPointers& p, void* workspace, int threads) {
   const ConvShape s = lines_as_frames(shape, direction);
-  const void* const from = direction == Direction::kForward ? p.input : p.grad_output;
-  const Kernels<float>& k = microkernels().f32;
-  const Problem problem(s, direction, *transforms(s, direction, small));
-  const Plan plan(problem, s.channels_last(), k, threads);
   auto* const scratch = static_cast<float*>(workspace);
-  if (s.dtype == Dtype::kBFloat16) return Winograd<bfloat16>(problem, plan, s, from, p, scratch, threads).run();
-  if (s.dtype == Dtype::kFloat16) return Winograd<float16>(problem, plan, s, from, p, scratch, threads).run();
-  Winograd<float>(problem, plan, s, from, p, scratch, threads).run();
+  if (s.dtype == Dtype::kBFloat16) return run_ranges<bfloat16, direction, small>(s, p, scratch, threads);
+  if (s.dtype == Dtype::kFloat16) return run_ranges<float16, direction, small>(s, p, scratch, threads);
+  run_ranges<float, direction, small>(s, p, scratch, threads);
 }
 
 }  // namespace

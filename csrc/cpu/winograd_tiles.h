@@ -46,19 +46,33 @@ inline ConvShape lines_as_frames(ConvShape s, Direction direction) {
 // Groups with few channels that are read, transformed and written as one: all that share a vector, and where they fill
 // it, several vectors.
 struct Together {
-  static constexpr int64_t kMostVectors = 4;
   int64_t groups = 1, vectors = 1;
 
+  Together() = default;
   Together(int64_t all, int64_t from, int64_t to) {
-    const int64_t lanes = microkernels().f32.lanes;
-    int64_t in_vector = std::min(all, lanes / std::max({int64_t{1}, from, to}));
-    while (in_vector > 1 && all % in_vector != 0) --in_vector;
+    constexpr int64_t kMostVectors = 4;
+    constexpr double kPass = 0.35;  // of the time of a vector, whatever their number
+    const int64_t lanes = microkernels().f32.lanes, in_vector = std::min(all, lanes / std::max({int64_t{1}, from, to}));
     if (in_vector == 0) return;
-    const bool full = in_vector * from == lanes && in_vector * to == lanes;
-    while (full && vectors < kMostVectors && all % (2 * vectors * in_vector) == 0) vectors *= 2;
+    const auto cost = [&](int64_t v) { return static_cast<double>(ceil_div(all, v * in_vector)) * (v + kPass); };
+    if (in_vector * from == lanes && in_vector * to == lanes)
+      for (int64_t v = 2; v <= kMostVectors && v * in_vector <= all; v *= 2)
+        if (cost(v) < cost(vectors)) vectors = v;
     groups = vectors * in_vector;
   }
 };
+
+// Groups [first, first + count), in whole numbers of those taken together: where some are left, the last ones once more.
+// What is computed twice is the same.
+struct GroupRange {
+  int64_t first, count;
+};
+inline c10::SmallVector<GroupRange, 2> group_ranges(int64_t all, const Together& together) {
+  const int64_t left = all % together.groups;
+  c10::SmallVector<GroupRange, 2> ranges{{0, all - left}};
+  if (left > 0) ranges.push_back({all - together.groups, together.groups});
+  return ranges;
+}
 
 // Where the lanes of a vector, that hold `to` results of each group, find channel k of the `from` of their own group.
 struct GroupLanes {
