@@ -116,9 +116,9 @@ struct Plan {
     const int64_t positions = p.transforms.positions, bytes = positions * sizeof(float);
     // Threads repeat the transforms of what they do not split.
     const int64_t all_u = bytes * p.terms * round_up(to, lanes);
+    const bool waits = p.tiles < kFewTiles * threads && to >= threads * lanes && p.gather.groups % threads != 0;
     split_columns = p.together.groups == 1 && (all_u > std::min(kLargeWeights, kAllWeights / threads) ||
-                                               (all_u > kSmallWeights && 2 * p.tiles < to) ||
-                                               (p.tiles < kFewTiles * threads && to >= threads * lanes));
+                                               (all_u > kSmallWeights && 2 * p.tiles < to) || waits);
     const Panels widest(to, lanes, vectors);
     width = widest.width;
     if (split_columns) {
