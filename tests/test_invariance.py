@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import functools
+
 import pytest
 import torch
 
 from cases import BATCH, CHANNELS_LAST, DIRECTIONS, INVARIANCE, PARTS, Case, make_tensors
-from checking import assert_accurate
+from checking import assert_accurate, bias_for, forced, isas, run_operator
 from conftest import every_kernel, noting, our_conv, threads
 
 LAYOUTS = ["contiguous", "channels_last"]
@@ -94,6 +96,22 @@ def test_whole_calls(case, layout, seed):
                     assert torch.equal(a, e[part])
             if layout == "contiguous" or case.rank + 2 not in CHANNELS_LAST:  # one sample has no channels_last
                 assert torch.equal(our_conv(case, x[2], w, b), whole[0][2])
+
+
+@pytest.mark.parametrize("stride", [1, 2])
+@pytest.mark.parametrize("direction", ["forward", "backward_input"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_results_past_the_caches(dtype, direction, stride, seed):
+    """Tensors of more than 32 MB, whose results go straight to memory; those of a sample do not."""
+    case = Case("past", "conv2d", (8, 64, 113, 122), 64, 3, stride=stride, padding=1, groups=64)
+    x, w, b, y = make_tensors(case, dtype, "channels_last", seed)
+    for isa in isas("cpu"):
+        with forced(direction, "depthwise", isa):
+            run = functools.partial(run_operator, direction, w=w, b=bias_for(case, direction, b), problem=case.problem)
+            whole = run(x=x, y=y)
+            for i in range(8):
+                with noting(sample=i):
+                    assert torch.equal(run(x=x[i : i + 1], y=y[i : i + 1])[0], whole[i])
 
 
 @pytest.mark.parametrize("fused", [True, False])

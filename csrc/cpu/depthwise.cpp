@@ -282,6 +282,10 @@ void gather_pixels(const Gather& g, const Phases& phases, const Kernels<T>& kern
       if (share(lower) < share(strip)) strip = lower;
   }
   const bool streams = bytes_moved<T>(g) > kStreamed;
+  // Past the caches, which would be read and written back in vain, go results of tensors beyond the last one.
+  const bool whole_vectors = filters % lanes == 0 && g.to_stride.axis[2] * sizeof(T) % kCacheLine == 0 &&
+                             reinterpret_cast<uintptr_t>(to) % kCacheLine == 0;
+  const bool past = !kIsHalf<T> && rolls && whole_vectors && bytes_moved<T>(g) > kLastCache;
   const int64_t parts = ceil_div(blocks, together);
   const int64_t strips = ceil_div(lines, strip);
   const int64_t tasks = g.batch * depths * strips * parts;
@@ -311,7 +315,7 @@ void gather_pixels(const Gather& g, const Phases& phases, const Kernels<T>& kern
         tile.to_step = axis(2).to_step * g.to_stride.axis[2];
         tile.length = filters - c;
         tile.skip_zeros = finite;
-        tile.rolls = rolls, tile.in_order = in_order;
+        tile.rolls = rolls, tile.in_order = in_order, tile.past = past;
         tile.ahead = streams ? axis(1).from_step * g.from_stride.axis[1] : 0;
         if (!adds) {
           plan.run(kernels.depthwise, d, h, 0, axis(2).count, tile);

@@ -83,6 +83,7 @@ struct DepthwiseTile {
   int64_t length;   // columns, or channels of all planes
   bool rolls;       // whether kernels that roll may be used,
   bool in_order;    // NHWC: or those of large tensors
+  bool past;        // NHWC, not of 16-bit types: whether these write whole, aligned vectors past the caches
   bool skip_zeros;  // the weights are finite: what lies in the padding adds nothing
   bool accumulate;  // not of 16-bit types
   int64_t
