@@ -24,6 +24,7 @@
 
 #include "cpu/algorithms.h"
 #include "cpu/depthwise_plan.h"
+#include "cpu/past_caches.h"
 
 namespace myconv::cpu {
 namespace {
@@ -282,10 +283,9 @@ void gather_pixels(const Gather& g, const Phases& phases, const Kernels<T>& kern
       if (share(lower) < share(strip)) strip = lower;
   }
   const bool streams = bytes_moved<T>(g) > kStreamed;
-  // Past the caches, which would be read and written back in vain, go results of tensors beyond the last one.
-  const bool whole_vectors = filters % lanes == 0 && g.to_stride.axis[2] * sizeof(T) % kCacheLine == 0 &&
-                             reinterpret_cast<uintptr_t>(to) % kCacheLine == 0;
-  const bool past = !kIsHalf<T> && rolls && whole_vectors && bytes_moved<T>(g) > kLastCache;
+  const double written = static_cast<double>(g.batch) * g.to_pixels() * filters * sizeof(T);
+  const bool past =
+      !kIsHalf<T> && rolls && goes_past_caches(bytes_moved<T>(g) - written, written, to, filters * sizeof(T));
   const int64_t parts = ceil_div(blocks, together);
   const int64_t strips = ceil_div(lines, strip);
   const int64_t tasks = g.batch * depths * strips * parts;
@@ -332,6 +332,7 @@ void gather_pixels(const Gather& g, const Phases& phases, const Kernels<T>& kern
             add_filters(tile.to, count, g.groups, multiplier, bias, result + l * tile.list_step + first * step, step);
           }
       }
+    if (past) finish_stores();
   });
 }
 

@@ -26,7 +26,6 @@ struct F32 {
   static void store(float* p, V v) { _mm256_storeu_ps(p, v); }
   static void store(float* p, V v, Mask m) { _mm256_maskstore_ps(p, m, v); }
   static void store_past(float* p, V v) { _mm256_stream_ps(p, v); }  // the caches: an aligned vector
-  static void store_fence() { _mm_sfence(); }                        // after those, which other threads may see late
   static V add(V a, V b) { return _mm256_add_ps(a, b); }
   static V fma(V a, V b, V c) { return _mm256_fmadd_ps(a, b, c); }
   // 16-bit values in memory, all lanes or the first few: these in pieces of 4, 2 and 1.
@@ -136,7 +135,6 @@ struct F64 {
   static void store(double* p, V v) { _mm256_storeu_pd(p, v); }
   static void store(double* p, V v, Mask m) { _mm256_maskstore_pd(p, m, v); }
   static void store_past(double* p, V v) { _mm256_stream_pd(p, v); }
-  static void store_fence() { _mm_sfence(); }
   static V add(V a, V b) { return _mm256_add_pd(a, b); }
   static V fma(V a, V b, V c) { return _mm256_fmadd_pd(a, b, c); }
   static void deinterleave(V a, V b, V& even, V& odd) {

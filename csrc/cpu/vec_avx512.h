@@ -29,7 +29,6 @@ struct F32 {
   static void store(float* p, V v) { _mm512_storeu_ps(p, v); }
   static void store(float* p, V v, Mask m) { _mm512_mask_storeu_ps(p, m, v); }
   static void store_past(float* p, V v) { _mm512_stream_ps(p, v); }  // the caches: an aligned vector
-  static void store_fence() { _mm_sfence(); }                        // after those, which other threads may see late
   static V add(V a, V b) { return _mm512_add_ps(a, b); }
   static V mul(V a, V b) { return _mm512_mul_ps(a, b); }
   static V fma(V a, V b, V c) { return _mm512_fmadd_ps(a, b, c); }
@@ -133,7 +132,6 @@ struct F64 {
   static void store(double* p, V v) { _mm512_storeu_pd(p, v); }
   static void store(double* p, V v, Mask m) { _mm512_mask_storeu_pd(p, m, v); }
   static void store_past(double* p, V v) { _mm512_stream_pd(p, v); }
-  static void store_fence() { _mm_sfence(); }
   static V add(V a, V b) { return _mm512_add_pd(a, b); }
   static V mul(V a, V b) { return _mm512_mul_pd(a, b); }
   static V fma(V a, V b, V c) { return _mm512_fmadd_pd(a, b, c); }
