@@ -5,7 +5,7 @@
 //   empty(like, sizes, channels_last)             an uninitialised tensor of like's dtype and device
 //   run(row, shape, pointers, result, bytes, threads)   allocates that much workspace and runs the row
 //   threads(), isa()                              what the row is told, and what explain() tells
-//   sums_bias(dtype), bias_backward(...)          its own sum for the gradient of a bias, if it has one
+//   sums_bias(dtype)                              whether rows of backward_weight make the gradient of a bias too
 //   Guard(tensor)                                 makes the tensor's device the current one
 #pragma once
 
@@ -224,9 +224,11 @@ struct Operators {
         x.dim() == 3 ? result_is_channels_last(x, gy) : sample_is_channels_last(x) || sample_is_channels_last(gy);
     const ConvShape shape = make_conv_shape(call, gw.strides(), gw.scalar_type(), computed);
     const Tensor &gyd = dense<Device>("grad_output", gy, computed, gy_kept), xd = dense<Device>("input", x, computed);
-    if (gb.defined()) Device::bias_backward(shape, gyd.const_data_ptr(), gb.data_ptr());
     if (gw.numel() == 0) return;
-    run<Device>(Direction::kBackwardWeight, shape, {.input = xd.const_data_ptr(), .grad_output = gyd.const_data_ptr()},
+    run<Device>(Direction::kBackwardWeight, shape,
+                {.input = xd.const_data_ptr(),
+                 .grad_output = gyd.const_data_ptr(),
+                 .grad_bias = gb.defined() ? gb.data_ptr() : nullptr},
                 gw);
   }
 
@@ -283,8 +285,8 @@ struct Operators {
                                padding_mode);
     if (output_mask[1]) {
       gw = has_contiguous_strides(w) ? Device::empty(w, w.sizes(), false) : at::empty_like(w);
-      // There gy is at hand in the layout of the computation.
-      if (output_mask[2] && Device::sums_bias(w.scalar_type())) gb = Device::empty(gy, {gy.size(1)}, false);
+      if (output_mask[2] && Device::sums_bias(w.scalar_type()) && gw.numel() > 0)
+        gb = Device::empty(gy, {gy.size(1)}, false);
       if (gw.is_complex())
         gw.copy_(backward_weight(gy, x, w.sizes().slice(2), stride, padding, dilation, groups, padding_mode));
       else

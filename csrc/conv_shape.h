@@ -95,7 +95,8 @@ struct ConvPointers {
   const void* bias = nullptr;
   const void* grad_output = nullptr;
   void* result = nullptr;
-  void* stream = nullptr;  // of CUDA
+  void* stream = nullptr;     // of CUDA
+  void* grad_bias = nullptr;  // beside a weight gradient, if it is asked for and the device's rows sum it
 };
 
 enum class Direction : int8_t { kForward, kBackwardInput, kBackwardWeight };

@@ -38,7 +38,10 @@ from conftest import (
     kernels,
     noting,
     our_conv,
+    poison,
     run_operator,
+    size_of_sums,
+    threads,
     with_gradients,
 )
 
@@ -246,9 +249,37 @@ def test_fused_backward(name, layout, seed):
             for actual, expected in zip(got, single, strict=False):
                 assert actual is None or torch.equal(actual, expected)
             if mask[2]:
-                assert_accurate(got[2], bias_gradient, gy.sum([0, *range(2, gy.dim())]), "bias gradient")
+                torchs = gy.sum([0, *range(2, gy.dim())])
+                assert_accurate(got[2], bias_gradient, torchs, "bias gradient", terms=size_of_sums(gy))
             if mask[1]:
                 assert same_strides(got[1], w), "the weight gradient has strides of its own"
+
+
+BIASED = [(case, torch.float32) for case in CASES if not case.transposed]
+BIASED += [(case, t) for case in CORE if not case.transposed for t in (torch.float64, torch.bfloat16, torch.float16)]
+
+
+@pytest.mark.parametrize("case, dtype", BIASED)
+def test_bias_gradient_of_each_row(case, dtype, seed):
+    """Each row that makes the weight gradient makes that of the bias too: the same bits on any number of threads."""
+    for layout in ("contiguous", "channels_last")[: 2 if case.rank > 1 else 1]:
+        x, w, _, gy = make_tensors(case, dtype, layout, seed, integers=True)
+        rounding = make_tensors(case, dtype, layout, seed).gy
+        expected = gy.double().sum([0, *range(2, gy.dim())]).to(dtype)
+        for row, isa in kernels("backward_weight", case.problem, (x, w, gy), layout):
+            with forced("backward_weight", row, isa), noting(layout=layout):
+                poison(expected.nbytes, "cpu")
+                backward = partial(fused_backward, x=x, w=w, problem=case.problem)
+                assert torch.equal(backward(gy)[2], expected)
+                results = []
+                for count in (1, 2, 3):
+                    with threads(count):
+                        results.append(backward(rounding)[2])
+                assert torch.equal(results[0], results[1]) and torch.equal(results[0], results[2])
+
+
+def fused_backward(gy: torch.Tensor, x: torch.Tensor, w: torch.Tensor, problem: Problem) -> tuple:
+    return torch.ops.myconv.conv_backward(gy, x, w, *problem.parameters, [False, True, True])
 
 
 # ---------------------------------------------------------------------------------------- output strides

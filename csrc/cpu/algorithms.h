@@ -71,7 +71,4 @@ const char* padding_adjoint_decline(const ConvShape&);
 int64_t padding_adjoint_workspace(const ConvShape&, int threads);
 void padding_adjoint(const ConvShape&, const ConvPointers&, void* workspace, int threads);
 
-// bias_backward.cpp: gb[k] = sum over samples and pixels of gy. float32 and float64 only.
-void bias_backward(const ConvShape&, const void* gy, void* gb);
-
 }  // namespace myconv::cpu

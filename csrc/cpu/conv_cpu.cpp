@@ -97,7 +97,6 @@ struct Cpu {
   static bool sums_bias(at::ScalarType type) {
     return type == at::kFloat || type == at::kDouble || type == at::kHalf || type == at::kBFloat16;
   }
-  static void bias_backward(const ConvShape& shape, const void* gy, void* gb) { cpu::bias_backward(shape, gy, gb); }
 
   struct Guard {
     explicit Guard(const Tensor&) {}

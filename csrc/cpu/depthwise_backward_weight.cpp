@@ -16,6 +16,7 @@
 #include <vector>
 
 #include "cpu/algorithms.h"
+#include "cpu/bias_sums.h"
 #include "cpu/depthwise_plan.h"
 
 namespace myconv::cpu {
@@ -49,7 +50,7 @@ class WeightSums {
     if (first_)
       std::copy_n(sums_, count_, totals_);
     else
-      kernels_.add_row(totals_, sums_, count_);
+      kernels_.add_rows(totals_, sums_, 0, 1, count_);
     first_ = false;
     tiles_ = 0;
   }
@@ -98,8 +99,10 @@ struct WeightLines {
 };
 
 template <typename T>
-void weight_lines(const ConvShape& s, const Kernels<T>& kernels, const T* gy, const T* x, T* gw, Word<T>* workspace) {
+void weight_lines(const ConvShape& s, const Kernels<T>& kernels, const ConvPointers& p, Word<T>* workspace) {
   using W = Word<T>;
+  const auto *const gy = static_cast<const T*>(p.grad_output), *const x = static_cast<const T*>(p.input);
+  auto* const gw = static_cast<T*>(p.result);
   const Kernels<W>& words = kernels_of<W>(microkernels());
   const Phase phase = phases_of(s, Direction::kForward)[0];
   const StripPlan strip(phase, sizeof(T), kStripBytes);
@@ -117,6 +120,8 @@ void weight_lines(const ConvShape& s, const Kernels<T>& kernels, const T* gy, co
   const int64_t fit = std::max<int64_t>(1, kSumLength / vectors - 3) * 7;  // lines of at most kSumLength tiles
   const int64_t step = copies ? std::min(fit, strip.block_lines) : fit;
   const WeightTarget target(s);
+  BiasSums<T> bias(s, p, cut.chunks);
+  const int64_t all_lines = s.batch * s.out[0] * s.out[1];
   W* const shared = workspace;
   W* const scratch = workspace + round_up(cut.shared_words(s, lanes), 16);
 
@@ -161,6 +166,8 @@ void weight_lines(const ConvShape& s, const Kernels<T>& kernels, const T* gy, co
               tile.ahead = copies ? 0 : s.in[2];
               all.reserve(most_tiles(lines) * vectors);
               plan.run(kernels.depthwise, copies ? 0 : d, 0, copies ? l - h : l, lines, tile);
+              const int64_t line = (n * s.out[0] + d) * s.out[1] + l;
+              bias.add(chunk, line, line + lines, all_lines, f, planes);
             }
           }
       }
@@ -168,9 +175,10 @@ void weight_lines(const ConvShape& s, const Kernels<T>& kernels, const T* gy, co
       if (cut.chunks == 1) store(f, planes, totals, sums + 2 * cut.sums);
     }
   });
+  bias.store();
   if (cut.chunks == 1) return;
-  for (int64_t chunk = 1; chunk < cut.chunks; ++chunk)
-    words.add_row(shared, shared + chunk * filters * of_plane, filters * of_plane);
+  const int64_t all = filters * of_plane;
+  words.add_rows(shared, shared + all, all, cut.chunks - 1, all);
   for (int64_t f = 0; f < filters; ++f) store(f, 1, shared + f * of_plane, scratch);
 }
 
@@ -211,8 +219,10 @@ struct WeightPixels {
 };
 
 template <typename T>
-void weight_pixels(const ConvShape& s, const Kernels<T>& kernels, const T* gy, const T* x, T* gw, Word<T>* workspace) {
+void weight_pixels(const ConvShape& s, const Kernels<T>& kernels, const ConvPointers& p, Word<T>* workspace) {
   using W = Word<T>;
+  const auto *const gy = static_cast<const T*>(p.grad_output), *const x = static_cast<const T*>(p.input);
+  auto* const gw = static_cast<T*>(p.result);
   const Kernels<W>& words = kernels_of<W>(microkernels());
   const int64_t taps = s.taps(), lanes = kernels.lanes, of_vector = taps * lanes, filters = s.out_channels();
   const int64_t multiplier = s.out_per_group, width = s.out[2], in = s.in_pixels(), out = s.out_pixels();
@@ -235,6 +245,8 @@ void weight_pixels(const ConvShape& s, const Kernels<T>& kernels, const T* gy, c
   }
   const bool streams = !cut.turns && (!rolls || bytes_moved<T>(make_gather(s, Direction::kForward)) > kStreamed);
   const WeightTarget target(s);
+  BiasSums<T> bias(s, p, cut.chunks);
+  const int64_t all_pixels = s.batch * out;
   W* const shared = workspace;
   W* const scratch = workspace + cut.shared_words(s, lanes);
 
@@ -246,9 +258,9 @@ void weight_pixels(const ConvShape& s, const Kernels<T>& kernels, const T* gy, c
         kernels.store_rows(totals + t * lanes + c, 0, 1, 1, gw + (f + c) * target.filter + target.taps[t], 0);
   };
 
-  // Vectors [first, last) of lines [begin, end), which are whole samples where planes are transposed.
-  const auto sum_up = [&](WeightSums<W>& all, auto from, auto of_gy, const auto& tiles, int64_t first, int64_t last,
-                          int64_t begin, int64_t end, W* sums) {
+  // Vectors [first, last) of lines [begin, end) of a chunk, which are whole samples where planes are transposed.
+  const auto sum_up = [&](WeightSums<W>& all, auto from, auto of_gy, const auto& tiles, int64_t chunk, int64_t first,
+                          int64_t last, int64_t begin, int64_t end, W* sums) {
     using S = std::remove_const_t<std::remove_pointer_t<decltype(from)>>;
     const int64_t pixel = cut.turns ? lanes : filters;
     for (int64_t line = begin, lists; line < end; line += lists) {
@@ -272,6 +284,9 @@ void weight_pixels(const ConvShape& s, const Kernels<T>& kernels, const T* gy, c
         tile.rolls = moves.empty();
         tile.ahead = streams ? s.stride[1] * x_stride.axis[1] : 0;
         plan.run(tiles, d, h, at, count, tile);
+        const int64_t pixels = line * width + at, filter = first * lanes;
+        bias.add(chunk, pixels, pixels + (lists - 1) * width + count, all_pixels, filter,
+                 std::min(last * lanes, filters) - filter);
       }
     }
   };
@@ -292,21 +307,21 @@ void weight_pixels(const ConvShape& s, const Kernels<T>& kernels, const T* gy, c
           kernels.transpose(x + c * in, in, count, in, image, lanes);
           kernels.transpose(gy + c * out, out, count, out, gy_image, lanes);
           const W *const from = image, *const of_gy = gy_image;
-          sum_up(all, from, of_gy, words.depthwise, first, last, n * cut.unit, (n + 1) * cut.unit, sums);
+          sum_up(all, from, of_gy, words.depthwise, chunk, first, last, n * cut.unit, (n + 1) * cut.unit, sums);
         }
       else
-        sum_up(all, x, gy, kernels.depthwise, first, last, begin_unit, end_unit, sums);
+        sum_up(all, x, gy, kernels.depthwise, chunk, first, last, begin_unit, end_unit, sums);
       all.finish();
       if (cut.chunks == 1)
         for (int64_t v = first; v < last; ++v) store(v, totals + (v - first) * of_vector);
     }
   });
+  bias.store();
   if (cut.chunks == 1) return;
   parallel_tasks(cut.vectors, 4.0 * cut.chunks * of_vector, [&](int64_t begin, int64_t end) {
-    const int64_t size = (end - begin) * of_vector;
+    const int64_t of_chunk = cut.vectors * of_vector;
     W* const totals = shared + begin * of_vector;
-    for (int64_t chunk = 1; chunk < cut.chunks; ++chunk)
-      words.add_row(totals, totals + chunk * cut.vectors * of_vector, size);
+    words.add_rows(totals, totals + of_chunk, of_chunk, cut.chunks - 1, (end - begin) * of_vector);
     for (int64_t v = begin; v < end; ++v) store(v, shared + v * of_vector);
   });
 }
@@ -338,8 +353,7 @@ void depthwise_backward_weight(const ConvShape& s, const ConvPointers& p, void* 
     const Kernels<T>& kernels = kernels_of<T>(microkernels());
     (s.channels_last() || transposes_weight(s, kernels.lanes)
          ? weight_pixels<T>
-         : weight_lines<T>)(s, kernels, static_cast<const T*>(p.grad_output), static_cast<const T*>(p.input),
-                            static_cast<T*>(p.result), static_cast<Word<T>*>(workspace));
+         : weight_lines<T>)(s, kernels, p, static_cast<Word<T>*>(workspace));
   });
 }
 

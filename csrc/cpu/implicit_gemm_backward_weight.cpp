@@ -28,6 +28,7 @@
 #include <vector>
 
 #include "cpu/algorithms.h"
+#include "cpu/bias_sums.h"
 #include "cpu/finite.h"
 #include "cpu/gather.h"
 #include "cpu/gemm_blocks.h"
@@ -256,22 +257,24 @@ struct Operands {
   const Kernels<W>& kernels;
   const T *x, *gy;
   T* gw;
+  BiasSums<T>& bias;
   W *of_threads, *slabs;
   GatherAxis axis[3];
   // Rows of totals are [row][tap] or [tap][row], as the weight has them.
   bool taps_inside;
   bool complete;  // nothing but pixels inside is to be multiplied
 
-  Operands(const Problem& problem, const Plan& plan, const Split& split, const void* grad_output, const void* input,
-           T* gw, W* workspace, int threads)
+  Operands(const Problem& problem, const Plan& plan, const Split& split, const ConvPointers& p, BiasSums<T>& bias,
+           W* workspace, int threads)
       : problem(problem),
         plan(plan),
         split(split),
         stored(plan.pair > 1 ? dense_kernels<T>() : kernels_of<T>(microkernels())),
         kernels(kernels_of<W>(microkernels())),
-        x(static_cast<const T*>(problem.exchanged ? grad_output : input)),
-        gy(static_cast<const T*>(problem.exchanged ? input : grad_output)),
-        gw(gw + problem.first_tap),
+        x(static_cast<const T*>(problem.exchanged ? p.grad_output : p.input)),
+        gy(static_cast<const T*>(problem.exchanged ? p.input : p.grad_output)),
+        gw(static_cast<T*>(p.result) + problem.first_tap),
+        bias(bias),
         of_threads(workspace),
         slabs(workspace + threads * split.of_thread()),
         axis{forward_axis(problem.s, 0), forward_axis(problem.s, 1), forward_axis(problem.s, 2)} {
@@ -331,6 +334,7 @@ class Worker {
     for (int64_t i = chunk0; i < chunk1; ++i) {
       first_chunk_ = i == chunk0;
       add_chunk(i, chunk1);
+      add_to_bias(slab);
     }
     if (totals_ == thread_totals_) write(s_, o_.stored, totals_, ld_, row_step_, tap_step_, rows_, columns_, result);
   }
@@ -355,6 +359,19 @@ class Worker {
       else
         for (int64_t t = 0; t < plan_.taps; ++t) multiply_tap(t, b0, block);
     }
+  }
+
+  // What the chunk has of the grad_output, by one of the tasks that read it. Mirrored, its pixels are others, as many to
+  // each chunk.
+  void add_to_bias(int64_t slab) const {
+    const bool exchanged = o_.problem.exchanged;
+    if ((exchanged ? k0_ : c0_) > 0) return;
+    const int64_t begin = chunk_.first * plan_.line_length + chunk_.begin, all = plan_.lines * plan_.line_length;
+    const int64_t end = (chunk_.last - 1) * plan_.line_length + chunk_.end;
+    if (exchanged)
+      o_.bias.add(slab, begin, end, all, group_ * plan_.rows + c0_, rows_);
+    else
+      o_.bias.add(slab, begin, end, all, group_ * plan_.columns + k0_, columns_);
   }
 
   // Panel j of gy, packed: [pixel of the chunk][column].
@@ -650,8 +667,7 @@ void add_slabs(const Operands<T>& o) {
       const int64_t group = i / pieces, row = plan.rows * (i % pieces) / pieces;
       const int64_t rows = plan.rows * (i % pieces + 1) / pieces - row;
       Word<T>* const sums = o.slabs + (group * plan.rows + row) * plan.taps * plan.columns;
-      for (int64_t slab = 1; slab < plan.slabs; ++slab)
-        o.kernels.add_row(sums, sums + slab * o.split.slab, rows * plan.taps * plan.columns);
+      o.kernels.add_rows(sums, sums + o.split.slab, o.split.slab, plan.slabs - 1, rows * plan.taps * plan.columns);
       write(s, o.stored, sums, plan.columns, row_step, tap_step, rows, plan.columns,
             o.gw + group * o.problem.weight_group + row * s.weight_stride[1]);
     }
@@ -669,16 +685,18 @@ void each_problem(const ConvShape& s, const Kernels<T>& kernels, const F& f) {
 }
 
 template <typename T>
-void run(const Problem& problem, const void* grad_output, const void* input, T* gw, Word<T>* workspace, int threads) {
+void run(const ConvShape& s, const Problem& problem, const ConvPointers& p, Word<T>* workspace, int threads) {
   const Kernels<T>& kernels = dense_kernels<T>();
   const Plan plan(problem, sizeof(Word<T>), kernels.lanes, kernels.pair);
   const Split split(problem, plan, kernels.rows, kernels.lanes, kernels.vectors, sizeof(Word<T>), threads);
-  const Operands<T> operands(problem, plan, split, grad_output, input, gw, workspace, threads);
+  BiasSums<T> bias(s, p, plan.slabs);
+  const Operands<T> operands(problem, plan, split, p, bias, workspace, threads);
   parallel_tasks(split.tasks, problem.s.macs() / split.tasks, [&](int64_t begin, int64_t end) {
     Worker<T> worker(operands);
     for (int64_t task = begin; task < end; ++task) worker.run(task);
   });
   if (plan.slabs > 1) add_slabs(operands);
+  bias.store();
 }
 
 }  // namespace
@@ -711,11 +729,10 @@ int64_t implicit_gemm_backward_weight_workspace(const ConvShape& s, int threads)
 void implicit_gemm_backward_weight(const ConvShape& s, const ConvPointers& p, void* workspace, int threads) {
   with_type(s.dtype, [&](auto zero) {
     using T = decltype(zero);
-    auto* const gw = static_cast<T*>(p.result);
     const Kernels<T>& kernels = dense_kernels<T>();
     each_problem(s, kernels, [&](const Problem& problem) {
-      run<T>(problem, p.grad_output, p.input, gw, static_cast<Word<T>*>(workspace), threads);
-      return !problem.mirrored() || all_finite(s, gw);
+      run<T>(s, problem, p, static_cast<Word<T>*>(workspace), threads);
+      return !problem.mirrored() || all_finite(s, static_cast<const T*>(p.result));
     });
   });
 }

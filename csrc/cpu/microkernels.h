@@ -229,9 +229,10 @@ struct Kernels {
   void (*store_rows)(const W* from, int64_t from_step, int64_t count, int64_t length, T* to, int64_t to_step);
   // to[j * phases + f] = round(from[f * from_step + j]), values of them in all: float32 sums, as in store_rows
   void (*interleave)(const W* from, int64_t from_step, int64_t phases, int64_t values, T* to);
-  void (*add_row)(T* sums, const T* row, int64_t length);       // sums[i] += row[i]
+  // sums[i] += rows[i] + rows[step + i] + ...  of count rows; and the sum of one, of `length` values. Not of pairs.
+  void (*add_rows)(W* sums, const T* rows, int64_t step, int64_t count, int64_t length);
+  W (*sum_row)(const T* row, int64_t length);
   void (*sum_lanes)(const T* vectors, int64_t count, T* sums);  // sums[i]: of vector i's lanes
-  T (*sum_row)(const T* row, int64_t length);
   bool (*all_finite)(const W* row, int64_t length);
   // panel row r holds channel r / taps and tap r % taps: segments[first[tap], first[tap + 1]) of that channel's plane.
   // Words are made of neighbouring channels.
@@ -247,7 +248,7 @@ struct Kernels {
   void (*transpose)(const T* from, int64_t from_step, int64_t rows, int64_t cols, W* to, int64_t to_step);
   // The same of float32 sums, rounded.
   void (*store_transposed)(const W* from, int64_t from_step, int64_t rows, int64_t cols, T* to, int64_t to_step);
-  // Not of 16-bit types, as are gemm_packing, lanes_of_groups, add_row, sum_lanes and sum_row: no row of theirs asks for these.
+  // Not of 16-bit types, as are gemm_packing, lanes_of_groups and sum_lanes: no row of theirs asks for these.
   DepthwiseKernels<T> depthwise;
 };
 

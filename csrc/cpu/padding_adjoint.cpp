@@ -120,11 +120,11 @@ void add_strip(const ConvShape& s, const Kernels<T>& kernels, const Border& bord
                          for (int64_t w = 0; w < border.size[2]; ++w) {
                            T* const sums = to_line + target(2, w) * to.axis[2];
                            if (w == first && !s.channels_last() && last > first) {
-                             kernels.add_row(sums, line + w, last - first);
+                             kernels.add_rows(sums, line + w, 0, 1, last - first);
                              w = last - 1;
                              continue;
                            }
-                           kernels.add_row(sums, line + w * from.axis[2], count);
+                           kernels.add_rows(sums, line + w * from.axis[2], 0, 1, count);
                          }
                        }
                    }

@@ -149,6 +149,18 @@ void backward_weight(const ConvShape& s, const T* gy, const T* x, T* gw) {
   });
 }
 
+template <typename T>
+void backward_bias(const ConvShape& s, const T* gy, T* gb) {
+  const auto stride = activation_strides(s.layout, s.out_channels(), s.out);
+  for (int64_t k = 0; k < s.out_channels(); ++k) {
+    Accumulator<T> sum(0);
+    for (int64_t n = 0; n < s.batch; ++n)
+      for (int64_t pixel = 0; pixel < s.out_pixels(); ++pixel)
+        sum += static_cast<Accumulator<T>>(gy[n * stride.batch + k * stride.channel + pixel * stride.axis[2]]);
+    gb[k] = static_cast<T>(sum);
+  }
+}
+
 template <typename F>
 void dispatch(Dtype dtype, const F& f) {
   switch (dtype) {
@@ -196,6 +208,7 @@ void reference_backward_weight(const ConvShape& s, const ConvPointers& p, void*,
     using T = decltype(zero);
     backward_weight<T>(s, static_cast<const T*>(p.grad_output), static_cast<const T*>(p.input),
                        static_cast<T*>(p.result));
+    if (p.grad_bias) backward_bias<T>(s, static_cast<const T*>(p.grad_output), static_cast<T*>(p.grad_bias));
   });
 }
 

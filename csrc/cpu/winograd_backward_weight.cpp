@@ -26,6 +26,7 @@
 #include <cmath>
 
 #include "cpu/algorithms.h"
+#include "cpu/bias_sums.h"
 #include "cpu/isa.h"
 #include "cpu/parallel.h"
 #include "cpu/tables.h"
@@ -164,12 +165,13 @@ class WeightGradient {
         zeros_(reinterpret_cast<T*>(workspace)),
         scratch_(workspace + plan_.shared),
         slabs_(scratch_ - s_.groups * plan_.slabs * plan_.slab),
-        of_k_(p_.taps() * plan_.width) {
+        of_k_(p_.taps() * plan_.width),
+        bias_(s_, p, plan_.slabs) {
     std::fill_n(zeros_, std::max(s_.in_per_group, s_.out_per_group), T{});
   }
 
   // Whether all of it is finite.
-  bool run() const {
+  bool run() {
     std::atomic<bool> finite = true;
     const int64_t parts = plan_.column_parts * plan_.row_parts, tasks = s_.groups * plan_.slabs * parts;
     const double macs =
@@ -186,6 +188,7 @@ class WeightGradient {
       }
     });
     if (plan_.slabs > 1 && finite) add_slabs();
+    bias_.store();
     return finite;
   }
 
@@ -204,7 +207,7 @@ class WeightGradient {
   }
   int64_t rows(int64_t panel) const { return std::min(plan_.rows, s_.out_per_group - panel * plan_.rows); }
 
-  bool compute(const Part& part) const {
+  bool compute(const Part& part) {
     float* const v = scratch_ + at::get_thread_num() * plan_.of_thread;
     float *const z = v + plan_.v, *const m = z + plan_.z, *const totals = m + plan_.m,
                  *const strip = totals + plan_.totals;
@@ -215,6 +218,10 @@ class WeightGradient {
     for (int64_t chunk = chunk0; chunk < chunk1; ++chunk) {
       const int64_t first = p_.tiles * chunk / plan_.chunks, last = p_.tiles * (chunk + 1) / plan_.chunks;
       read_tiles(part, first, last, strip, v, z);
+      if (part.column0 == 0) {  // others read the same gy
+        const int64_t k0 = part.row0 * plan_.rows, k1 = std::min(part.row1 * plan_.rows, s_.out_per_group);
+        bias_.add(part.slab, first, last, p_.tiles, part.group * s_.out_per_group + k0, k1 - k0);
+      }
       for (int64_t column = part.column0; column < part.column1; ++column)
         for (int64_t row = part.row0; row < part.row1; ++row) {
           float* total = totals;
@@ -245,8 +252,7 @@ class WeightGradient {
                        for (int64_t k = 0; k < rows(row); ++k) {
                          float* const total = slabs_ + group * plan_.slabs * plan_.slab +
                                               plan_.total(column, row, k, plan_.row_panels, of_k_);
-                         for (int64_t slab = 1; slab < plan_.slabs; ++slab)
-                           kernels_.add_row(total, total + slab * plan_.slab, of_k_);
+                         kernels_.add_rows(total, total + plan_.slab, plan_.slab, plan_.slabs - 1, of_k_);
                          store(group, row * plan_.rows + k, columns(column), total);
                        }
                      }
@@ -334,6 +340,7 @@ class WeightGradient {
   T* const zeros_;
   float *const scratch_, *const slabs_;
   const int64_t of_k_;  // totals of a row of a panel of columns
+  BiasSums<T> bias_;
 };
 
 // The transforms for a shape: of large tiles.

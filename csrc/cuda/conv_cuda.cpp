@@ -44,7 +44,6 @@ struct Cuda {
   }
 
   static bool sums_bias(at::ScalarType) { return false; }
-  static void bias_backward(const ConvShape&, const void*, void*) {}
 
   struct Guard {
     explicit Guard(const Tensor& t) : guard(t.device()) {}
