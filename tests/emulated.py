@@ -115,7 +115,9 @@ class ConvShape(ctypes.Structure):  # csrc/conv_shape.h
 
 
 class ConvPointers(ctypes.Structure):
-    _fields_ = [(name, ctypes.c_void_p) for name in ("input", "weight", "bias", "grad_output", "result")]
+    _fields_ = [
+        (name, ctypes.c_void_p) for name in ("input", "weight", "bias", "grad_output", "result", "stream", "grad_bias")
+    ]
 
 
 def conv_shape(problem: Problem, dtype: torch.dtype, channels_last: bool, weight_strides: Sequence[int]) -> ConvShape:

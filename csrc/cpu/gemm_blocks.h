@@ -149,6 +149,7 @@ const Word<T>* multiply_rows(const Kernels<T>& kernels, GemmRows<T> t, int64_t r
   t.a += higher * t.a_tile;
   t.c += higher * t.c_tile;
   t.partial += higher * t.partial_tile;
+  if (t.row_bias) t.row_bias += higher * (height + 1);
   t.tiles = tiles - higher;
   next_to_each_other(height);
   return kernels.gemm_rows[height - 1](t);

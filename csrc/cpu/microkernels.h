@@ -71,8 +71,10 @@ struct GemmRows {
   int64_t c_row, c_tile, cols;
   const W* column_bias;  // [cols] or nullptr
   bool accumulate;
-  bool ahead = false;       // the rows of the next tile are fetched into L2 meanwhile
-  const W* next = nullptr;  // or what lies here, so many words for every two k
+  const W* row_bias = nullptr;  // [rows of all tiles] or nullptr; not where there is one of columns
+  bool results_ahead = false;   // where the results of a tile go is fetched while it is multiplied
+  bool ahead = false;           // the rows of the next tile are fetched into L2 meanwhile
+  const W* next = nullptr;      // or what lies here, so many words for every two k
   int64_t next_step = 0;
   W* partial = nullptr;  // as in GemmTile
   int64_t partial_step = 0, partial_tile = 0;

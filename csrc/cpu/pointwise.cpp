@@ -5,6 +5,7 @@
 //   layout   rows (register tile)   columns (vectors)    depth      packed
 //   NHWC     pixels                 result channels      channels   weights, transposed into panels [channel][width]
 //   NCHW     result channels        pixels of a plane    channels   a panel [channel][width] of pixels, if rows share it
+//                                                                   and its own would not lie apart in L1
 //
 // Few pixels (at most kDotPixels a sample: squeeze-and-excitation, heads): nothing would share a packed weight. There
 // each result is a dot product of two rows as they lie, with vectors along the channels. So are, in NCHW, the last
@@ -16,6 +17,8 @@
 // 16-bit types are packed into words (stored.h); rows that are not pairs as they lie are packed, too. Blocks of a
 // sum follow each other for one tile, in float32, and are rounded at the end.
 // Declines: more than one tap, a stride, padding, types other than floating-point. Yields small planes of NCHW to `direct`.
+#include <numeric>
+
 #include "cpu/algorithms.h"
 #include "cpu/gemm_blocks.h"
 #include "cpu/isa.h"
@@ -38,6 +41,8 @@ constexpr int64_t kMostChannels = 8192;         // NCHW: of a panel that holds a
 constexpr int64_t kShortSum = 64;               // NCHW: channels up to which results are fetched early,
 constexpr int64_t kStreamed = 8 << 20;          // of tensors above so many bytes
 constexpr int64_t kLargeWeight = 1 << 16;       // NCHW: values that a few pixels of one sample leave waiting
+constexpr int64_t kTilesAtOnce = 4;             // NCHW: of rows, between which what comes next is fetched,
+constexpr int64_t kTermsAtOnce = 1024;          // or fewer, of so many channels in all
 constexpr int64_t kInPlaceRowTiles = 2;         // up to so many uses a panel is not worth packing
 
 // Seen from either direction: "from" is what is read, "to" what is written.
@@ -252,10 +257,12 @@ void rows_are_pixels(const Product& p, const Operands<T>& o, const Kernels<T>& k
 struct ColumnPlan {
   int64_t row_tiles, vectors;  // of one product
   int64_t splits, pieces;      // of the rows, of all vectors of all products
+  int64_t tiles_at_once;       // of rows: the shorter sums are, the more
   bool in_rows, in_place;      // whether weights, pixels are read where they lie
+  bool few_rows;               // for which nothing is fetched early
   int64_t packed_rows;         // weights that are packed at a time
   int64_t tail;                // last pixels of a plane, as dot products
-  int64_t sums;                // 16-bit types: of a tile that is in the making
+  int64_t sums;                // 16-bit types: of tiles that are in the making
 
   ColumnPlan(const Product& p, int64_t tile_rows, int64_t lanes, int64_t vectors_of_tile, int64_t word_size,
              bool rows_in_place, int threads)
@@ -271,9 +278,17 @@ struct ColumnPlan {
     }
     pieces = std::clamp<int64_t>(all, 1, threads / splits);
     in_rows = rows_in_place;
-    in_place = !p.half && ceil_div(row_tiles, splits) <= kInPlaceRowTiles;
+    few_rows = ceil_div(row_tiles, splits) <= kInPlaceRowTiles;
+    in_place = !p.half && (few_rows || lies_apart(p, vectors_of_tile * lanes * word_size, word_size));
+    tiles_at_once = std::clamp<int64_t>(kTermsAtOnce / p.depth, 1, kTilesAtOnce);
     packed_rows = in_rows ? p.to : std::clamp<int64_t>(kPackedBytes / (p.groups * p.depth * word_size), 1, p.to);
-    sums = p.half && p.depth > kSumLength ? tile_rows * lanes * vectors_of_tile : 0;
+    sums = p.half && p.depth > kSumLength ? kTilesAtOnce * tile_rows * lanes * vectors_of_tile : 0;
+  }
+  // Whether the rows of a panel, where they lie, leave each other in L1: in few of its ways each.
+  static bool lies_apart(const Product& p, int64_t row_bytes, int64_t word_size) {
+    constexpr int64_t kLine = 64, kWay = 4096, kWays = 16;
+    const int64_t row_lines = row_bytes / kLine + 1, differ = kWay / std::gcd(p.pixels * word_size, kWay);
+    return std::min(p.depth, kSumLength) * row_lines <= kWays * std::min(kWay / kLine, differ * row_lines);
   }
   int64_t packed(const Product& p) const { return in_rows ? 0 : packed_rows * p.groups * p.depth; }
   int64_t panel(const Product& p, int64_t width) const {
@@ -324,6 +339,7 @@ void columns_are_pixels(const Product& p, const Operands<T>& o, const Kernels<T>
   const int64_t lanes = kernels.lanes, widest = lanes * kernels.vectors, scratch_size = plan.scratch(p, widest);
   const int64_t all = p.batch * p.groups * plan.vectors;
   constexpr int64_t kLine = 64 / static_cast<int64_t>(sizeof(T));  // values of a line of the cache
+  const Term one_run{0, 0};
   const bool streams = p.from <= kShortSum && p.moved_bytes(sizeof(T)) > kStreamed;
 
   for (int64_t first = 0; first < p.to; first += plan.packed_rows) {
@@ -342,7 +358,8 @@ void columns_are_pixels(const Product& p, const Operands<T>& o, const Kernels<T>
     const int64_t row_stride = plan.in_rows ? p.to_stride / kernels.pair : p.depth;
 
     // Short sums of large tensors: where results go is fetched so many rows early.
-    const int64_t early = streams && !plan.in_place ? kernels.rows * ceil_div(kShortSum, p.from) : 0;
+    const int64_t early =
+        streams && !plan.few_rows ? std::min(kernels.rows * ceil_div(kShortSum, p.from), count / plan.splits) : 0;
     const int64_t tasks = plan.pieces * plan.splits;
     const double macs = static_cast<double>(all) * lanes * p.depth * count / tasks;
     parallel_tasks(tasks, macs, [&](int64_t begin, int64_t end) {
@@ -365,7 +382,7 @@ void columns_are_pixels(const Product& p, const Operands<T>& o, const Kernels<T>
           T* const result = o.to + (product * p.to + first) * p.pixels + pixel;
           const W* const bias = o.bias ? o.bias + group * p.to + first : nullptr;
           // While this panel is multiplied, the one that comes next is fetched into L2, some rows with each tile.
-          const T* const next = at + take < last && !plan.in_place
+          const T* const next = at + take < last && !plan.few_rows
                                     ? take < left ? plane + take * lanes : o.from + (product + 1) * p.from * p.pixels
                                     : nullptr;
           const T* const next_result = take < left ? result + take * lanes : result + p.to * p.pixels - pixel;
@@ -378,14 +395,16 @@ void columns_are_pixels(const Product& p, const Operands<T>& o, const Kernels<T>
             // The first tile reads the pixels where they lie and leaves the panel behind for the others.
             const bool packs = !p.half && !plan.in_place && row1 - row0 >= kernels.rows;
             if (!plan.in_place && !packs) kernels.copy_channels(source, p.pixels, channels, cols, packed, take * lanes);
-            const int64_t rest0 = row0 + (packs ? kernels.rows : 0), rest = ceil_div(row1 - rest0, kernels.rows);
-            for (int64_t tile = packs ? -1 : 0; tile < rest; ++tile) {
-              const bool in_place = plan.in_place || tile < 0;
-              const int64_t row = tile < 0 ? row0 : rest0 + (row1 - rest0) * tile / rest;
-              const int64_t rows = tile < 0 ? kernels.rows : rest0 + (row1 - rest0) * (tile + 1) / rest - row;
+            const int64_t rest0 = row0 + (packs ? kernels.rows : 0);
+            const int64_t tiles = ceil_div(row1 - rest0, kernels.rows), rest = ceil_div(tiles, plan.tiles_at_once);
+            const auto row_of = [&](int64_t part) {
+              return part < 0 ? row0 : part == rest ? row1 : rest0 + (row1 - rest0) * (tiles * part / rest) / tiles;
+            };
+            for (int64_t part = packs ? -1 : 0; part < rest; ++part) {
+              const int64_t row = row_of(part), rows = row_of(part + 1) - row;
               if (next) {
-                const int64_t part = tile + packs, parts = rest + packs;
-                for (int64_t k = channels * part / parts; k < channels * (part + 1) / parts; ++k)
+                const int64_t k0 = part + packs, parts = rest + packs;
+                for (int64_t k = channels * k0 / parts; k < channels * (k0 + 1) / parts; ++k)
                   for (int64_t j = 0; j < widest; j += kLine)
                     __builtin_prefetch(next + (channel + k) * p.pixels + j, 0, 2);
               }
@@ -394,31 +413,51 @@ void columns_are_pixels(const Product& p, const Operands<T>& o, const Kernels<T>
                                                      : next_result + (r + early - row1 + row0) * p.pixels;
                 for (int64_t j = 0; j < cols; j += kLine) __builtin_prefetch(at + j, 1);
               }
-              for (size_t b = block0; b < block0 + at_once; ++b) {
-                const Block& block = blocks[b];
+              const W* const weights = weight + group * group_stride + row * row_stride;
+              if (part < 0) {
                 for (int64_t r = 0; r < rows; ++r) {
-                  a[r] = weight + group * group_stride + (row + r) * row_stride + block.channel;
+                  a[r] = weights + r * row_stride + blocks[block0].channel;
                   c[r] = result + (row + r) * p.pixels;
                 }
-                const W* const panel = packed + (block.start - blocks[block0].start) * take * lanes;
-                const auto gemm = tile < 0 ? kernels.gemm_packing : kernels.gemm[rows - 1];
-                gemm({.taps = 1,
-                      .depth = block.channels,
-                      .a = a,
-                      .a_offset = 0,
-                      .a_step = 1,
-                      .b = in_place ? as_words(source) : panel,
-                      .b_offsets = nullptr,
-                      .ldb = in_place ? p.pixels : take * lanes,
-                      .c = c,
-                      .cols = cols,
-                      .row_bias = bias ? bias + row : nullptr,
-                      .column_bias = nullptr,
-                      .accumulate = block.start > 0,
-                      .packed = tile < 0 ? packed : nullptr,
-                      .partial = sums,
-                      .partial_step = widest,
-                      .unfinished = b + 1 < blocks.size()});
+                kernels.gemm_packing({.taps = 1,
+                                      .depth = channels,
+                                      .a = a,
+                                      .a_offset = 0,
+                                      .a_step = 1,
+                                      .b = as_words(source),
+                                      .b_offsets = nullptr,
+                                      .ldb = p.pixels,
+                                      .c = c,
+                                      .cols = cols,
+                                      .row_bias = bias ? bias + row : nullptr,
+                                      .column_bias = nullptr,
+                                      .accumulate = blocks[block0].start > 0,
+                                      .packed = packed});
+                continue;
+              }
+              for (size_t b = block0; b < block0 + at_once; ++b) {
+                const Block& block = blocks[b];
+                multiply_rows(kernels,
+                              {.tiles = 0,
+                               .runs = 1,
+                               .depth = block.channels,
+                               .run = &one_run,
+                               .a = weights + block.channel,
+                               .a_row = row_stride,
+                               .b = plan.in_place ? as_words(source)
+                                                  : packed + (block.start - blocks[block0].start) * take * lanes,
+                               .ldb = plan.in_place ? p.pixels : take * lanes,
+                               .c = result + row * p.pixels,
+                               .c_row = p.pixels,
+                               .cols = cols,
+                               .column_bias = nullptr,
+                               .accumulate = block.start > 0,
+                               .row_bias = bias ? bias + row : nullptr,
+                               .results_ahead = early == 0,
+                               .partial = sums,
+                               .partial_step = widest,
+                               .unfinished = b + 1 < blocks.size()},
+                              rows);
               }
             }
           }
