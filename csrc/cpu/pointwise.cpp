@@ -5,7 +5,7 @@
 //   layout   rows (register tile)   columns (vectors)    depth      packed
 //   NHWC     pixels                 result channels      channels   weights, transposed into panels [channel][width]
 //   NCHW     result channels        pixels of a plane    channels   a panel [channel][width] of pixels, if rows share it
-//                                                                   and its own would not lie apart in L1
+//                                                                   and where it lies it would not stay in L1
 //
 // Few pixels (at most kDotPixels a sample: squeeze-and-excitation, heads): nothing would share a packed weight. There
 // each result is a dot product of two rows as they lie, with vectors along the channels. So are, in NCHW, the last
@@ -284,7 +284,7 @@ struct ColumnPlan {
     packed_rows = in_rows ? p.to : std::clamp<int64_t>(kPackedBytes / (p.groups * p.depth * word_size), 1, p.to);
     sums = p.half && p.depth > kSumLength ? kTilesAtOnce * tile_rows * lanes * vectors_of_tile : 0;
   }
-  // Whether the rows of a panel, where they lie, leave each other in L1: in few of its ways each.
+  // Whether the rows of a panel, where they lie, spread over the sets of the caches: up to kWays lines in each of L1.
   static bool lies_apart(const Product& p, int64_t row_bytes, int64_t word_size) {
     constexpr int64_t kLine = 64, kWay = 4096, kWays = 16;
     const int64_t row_lines = row_bytes / kLine + 1, differ = kWay / std::gcd(p.pixels * word_size, kWay);
