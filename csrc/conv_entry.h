@@ -285,6 +285,7 @@ struct Operators {
                                padding_mode);
     if (output_mask[1]) {
       gw = has_contiguous_strides(w) ? Device::empty(w, w.sizes(), false) : at::empty_like(w);
+      // Beside gw, by the row that makes it.
       if (output_mask[2] && Device::sums_bias(w.scalar_type()) && gw.numel() > 0)
         gb = Device::empty(gy, {gy.size(1)}, false);
       if (gw.is_complex())

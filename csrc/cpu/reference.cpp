@@ -4,6 +4,7 @@
 //   backward_input:   gx[n, c, i] = b[c] + sum of gy[n, k, o]       * w[k, c, t]    over k and all (o, t) with at(o,
 //   t) = i
 //   backward_weight:  gw[k, c, t] = sum of        gy[n, k, o]       * x[n, c, at(o, t)]    over n, o
+//                     gb[k] = sum of gy[n, k, o]    over n, o    if it is asked for
 //   at(o, t) = padded_index(o * stride + t * dilation - pad)     (-1 reads zero)
 //
 // Groups cut channels into independent problems. The three axes are independent, so each has its own small index table
@@ -152,13 +153,15 @@ void backward_weight(const ConvShape& s, const T* gy, const T* x, T* gw) {
 template <typename T>
 void backward_bias(const ConvShape& s, const T* gy, T* gb) {
   const auto stride = activation_strides(s.layout, s.out_channels(), s.out);
-  for (int64_t k = 0; k < s.out_channels(); ++k) {
-    Accumulator<T> sum(0);
-    for (int64_t n = 0; n < s.batch; ++n)
-      for (int64_t pixel = 0; pixel < s.out_pixels(); ++pixel)
-        sum += static_cast<Accumulator<T>>(gy[n * stride.batch + k * stride.channel + pixel * stride.axis[2]]);
-    gb[k] = static_cast<T>(sum);
-  }
+  parallel_tasks(s.out_channels(), static_cast<double>(s.batch * s.out_pixels()), [&](int64_t begin, int64_t end) {
+    for (int64_t k = begin; k < end; ++k) {
+      Accumulator<T> sum(0);
+      for (int64_t n = 0; n < s.batch; ++n)
+        for (int64_t pixel = 0; pixel < s.out_pixels(); ++pixel)
+          sum += static_cast<Accumulator<T>>(gy[n * stride.batch + k * stride.channel + pixel * stride.axis[2]]);
+      gb[k] = static_cast<T>(sum);
+    }
+  });
 }
 
 template <typename F>
