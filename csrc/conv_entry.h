@@ -177,12 +177,13 @@ struct Operators {
                                c10::IntArrayRef input_size, c10::IntArrayRef stride, c10::IntArrayRef padding,
                                c10::IntArrayRef dilation, int64_t groups, int64_t padding_mode) {
     Tensor gy_kept;
-    return backward_input_with(gy_kept, gy, w, bias, input_size, stride, padding, dilation, groups, padding_mode);
+    return backward_input_with(gy_kept, gy, w, bias, input_size, stride, padding, dilation, groups, padding_mode, 0);
   }
 
   static Tensor backward_input_with(Tensor& gy_kept, const Tensor& gy, const Tensor& w, const OptionalTensor& bias,
                                     c10::IntArrayRef input_size, c10::IntArrayRef stride, c10::IntArrayRef padding,
-                                    c10::IntArrayRef dilation, int64_t groups, int64_t padding_mode) {
+                                    c10::IntArrayRef dilation, int64_t groups, int64_t padding_mode,
+                                    int64_t bytes_after) {
     const Below guard(gy, w, bias);
     TORCH_CHECK(gy.dim() > 2 && w.dim() > 2,
                 "conv_backward_input: grad_output and weight must have 3, 4 or 5 dimensions");
@@ -213,7 +214,11 @@ struct Operators {
       OptionalTensor b;
       if (bias) b = bias_of(*bias, shape.in_channels(), computed);
       run<Device>(Direction::kBackwardInput, shape,
-                  {.weight = w.const_data_ptr(), .bias = data_of(b), .grad_output = gyd.const_data_ptr()}, gx);
+                  {.weight = w.const_data_ptr(),
+                   .bias = data_of(b),
+                   .grad_output = gyd.const_data_ptr(),
+                   .bytes_after = bytes_after},
+                  gx);
     });
   }
 
@@ -282,7 +287,7 @@ struct Operators {
     Tensor gx, gw, gb, gy_kept;
     if (output_mask[0])
       gx = backward_input_with(gy_kept, gy, w, std::nullopt, x.sizes().slice(2), stride, padding, dilation, groups,
-                               padding_mode);
+                               padding_mode, output_mask[1] ? static_cast<int64_t>(x.nbytes()) : 0);
     if (output_mask[1]) {
       gw = has_contiguous_strides(w) ? Device::empty(w, w.sizes(), false) : at::empty_like(w);
       // Beside gw, by the row that makes it.

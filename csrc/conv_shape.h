@@ -97,6 +97,7 @@ struct ConvPointers {
   void* result = nullptr;
   void* stream = nullptr;     // of CUDA
   void* grad_bias = nullptr;  // beside a weight gradient, if it is asked for and the device's rows sum it
+  int64_t bytes_after = 0;    // of what the call reads once the result is written
 };
 
 enum class Direction : int8_t { kForward, kBackwardInput, kBackwardWeight };

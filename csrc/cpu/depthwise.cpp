@@ -235,7 +235,8 @@ void add_filters(const T* from, int64_t pixels, int64_t channels, int64_t multip
 // backward_input adds up the results of a channel's filters.
 template <typename T>
 void gather_pixels(const Gather& g, const Phases& phases, const Kernels<T>& kernels, const int64_t* kernel,
-                   const T* from, const T* weight, const Word<T>* bias, T* to, Word<T>* workspace, int threads) {
+                   const T* from, const T* weight, const Word<T>* bias, T* to, double bytes_after, Word<T>* workspace,
+                   int threads) {
   const int64_t lanes = kernels.lanes, taps = kernel[0] * kernel[1] * kernel[2];
   const int64_t multiplier = g.from_per_group * g.to_per_group, filters = g.groups * multiplier;
   const int64_t packed_step[] = {kernel[1] * kernel[2] * lanes, kernel[2] * lanes, lanes};
@@ -284,8 +285,8 @@ void gather_pixels(const Gather& g, const Phases& phases, const Kernels<T>& kern
   }
   const bool streams = bytes_moved<T>(g) > kStreamed;
   const double written = static_cast<double>(g.batch) * g.to_pixels() * filters * sizeof(T);
-  const bool past =
-      !kIsHalf<T> && rolls && goes_past_caches(bytes_moved<T>(g) - written, written, to, filters * sizeof(T));
+  const bool past = !kIsHalf<T> && rolls &&
+                    goes_past_caches(bytes_moved<T>(g) - written + bytes_after, written, to, filters * sizeof(T));
   const int64_t parts = ceil_div(blocks, together);
   const int64_t strips = ceil_div(lines, strip);
   const int64_t tasks = g.batch * depths * strips * parts;
@@ -421,7 +422,8 @@ void gather(const ConvShape& s, Direction direction, const void* from, const Con
   T* const y = static_cast<T*>(p.result);
   W* const scratch = static_cast<W*>(workspace);
   const Phases phases = phases_of(s, direction);
-  if (s.channels_last()) return gather_pixels(g, phases, kernels, s.kernel, x, w, b, y, scratch, threads);
+  if (s.channels_last())
+    return gather_pixels(g, phases, kernels, s.kernel, x, w, b, y, p.bytes_after, scratch, threads);
   if (transposes(s, direction, kernels.lanes))
     return gather_transposed(g, kernels, s.kernel, x, w, b, y, scratch, threads);
   const W* const weight = widened_weights(g, kernels, s.kernel, w, scratch);

@@ -10,8 +10,8 @@ namespace myconv::cpu {
 inline constexpr double kLastCache = 32e6;  // bytes
 inline constexpr int64_t kCacheLine = 64;   // such stores are of whole lines
 
-// Results of so many bytes that begin at `to`, in runs of `run` bytes, and what they are made of. Those that would leave
-// most of the last cache to what is read stay in it.
+// Results of so many bytes that begin at `to`, in runs of `run` bytes, and what the call reads to make them or after
+// them. Those that would leave most of the last cache to what is read stay in it.
 inline bool goes_past_caches(double read, double written, const void* to, int64_t run) {
   return read + written > kLastCache && 4 * written > kLastCache && reinterpret_cast<uintptr_t>(to) % kCacheLine == 0 &&
          run % kCacheLine == 0;
