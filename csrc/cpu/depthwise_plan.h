@@ -204,8 +204,8 @@ class Plan {
       }
       return;
     }
-    // Pieces of the results, and of the taps, each with at most kSumLength terms. Of kernels with several pieces those that
-    // a tile reads from the padding alone are left out.
+    // Pieces of the results, and of the taps, each with at most kSumLength terms. Of kernels with several pieces the taps
+    // that all of a tile reads from the padding are left out.
     int64_t widest = 2 * kDepthwiseWidths - 1;
     while (!table[widest / 2][0]) widest -= 2;
     const bool tall = across > widest && to && t.skip_zeros && along_.mode == PaddingMode::kZeros;
@@ -217,18 +217,28 @@ class Plan {
       t.accumulate = accumulates;
       if (to) t.to = to + i * t.to_step;
       if (gy) t.gy = gy + i * t.to_step;
+      const int64_t* const units = units_.data() + (first + i) * along_.from_step;
+      int64_t low = 0, high = across;
+      if (tall) {
+        low = std::clamp<int64_t>(t.first_inside - units - (tile - 1) * along_.from_step, 0, across - 1);
+        high = std::clamp<int64_t>(t.end_inside - units, low + 1, across);
+      }
       // Odd widths add up to an odd number only if they are so many.
-      int64_t pieces = std::max<int64_t>(1, ceil_div(across, widest));
-      if ((across - pieces) % 2 == 1) ++pieces;
-      for (int64_t k = 0, width; k == 0 || k < across; k += width, --pieces) {
-        width = std::max<int64_t>(1, ceil_div(across - k, pieces) | 1);
+      int64_t pieces = std::max<int64_t>(1, ceil_div(high - low, widest));
+      if ((high - low - pieces) % 2 != 0) {
+        if (low > 0)
+          --low;
+        else if (high < across)
+          ++high;
+        else
+          ++pieces;
+      }
+      for (int64_t k = low, width; k == low || k < high; k += width, --pieces) {
+        width = std::max<int64_t>(1, ceil_div(high - k, pieces) | 1);
         const auto w = static_cast<int>(width / 2);
         t.line = (first + i) * along_.from_step + k + low_;
-        t.units = units_.data() + (first + i) * along_.from_step + k;
-        const bool last = k + width >= across;
-        const bool outside =
-            t.units + (tile - 1) * along_.from_step + width <= t.first_inside || t.units >= t.end_inside;
-        if (tall && outside && !(last && (bias || !t.accumulate))) continue;
+        t.units = units + k;
+        const bool last = k + width >= high;
         if (weight) t.weight = weight + k * along_gap_;
         if (sums) t.sums = sums + k * along_gap_;
         const int64_t most = std::min<int64_t>(kMaxWalkedTaps, kSumLength / width / (lines_ ? stride_ : 1));
