@@ -260,28 +260,36 @@ void gather_pixels(const Gather& g, const Phases& phases, const Kernels<T>& kern
     macs += 2.0 * phase.taps() * phase.pixels() * filters * g.batch;
   }
   // Lines in equal strips: a few for each thread, that fit L2. All phases of a strip follow one another. Where tiles roll,
-  // strips are theirs; those of large tensors are any, of whole tiles. Vectors of channels are shared out if lines are few.
+  // strips are theirs; those of large tensors are any, of whole tiles. Vectors of channels are shared out if lines are few;
+  // in order, only if threads would have none.
   const bool rolls = !adds && moves.empty() && plans[0].rolled(kernels.depthwise, false);
   const bool in_order = rolls && bytes_moved<T>(g) > kInOrder && blocks >= kLeastInOrder &&
                         plans[0].rolled(kernels.depthwise, false, /*in_order=*/true);
   const int64_t line_bytes = reads * g.from_stride.axis[1] * sizeof(T), images = std::max<int64_t>(1, g.batch * depths);
   int64_t together = blocks, strip = lines;
-  if (rolls) {
+  // Lowers strips where threads would have unequal shares of them.
+  const auto share_out = [&](int64_t others, int64_t step) {
+    const auto share = [&](int64_t s) { return ceil_div(others * ceil_div(lines, s), threads) * s; };
+    for (int64_t lower = strip - step; lower > 1; lower -= step)
+      if (share(lower) < share(strip)) strip = lower;
+  };
+  if (in_order) {
+    constexpr int64_t kTileLines = 2;
+    const int64_t wanted = std::max<int64_t>(kTasks, kTasks / 4 * threads);
+    strip = round_up(ceil_div(lines, std::min(lines, ceil_div(wanted, images))), kTileLines);
+    share_out(images, kTileLines);
+    together = ceil_div(blocks, std::clamp<int64_t>(wanted / (images * ceil_div(lines, strip)), 1, blocks));
+  } else if (rolls) {
     const int64_t step = g.from_stride.axis[1] * static_cast<int64_t>(sizeof(T));
-    const int64_t wanted = in_order ? std::max<int64_t>(kTasks, kTasks / 4 * threads) : kTasks;
-    strip = in_order ? round_up(ceil_div(lines, std::min(lines, ceil_div(wanted, images))), 2)
-                     : ceil_div(lines, ceil_div(lines, rolled_lines(lines, reads, step)));
-    together = ceil_div(blocks, std::min(blocks, ceil_div(wanted, images * ceil_div(lines, strip))));
+    strip = ceil_div(lines, ceil_div(lines, rolled_lines(lines, reads, step)));
+    together = ceil_div(blocks, std::min(blocks, ceil_div(kTasks, images * ceil_div(lines, strip))));
   } else {
     const int64_t fit = std::max<int64_t>(1, kPixelsBytes / std::max<int64_t>(1, line_bytes));
     if (width >= 5 && reads == 1 && !adds && fit >= kLeastLines)
       together = vectors_together(blocks, lanes * sizeof(T), g.from_stride.axis[2] * sizeof(T));
     const int64_t others = images * ceil_div(blocks, together), wanted = ceil_div(kTasks, others);
     strip = ceil_div(lines, std::clamp<int64_t>(wanted, ceil_div(lines, fit), lines));
-    // Lower ones, where threads would have unequal shares.
-    const auto share = [&](int64_t s) { return ceil_div(others * ceil_div(lines, s), threads) * s; };
-    for (int64_t lower = strip - 1; lower > 1; --lower)
-      if (share(lower) < share(strip)) strip = lower;
+    share_out(others, 1);
   }
   const bool streams = bytes_moved<T>(g) > kStreamed;
   const double written = static_cast<double>(g.batch) * g.to_pixels() * filters * sizeof(T);
