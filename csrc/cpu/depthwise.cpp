@@ -263,7 +263,9 @@ void gather_pixels(const Gather& g, const Phases& phases, const Kernels<T>& kern
   // strips are theirs; those of large tensors are any, of whole tiles. Vectors of channels are shared out if lines are few;
   // in order, only if threads would have none.
   const bool rolls = !adds && moves.empty() && plans[0].rolled(kernels.depthwise, false);
-  const bool in_order = rolls && bytes_moved<T>(g) > kInOrder && blocks >= kLeastInOrder &&
+  const int64_t pixel_bytes = g.to_stride.axis[2] * sizeof(T);
+  const bool large = bytes_moved<T>(g) > (phases[0].spread ? kStreamed : kInOrder);
+  const bool in_order = rolls && (large || pixels_meet(pixel_bytes)) && blocks >= kLeastInOrder &&
                         plans[0].rolled(kernels.depthwise, false, /*in_order=*/true);
   const int64_t line_bytes = reads * g.from_stride.axis[1] * sizeof(T), images = std::max<int64_t>(1, g.batch * depths);
   int64_t together = blocks, strip = lines;
@@ -324,7 +326,7 @@ void gather_pixels(const Gather& g, const Phases& phases, const Kernels<T>& kern
         tile.to_step = axis(2).to_step * g.to_stride.axis[2];
         tile.length = filters - c;
         tile.skip_zeros = finite;
-        tile.rolls = rolls, tile.in_order = in_order, tile.past = past;
+        tile.rolls = rolls, tile.in_order = in_order ? units_in_order(pixel_bytes) : 0, tile.past = past;
         tile.ahead = streams ? axis(1).from_step * g.from_stride.axis[1] : 0;
         if (!adds) {
           plan.run(kernels.depthwise, d, h, 0, axis(2).count, tile);

@@ -80,12 +80,12 @@ struct DepthwiseTile {
   const W* bias;                   // or nullptr
   T* to;
   int64_t list_step, to_step;
-  int64_t length;   // columns, or channels of all planes
-  bool rolls;       // whether kernels that roll may be used,
-  bool in_order;    // NHWC: or those of large tensors
-  bool past;        // NHWC, not of 16-bit types: whether these write whole, aligned vectors past the caches
-  bool skip_zeros;  // the weights are finite: what lies in the padding adds nothing
-  bool accumulate;  // not of 16-bit types
+  int64_t length;    // columns, or channels of all planes
+  bool rolls;        // whether kernels that roll may be used,
+  int64_t in_order;  // NHWC: or, unless 0, those of large tensors; where stride 2 is undone, of so many units at a time
+  bool past;         // NHWC, not of 16-bit types: whether these write whole, aligned vectors past the caches
+  bool skip_zeros;   // the weights are finite: what lies in the padding adds nothing
+  bool accumulate;   // not of 16-bit types
   int64_t
       ahead;     // 0, or fetch early: the step from a line of what is read to the next (NHWC: that the next list reads)
   int64_t line;  // NCHW, of the first unit

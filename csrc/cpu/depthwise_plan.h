@@ -3,6 +3,7 @@
 #pragma once
 
 #include <bit>
+#include <numeric>
 #include <optional>
 #include <type_traits>
 #include <vector>
@@ -141,7 +142,7 @@ class Plan {
       typename RollingKernels<T>::Tile {
     if (!rolls_) return nullptr;
     const RollingKernels<T>& k = kernels.rolling;
-    if (in_order) return spread() ? nullptr : k.pixels_in_order[stride_ - 1];
+    if (in_order && !weighs && !spread()) return k.pixels_in_order[stride_ - 1];
     if (spread()) return lines_ ? k.spread_lines : k.spread_pixels;
     return (weighs ? lines_ ? k.weight_lines : k.weight_pixels : lines_ ? k.lines : k.pixels)[stride_ - 1];
   }
@@ -393,12 +394,21 @@ inline int64_t rolled_lines(int64_t lines, int64_t stride, int64_t line_bytes) {
   return stride == 2 && lines > kRolledLines && conflicts ? kFewRolledLines : kRolledLines;
 }
 
+// NHWC: whether pixels share so few sets of L1 that the vectors of channels next to those that roll do not stay in it.
+inline bool pixels_meet(int64_t pixel_bytes) { return pixel_bytes % (kSameSets / 2) == 0; }
+
+// NHWC, in order, where stride 2 is undone: units whose results, two lines of two pixels each, stay in L1.
+inline int64_t units_in_order(int64_t pixel_bytes) {
+  constexpr int64_t kOfOneSet = 4, kMost = 16;
+  return std::min(kMost, kOfOneSet * kSameSets / std::gcd(pixel_bytes, kSameSets));
+}
+
 // NHWC, stride 1, kernels of 5 columns and more: how many of the vectors of channels are done together, line after line,
 // so that what the lines of a result read stays in L1; 256 bytes of a pixel are fetched as fast as fewer. All of them where
 // pixels share few sets of L1 and nothing would stay.
 inline int64_t vectors_together(int64_t vectors, int64_t vector_bytes, int64_t pixel_bytes) {
   constexpr int64_t kBytes = 256;
-  return pixel_bytes % (kSameSets / 2) == 0 ? vectors : std::min(vectors, kBytes / vector_bytes);
+  return pixels_meet(pixel_bytes) ? vectors : std::min(vectors, kBytes / vector_bytes);
 }
 
 // NHWC: whether pixels roll where stride 2 is undone, along both axes.
