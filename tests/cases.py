@@ -236,6 +236,9 @@ GROUPS = [
     Case("depthwise_7x7_stride_2_pad_2", "conv2d", (1, 5, 20, 40), 5, 7, stride=2, padding=2, groups=5),
     Case("depthwise_stride_2_3d", "conv3d", (1, 6, 5, 7, 10), 6, 3, stride=2, padding=1, groups=6),
     Case("depthwise_times_2_stride_2", "conv2d", (2, 5, 13, 14), 10, 5, stride=2, padding=2, groups=5),
+    # Lines that roll, with filters enough for `direct`.
+    Case("depthwise_times_12_rolling", "conv2d", (2, 2, 9, 46), 24, 3, padding=1, groups=2),
+    Case("depthwise_of_1_rolling", "conv2d", (2, 1, 11, 61), 18, 3, padding=(0, 1)),
     Case("depthwise_few_channels", "conv2d", (5, 2, 30, 37), 2, 3, padding=1, groups=2),
     Case("depthwise_rolling", "conv2d", (2, 18, 15, 130), 18, 3, padding=1, groups=18),
     Case("depthwise_rolling_pieces", "conv2d", (1, 17, 80, 113), 17, 3, padding=(2, 1), groups=17, bias=False),
@@ -256,6 +259,12 @@ GROUPS = [
     Case("depthwise_in_order", "conv2d", (8, 66, 23, 71), 66, 3, padding=1, groups=66),
     Case("depthwise_in_order_stride_2", "conv2d", (8, 66, 43, 71), 66, 3, 2, padding=(2, 1), groups=66),
     Case("depthwise_in_order_channels", "conv2d", (8, 530, 11, 19), 530, 3, padding=1, groups=530),
+    # Pixels of channels_last a multiple of 2 KiB apart.
+    Case("depthwise_pixels_meet", "conv2d", (2, 512, 5, 11), 512, 3, padding=1, groups=512),
+    Case("depthwise_pixels_meet_stride_2", "conv2d", (2, 1024, 6, 39), 1024, 3, 2, padding=(2, 1), groups=1024),
+    # Kernels in pieces, of which a tile leaves taps out.
+    Case("depthwise_27x27", "conv2d", (1, 5, 14, 15), 5, 27, padding=13, groups=5),
+    Case("depthwise_29x12", "conv2d", (2, 4, 17, 9), 4, (29, 12), padding=(14, 9), groups=4),
     Case("depthwise_of_padding", "conv2d", (1, 8, 2, 3), 8, 5, padding=6, groups=8),
     Case("depthwise_1d", "conv1d", (2, 9, 21), 9, 4, padding=3, groups=9),
     Case("depthwise_3d", "conv3d", (1, 8, 4, 5, 6), 8, 3, padding=1, groups=8),

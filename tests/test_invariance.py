@@ -119,6 +119,20 @@ def test_results_past_the_caches(dtype, direction, case, seed):
                     assert torch.equal(run(x=x[i : i + 1], y=y[i : i + 1])[0], whole[i])
 
 
+@pytest.mark.parametrize("stride", [1, 2])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_input_gradient_beside_that_of_the_weight(dtype, stride, seed):
+    """Less than 32 MB, but for the input that the weight's gradient reads: straight to memory, too."""
+    height = {1: 70, 2: 110}[stride] * 4 // dtype.itemsize
+    case = Case("beside", "conv2d", (8, 64, height, 90), 64, 3, stride, padding=1, groups=64)
+    x, w, _, y = make_tensors(case, dtype, "channels_last", seed)
+    for isa in isas("cpu"):
+        with forced("backward_input", "depthwise", isa):
+            alone = run_operator("backward_input", x, w, None, y, case.problem)
+            beside = torch.ops.myconv.conv_backward(y, x, w, *case.problem.parameters, [True, True, False])[0]
+            assert torch.equal(beside, alone)
+
+
 @pytest.mark.parametrize("fused", [True, False])
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
