@@ -69,3 +69,21 @@ def test_rows_that_yield_can_be_forced(rows):
             y = myconv.functional.conv2d(x, w)
         theirs, exact = (torch.nn.functional.conv2d(x.to(t), w.to(t)) for t in (torch.float32, torch.float64))
         assert_accurate(y, exact, theirs, row)
+
+
+@pytest.mark.parametrize(
+    ("channels_last", "width", "stride", "row"),
+    [
+        (False, 180, 1, "depthwise"),  # lines roll
+        (False, 180, 2, "direct"),
+        (False, 14, 1, "direct"),  # less than a vector
+        (True, 180, 1, "direct"),
+    ],
+)
+def test_one_channel_with_many_filters(channels_last, width, stride, row):
+    if "avx512" not in isas("cpu"):
+        pytest.skip("on AVX2 no lines roll")
+    case = Case("one_channel", "conv2d", (2, 1, 20, width), 64, 3, stride, 1)
+    with myconv.flags.isa("avx512"):
+        rows = myconv._C.selection("forward", *case.problem, torch.float32, channels_last, may_yield=True)
+    assert next(name for name, reason in rows if not reason) == row

@@ -466,9 +466,8 @@ const char* depthwise_forward_yield(const ConvShape& s) {
   if (s.out_per_group < kTileFilters || (s.channels_last() && s.groups > 1)) return nullptr;
   // Lines that roll read each pixel once for all taps, which counts if they fill several vectors.
   const int64_t lanes = lanes_of(dtype_size(s.dtype)), width = s.out[2];
-  if (lines_roll(s, Direction::kForward) && s.stride[2] == 1 && width > lanes &&
-      5 * width >= 4 * round_up(width, lanes))
-    return nullptr;
+  const bool full = width > lanes && 5 * width >= 4 * round_up(width, lanes);
+  if (!s.channels_last() && lines_roll(s, Direction::kForward) && s.stride[2] == 1 && full) return nullptr;
   return "filters enough for the rows of a register tile";
 }
 const char* depthwise_backward_input_decline(const ConvShape& s) { return decline(s, Direction::kBackwardInput); }
