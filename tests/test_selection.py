@@ -77,7 +77,7 @@ def test_rows_that_yield_can_be_forced(rows):
         (False, 180, 1, "depthwise"),  # lines roll
         (False, 180, 2, "direct"),
         (False, 14, 1, "direct"),  # less than a vector
-        (True, 180, 1, "direct"),
+        (True, 180, 1, "implicit_gemm"),
     ],
 )
 def test_one_channel_with_many_filters(channels_last, width, stride, row):
