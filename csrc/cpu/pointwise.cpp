@@ -329,6 +329,118 @@ void multiply_tails(const Product& p, const Operands<T>& o, const Kernels<T>& ke
     }
 }
 
+// Columns [0, cols) of a plane's pixels against rows [row0, row1) of the weights at hand, and what comes after them.
+template <typename T>
+struct ColumnPanel {
+  using W = Word<T>;
+  const T* pixels;  // of the first channel read
+  T* result;        // of row 0
+  const W* weights;
+  const W* bias;  // or nullptr
+  int64_t row_stride, row0, row1, cols, width;
+  const T* next;  // the panel that is fetched into L2 meanwhile, or nullptr
+  const T* next_result;
+  int64_t early;  // so many rows early the places of results are fetched, or 0
+};
+
+// Fetches a share of what comes next: `count` of the panel's channels, and places of the results of `rows` rows. Inlined,
+// since gcc drops calls of functions that do nothing else.
+template <typename T>
+inline __attribute__((always_inline)) void fetch_ahead(const Product& p, const ColumnPanel<T>& panel, int64_t widest,
+                                                       int64_t channel, int64_t count, int64_t row, int64_t rows) {
+  constexpr int64_t kLine = 64 / static_cast<int64_t>(sizeof(T));  // values of a line of the cache
+  if (panel.next)
+    for (int64_t k = channel; k < channel + count; ++k)
+      for (int64_t j = 0; j < widest; j += kLine) __builtin_prefetch(panel.next + k * p.pixels + j, 0, 2);
+  if (panel.early == 0) return;
+  for (int64_t r = row + panel.early; r < row + panel.early + rows; ++r) {
+    const T* const at =
+        r < panel.row1 ? panel.result + r * p.pixels : panel.next_result + (r - panel.row1 + panel.row0) * p.pixels;
+    for (int64_t j = 0; j < panel.cols; j += kLine) __builtin_prefetch(at + j, 1);
+  }
+}
+
+// The first tile of rows, which reads the pixels where they lie and leaves the panel behind for the others.
+template <typename T>
+void multiply_packing(const Product& p, const ColumnPanel<T>& panel, const Kernels<T>& kernels, const Block& block,
+                      const T* source, Word<T>* packed) {
+  const Word<T>* a[kMaxRows];
+  T* c[kMaxRows];
+  for (int64_t r = 0; r < kernels.rows; ++r) {
+    a[r] = panel.weights + (panel.row0 + r) * panel.row_stride + block.channel;
+    c[r] = panel.result + (panel.row0 + r) * p.pixels;
+  }
+  kernels.gemm_packing({.taps = 1,
+                        .depth = block.channels,
+                        .a = a,
+                        .a_offset = 0,
+                        .a_step = 1,
+                        .b = as_words(source),
+                        .b_offsets = nullptr,
+                        .ldb = p.pixels,
+                        .c = c,
+                        .cols = panel.cols,
+                        .row_bias = panel.bias ? panel.bias + panel.row0 : nullptr,
+                        .column_bias = nullptr,
+                        .accumulate = block.start > 0,
+                        .packed = packed});
+}
+
+// All rows of a panel, block after block. Sums that are rounded at their end: all blocks for some tiles; else all tiles
+// for a block. `sums` and `packed` are the thread's.
+template <typename T>
+void multiply_panel(const Product& p, const ColumnPlan& plan, const ColumnPanel<T>& panel, const Kernels<T>& kernels,
+                    const Blocks& blocks, Word<T>* sums, Word<T>* packed) {
+  const int64_t widest = kernels.lanes * kernels.vectors, row0 = panel.row0, row1 = panel.row1;
+  const Term one_run{0, 0};
+  const size_t at_once = p.half ? blocks.size() : 1;
+  const bool packs = !p.half && !plan.in_place && row1 - row0 >= kernels.rows;
+  const int64_t rest0 = row0 + (packs ? kernels.rows : 0);
+  const int64_t tiles = ceil_div(row1 - rest0, kernels.rows), rest = ceil_div(tiles, plan.tiles_at_once);
+  const auto row_of = [&](int64_t part) {
+    return part < 0 ? row0 : part == rest ? row1 : rest0 + (row1 - rest0) * (tiles * part / rest) / tiles;
+  };
+  for (size_t block0 = 0; block0 < blocks.size(); block0 += at_once) {
+    const int64_t channel = blocks[block0].channel * kernels.pair;
+    const int64_t channels = p.half ? p.from : blocks[block0].channels;
+    const T* const source = panel.pixels + channel * p.pixels;
+    if (!plan.in_place && !packs) kernels.copy_channels(source, p.pixels, channels, panel.cols, packed, panel.width);
+    for (int64_t part = packs ? -1 : 0; part < rest; ++part) {
+      const int64_t row = row_of(part), rows = row_of(part + 1) - row, parts = rest + packs;
+      const int64_t k0 = channels * (part + packs) / parts, k1 = channels * (part + packs + 1) / parts;
+      fetch_ahead(p, panel, widest, channel + k0, k1 - k0, row, rows);
+      if (part < 0) {
+        multiply_packing(p, panel, kernels, blocks[block0], source, packed);
+        continue;
+      }
+      for (size_t b = block0; b < block0 + at_once; ++b) {
+        const Block& block = blocks[b];
+        multiply_rows(
+            kernels,
+            {.tiles = 0,
+             .runs = 1,
+             .depth = block.channels,
+             .run = &one_run,
+             .a = panel.weights + row * panel.row_stride + block.channel,
+             .a_row = panel.row_stride,
+             .b = plan.in_place ? as_words(source) : packed + (block.start - blocks[block0].start) * panel.width,
+             .ldb = plan.in_place ? p.pixels : panel.width,
+             .c = panel.result + row * p.pixels,
+             .c_row = p.pixels,
+             .cols = panel.cols,
+             .column_bias = nullptr,
+             .accumulate = block.start > 0,
+             .row_bias = panel.bias ? panel.bias + row : nullptr,
+             .results_ahead = panel.early == 0,
+             .partial = sums,
+             .partial_step = widest,
+             .unfinished = b + 1 < blocks.size()},
+            rows);
+      }
+    }
+  }
+}
+
 template <typename T>
 void columns_are_pixels(const Product& p, const Operands<T>& o, const Kernels<T>& kernels, Word<T>* workspace,
                         int threads) {
@@ -336,10 +448,8 @@ void columns_are_pixels(const Product& p, const Operands<T>& o, const Kernels<T>
   const ColumnPlan plan(p, kernels.rows, kernels.lanes, kernels.vectors, sizeof(W), p.rows_in_place(kernels.pair),
                         threads);
   const Blocks blocks = reduction_blocks(p.depth, 1, /*taps_inside=*/true);
-  const int64_t lanes = kernels.lanes, widest = lanes * kernels.vectors, scratch_size = plan.scratch(p, widest);
+  const int64_t lanes = kernels.lanes, scratch_size = plan.scratch(p, lanes * kernels.vectors);
   const int64_t all = p.batch * p.groups * plan.vectors;
-  constexpr int64_t kLine = 64 / static_cast<int64_t>(sizeof(T));  // values of a line of the cache
-  const Term one_run{0, 0};
   const bool streams = p.from <= kShortSum && p.moved_bytes(sizeof(T)) > kStreamed;
 
   for (int64_t first = 0; first < p.to; first += plan.packed_rows) {
@@ -365,103 +475,33 @@ void columns_are_pixels(const Product& p, const Operands<T>& o, const Kernels<T>
     parallel_tasks(tasks, macs, [&](int64_t begin, int64_t end) {
       W* const sums = workspace + plan.packed(p) + at::get_thread_num() * scratch_size;
       W* const packed = sums + plan.sums;
-      const W* a[kMaxRows];
-      T* c[kMaxRows];
       for (int64_t task = begin; task < end; ++task) {
         const int64_t split = task % plan.splits, piece = task / plan.splits;
-        const int64_t row0 = count * split / plan.splits, row1 = count * (split + 1) / plan.splits;
         const int64_t last = all * (piece + 1) / plan.pieces;
-        for (int64_t at = all * piece / plan.pieces; at < last;) {
+        for (int64_t at = all * piece / plan.pieces, take; at < last; at += take) {
           // What is left of this product, in panels as equal as possible.
           const int64_t product = at / plan.vectors, vector = at % plan.vectors;
           const int64_t left = std::min(last - at, plan.vectors - vector);
-          const int64_t take = ceil_div(left, ceil_div(left, kernels.vectors));
-          const int64_t pixel = vector * lanes, cols = std::min(take * lanes, p.pixels - plan.tail - pixel);
-          const int64_t group = product % p.groups;
-          const T* const plane = o.from + product * p.from * p.pixels + pixel;
+          take = ceil_div(left, ceil_div(left, kernels.vectors));
+          const int64_t pixel = vector * lanes, group = product % p.groups;
+          const T* const pixels = o.from + product * p.from * p.pixels + pixel;
           T* const result = o.to + (product * p.to + first) * p.pixels + pixel;
-          const W* const bias = o.bias ? o.bias + group * p.to + first : nullptr;
-          // While this panel is multiplied, the one that comes next is fetched into L2, some rows with each tile.
-          const T* const next = at + take < last && !plan.few_rows
-                                    ? take < left ? plane + take * lanes : o.from + (product + 1) * p.from * p.pixels
-                                    : nullptr;
-          const T* const next_result = take < left ? result + take * lanes : result + p.to * p.pixels - pixel;
-          // Sums that are rounded at their end: all blocks for a tile; else all tiles for a block.
-          const size_t at_once = p.half ? blocks.size() : 1;
-          for (size_t block0 = 0; block0 < blocks.size(); block0 += at_once) {
-            const int64_t channel = blocks[block0].channel * kernels.pair;
-            const int64_t channels = p.half ? p.from : blocks[block0].channels;
-            const T* const source = plane + channel * p.pixels;
-            // The first tile reads the pixels where they lie and leaves the panel behind for the others.
-            const bool packs = !p.half && !plan.in_place && row1 - row0 >= kernels.rows;
-            if (!plan.in_place && !packs) kernels.copy_channels(source, p.pixels, channels, cols, packed, take * lanes);
-            const int64_t rest0 = row0 + (packs ? kernels.rows : 0);
-            const int64_t tiles = ceil_div(row1 - rest0, kernels.rows), rest = ceil_div(tiles, plan.tiles_at_once);
-            const auto row_of = [&](int64_t part) {
-              return part < 0 ? row0 : part == rest ? row1 : rest0 + (row1 - rest0) * (tiles * part / rest) / tiles;
-            };
-            for (int64_t part = packs ? -1 : 0; part < rest; ++part) {
-              const int64_t row = row_of(part), rows = row_of(part + 1) - row;
-              if (next) {
-                const int64_t k0 = part + packs, parts = rest + packs;
-                for (int64_t k = channels * k0 / parts; k < channels * (k0 + 1) / parts; ++k)
-                  for (int64_t j = 0; j < widest; j += kLine)
-                    __builtin_prefetch(next + (channel + k) * p.pixels + j, 0, 2);
-              }
-              for (int64_t r = row; early > 0 && r < row + rows; ++r) {
-                const T* const at = r + early < row1 ? result + (r + early) * p.pixels
-                                                     : next_result + (r + early - row1 + row0) * p.pixels;
-                for (int64_t j = 0; j < cols; j += kLine) __builtin_prefetch(at + j, 1);
-              }
-              const W* const weights = weight + group * group_stride + row * row_stride;
-              if (part < 0) {
-                for (int64_t r = 0; r < rows; ++r) {
-                  a[r] = weights + r * row_stride + blocks[block0].channel;
-                  c[r] = result + (row + r) * p.pixels;
-                }
-                kernels.gemm_packing({.taps = 1,
-                                      .depth = channels,
-                                      .a = a,
-                                      .a_offset = 0,
-                                      .a_step = 1,
-                                      .b = as_words(source),
-                                      .b_offsets = nullptr,
-                                      .ldb = p.pixels,
-                                      .c = c,
-                                      .cols = cols,
-                                      .row_bias = bias ? bias + row : nullptr,
-                                      .column_bias = nullptr,
-                                      .accumulate = blocks[block0].start > 0,
-                                      .packed = packed});
-                continue;
-              }
-              for (size_t b = block0; b < block0 + at_once; ++b) {
-                const Block& block = blocks[b];
-                multiply_rows(kernels,
-                              {.tiles = 0,
-                               .runs = 1,
-                               .depth = block.channels,
-                               .run = &one_run,
-                               .a = weights + block.channel,
-                               .a_row = row_stride,
-                               .b = plan.in_place ? as_words(source)
-                                                  : packed + (block.start - blocks[block0].start) * take * lanes,
-                               .ldb = plan.in_place ? p.pixels : take * lanes,
-                               .c = result + row * p.pixels,
-                               .c_row = p.pixels,
-                               .cols = cols,
-                               .column_bias = nullptr,
-                               .accumulate = block.start > 0,
-                               .row_bias = bias ? bias + row : nullptr,
-                               .results_ahead = early == 0,
-                               .partial = sums,
-                               .partial_step = widest,
-                               .unfinished = b + 1 < blocks.size()},
-                              rows);
-              }
-            }
-          }
-          at += take;
+          const bool of_product = take < left;  // whether the next panel is of the same product
+          const T* const next = of_product ? pixels + take * lanes : o.from + (product + 1) * p.from * p.pixels;
+          multiply_panel<T>(p, plan,
+                            {.pixels = pixels,
+                             .result = result,
+                             .weights = weight + group * group_stride,
+                             .bias = o.bias ? o.bias + group * p.to + first : nullptr,
+                             .row_stride = row_stride,
+                             .row0 = count * split / plan.splits,
+                             .row1 = count * (split + 1) / plan.splits,
+                             .cols = std::min(take * lanes, p.pixels - plan.tail - pixel),
+                             .width = take * lanes,
+                             .next = at + take < last && !plan.few_rows ? next : nullptr,
+                             .next_result = of_product ? result + take * lanes : result + p.to * p.pixels - pixel,
+                             .early = early},
+                            kernels, blocks, sums, packed);
         }
         if (plan.tail > 0)
           multiply_tails(p, o, kernels, plan.tail,
