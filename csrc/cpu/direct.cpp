@@ -50,6 +50,8 @@ constexpr int64_t kLeastShuffled = 16;      // channels of a sample, for which t
 constexpr int64_t kMostWeights = 48 << 20;  // bytes of packed weights
 constexpr int64_t kMaxPhases = 65536;       // of backward_input: each costs a little set-up
 constexpr int64_t kChannelsPacked = 16;     // of weights at a time
+constexpr int64_t kShortSum = 128;          // NCHW: terms up to which lines of results are fetched early,
+constexpr double kLargeResult = 16e6;       // of results above so many bytes
 
 // Pieces of the channels of a group.
 int64_t channel_pieces(const Gather& g) { return ceil_div(g.from_per_group, kChannelsPacked); }
@@ -235,6 +237,8 @@ class FamilyProduct {
         line_step_(axis_[1].to_step * g.to_stride.axis[1]),
         pixel_step_(axis_[2].to_step * g.to_stride.axis[2]),
         nhwc_(g.to_stride.axis[2] != 1),
+        owns_results_(!nhwc_ && from_words_ * family.most_taps <= kShortSum && line_step_ * sizeof(T) % 64 != 0 &&
+                      static_cast<double>(g.batch) * g.groups * channels_ * g.to_pixels() * sizeof(T) > kLargeResult),
         sums_(reduction_blocks(from_words_, family.most_taps, /*taps_inside=*/true)) {
     for (const GatherPhase* phase : family.phases) {
       weights_.emplace_back(g, *phase, kernels.pair, kIsHalf<T>);
@@ -473,7 +477,7 @@ class FamilyProduct {
                                    sum.channel * weights_[f].from_stride;
       const W* const b = s.strips + (group * (c1 - c0) + sum.channel - c0) * plan_.size;
       for (int64_t panel = 0; panel < panels; ++panel) {
-        if (sum.start == 0) own_results(t, f, row, rows, panel, panels);
+        if (owns_results_ && sum.start == 0) own_results(t, f, row, rows, panel, panels);
         const int64_t v0 = first_vector(vectors, panel, panels), v1 = first_vector(vectors, panel + 1, panels);
         const auto [term, count] = s.terms[terms_of[panel]].of(sum, family_.most_taps);
         kernels_.strip[rows - 1]({.terms = count,
@@ -494,10 +498,12 @@ class FamilyProduct {
   }
 
   // Fetches lines of memory that results of phase f will be written to, a share for each panel: else each store waits
-  // for them. Tiles and phases that make a line share it.
-  void own_results(const Task& t, int64_t f, int64_t row, int64_t rows, int64_t panel, int64_t panels) const {
+  // for them, unless it fills one. Tiles and phases that make a line share it.
+  __attribute__((noinline)) void own_results(const Task& t, int64_t f, int64_t row, int64_t rows, int64_t panel,
+                                             int64_t panels) const {
     const int64_t step = axis_[2].to_step, of_line = patch_.size[2];
-    if (nhwc_ || t.images > 1 || (step > 1 && step != along_w_ * of_line)) return;
+    if (t.images > 1 || (step > 1 && step != along_w_ * of_line)) return;
+    asm volatile("");  // without it gcc takes this for a function without effects, and drops its calls
     const int64_t tiles = ceil_div(of_line, plan_.tile_rows), tile = row % of_line / plan_.tile_rows;
     const int64_t parts = panels * along_w_ * tiles, part = panel + panels * (f % along_w_ + along_w_ * tile);
     int64_t count = lines_of(t, f / along_w_), values = t.line * step;
@@ -572,7 +578,7 @@ class FamilyProduct {
   const int64_t channels_, from_words_, along_w_;
   const int64_t gathers_, image_blocks_, all_tiles_;
   const int64_t line_step_, pixel_step_;
-  const bool nhwc_;
+  const bool nhwc_, owns_results_;
   const Blocks sums_;
   c10::SmallVector<Weights, 1> weights_;  // of each phase
   c10::SmallVector<const W*, 4> words_;   // and where its weights lie
