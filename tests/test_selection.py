@@ -82,7 +82,7 @@ def test_rows_that_yield_can_be_forced(rows):
 )
 def test_one_channel_with_many_filters(channels_last, width, stride, row):
     if "avx512" not in isas("cpu"):
-        pytest.skip("on AVX2 no lines roll")
+        pytest.skip("this CPU has no AVX-512, without which no lines roll forward")
     case = Case("one_channel", "conv2d", (2, 1, 20, width), 64, 3, stride, 1)
     with myconv.flags.isa("avx512"):
         rows = myconv._C.selection("forward", *case.problem, torch.float32, channels_last, may_yield=True)

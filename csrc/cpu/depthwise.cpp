@@ -293,6 +293,7 @@ void gather_pixels(const Gather& g, const Phases& phases, const Kernels<T>& kern
     strip = ceil_div(lines, std::clamp<int64_t>(wanted, ceil_div(lines, fit), lines));
     share_out(others, 1);
   }
+  const int64_t units = in_order ? units_in_order(pixel_bytes) : 0;
   const bool streams = bytes_moved<T>(g) > kStreamed;
   const double written = static_cast<double>(g.batch) * g.to_pixels() * filters * sizeof(T);
   const bool past = !kIsHalf<T> && rolls &&
@@ -326,7 +327,7 @@ void gather_pixels(const Gather& g, const Phases& phases, const Kernels<T>& kern
         tile.to_step = axis(2).to_step * g.to_stride.axis[2];
         tile.length = filters - c;
         tile.skip_zeros = finite;
-        tile.rolls = rolls, tile.in_order = in_order ? units_in_order(pixel_bytes) : 0, tile.past = past;
+        tile.rolls = rolls, tile.in_order = units, tile.past = past;
         tile.ahead = streams ? axis(1).from_step * g.from_stride.axis[1] : 0;
         if (!adds) {
           plan.run(kernels.depthwise, d, h, 0, axis(2).count, tile);

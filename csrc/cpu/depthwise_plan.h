@@ -142,7 +142,7 @@ class Plan {
       typename RollingKernels<T>::Tile {
     if (!rolls_) return nullptr;
     const RollingKernels<T>& k = kernels.rolling;
-    if (in_order && !weighs && !spread()) return k.pixels_in_order[stride_ - 1];
+    if (in_order && !spread()) return k.pixels_in_order[stride_ - 1];
     if (spread()) return lines_ ? k.spread_lines : k.spread_pixels;
     return (weighs ? lines_ ? k.weight_lines : k.weight_pixels : lines_ ? k.lines : k.pixels)[stride_ - 1];
   }
