@@ -43,7 +43,6 @@ namespace {
 constexpr int64_t kBlock = 128;                // channels of one sum: errors of the transforms add up
 constexpr int64_t kSmallWeights = 1 << 20;     // bytes of U up to which threads split tiles
 constexpr int64_t kLargeWeights = 8 << 20;     // and from which on columns; between, whichever is more
-constexpr int64_t kStridedWeights = 12 << 20;  // bytes of U with a stride, of more positions than stay in L2
 constexpr int64_t kFewTiles = 4;               // of a thread, which leave its multiply-adds waiting for each other
 constexpr int64_t kTilesInL2 = 400 << 10;      // bytes of V and M of one thread
 constexpr int64_t kFewTilesInL2 = 160 << 10;   // where U is small
@@ -571,6 +570,7 @@ double product_cycles(double rows, double depth, double columns) {
 constexpr double kVector = 16;
 // A vector of a position, with its way through the caches.
 constexpr double kTileRead = 8.7, kTileWritten = 5.2, kWeights = 3;
+constexpr double kStridedWeights = 8;    // the same of a stride's, which are more positions than stay in L2
 constexpr double kWeightsAgain = 8;      // the same, packed and transformed once more for each further chunk of tiles
 constexpr double kWeightsFar = 24;       // the same of weights that fill the last cache (kAllWeights)
 constexpr double kTransposed = 0.12;     // a pixel of a tile in NCHW,
@@ -611,7 +611,7 @@ double winograd_cycles(const ConvShape& s, Direction direction, const WinogradKe
   const double again = all_u > kLargeWeights && !together ? std::max(0.0, tiles / chunk - 1) : 0;
   const double once_more = all_u > kAllWeights ? kWeightsFar : kWeightsAgain;
   double transforms = positions * (tiles * (kTileRead * rows * taps_d + kTileWritten * columns) +
-                                   (kWeights + once_more * again) * from * taps_d * columns);
+                                   ((t.stride * t.result_stride > 1 ? kStridedWeights : kWeights) + once_more * again) * from * taps_d * columns);
   // Tiles of several groups that share vectors are few enough to stay in the first cache.
   if (together && t.stride * t.result_stride == 1) transforms *= kTogether / static_cast<double>(vectors);
   const double computed = static_cast<double>(ceil_div(s.groups, groups) * groups) / static_cast<double>(s.groups);
@@ -632,8 +632,10 @@ double direct_cycles(const ConvShape& s, Direction direction) {
   const double inside = s.channels_last() || works_on_padding(s) ? tiles_inside(s) : 1;
   const double depth = static_cast<double>(s.taps()) * words / phases;
   const char* const by_strips = forward ? direct_forward_decline(s) : direct_backward_input_decline(s);
-  if (s.channels_last() && by_strips != nullptr)
-    return phases * product_cycles(pixels * inside, depth, std::ceil(to / kVector));
+  if (s.channels_last() && by_strips != nullptr) {
+    const double lanes = microkernels().half ? dense_kernels<float>(static_cast<int64_t>(to)).lanes : kVector;
+    return phases * product_cycles(pixels * inside, depth, std::ceil(to / lanes) * lanes / kVector);
+  }
   // NCHW, and few channels of groups: vectors of pixels, of each line or of the lines of a strip joined. A vector of the
   // strip takes 4 cycles.
   const int64_t* const extent = forward ? s.out : s.in;
@@ -651,6 +653,12 @@ double direct_cycles(const ConvShape& s, Direction direction) {
   return phases * waits * product_cycles(to, depth, vectors * inside) + 4 * words * strip / kVector;
 }
 
+// With a stride there are more positions, and a thread that has some columns of all tiles waits for them.
+bool is_too_large(const ConvShape& s, const WinogradKernels<float>& t) {
+  const int64_t taps = s.taps() / (s.kernel[1] * s.kernel[2]), values = s.in_per_group * s.out_per_group;
+  return t.stride * t.result_stride > 1 && t.positions * taps * values * static_cast<int64_t>(sizeof(float)) > kLargeWeights;
+}
+
 const char* yield(const ConvShape& shape, Direction direction, bool small) {
   const ConvShape s = lines_as_frames(shape, direction);
   const int64_t from = direction == Direction::kForward ? s.in_per_group : s.out_per_group;
@@ -662,13 +670,11 @@ const char* yield(const ConvShape& shape, Direction direction, bool small) {
   if (s.channels_last() && s.groups == 1 && to < kFewResults)
     return "few result channels";  // they leave most lanes empty; `direct` turns them round
   const WinogradKernels<float>& t = *transforms(s, direction, small);
-  if (t.stride * t.result_stride > 1 &&
-      t.positions * s.taps() / (s.kernel[1] * s.kernel[2]) * s.in_per_group * s.out_per_group >
-          kStridedWeights / static_cast<int64_t>(sizeof(float)))
-    return "weights too large for all positions";
+  if (is_too_large(s, t)) return "weights too large for all positions";
   const double cycles = winograd_cycles(s, direction, t);
-  if (decline(s, direction, !small) == nullptr &&
-      winograd_cycles(s, direction, *transforms(s, direction, !small)) < cycles)
+  const WinogradKernels<float>* const other = transforms(s, direction, !small);
+  if (decline(s, direction, !small) == nullptr && !is_too_large(s, *other) &&
+      winograd_cycles(s, direction, *other) < cycles)
     return small ? "larger tiles take less" : "smaller tiles take less";
   if (direct_cycles(shape, direction) < cycles) return "the transforms cost more than they save";
   return nullptr;
