@@ -135,6 +135,13 @@ class Bias {
   c10::SmallVector<Word<T>, 64> copy_;
 };
 
+// NHWC: whether a tile fetches the lines that it will write. That pays where results are larger than the caches and each of
+// several panels writes a part of a pixel, which the processor does not see coming.
+constexpr int64_t kLargeResults = 8 << 20;
+inline bool fetches_results(int64_t bytes, const Panels& panels, int64_t large = kLargeResults) {
+  return panels.count > 1 && bytes > large;
+}
+
 // Any number of rows, in tiles of nearly equal height; t.tiles is filled in here. Returns the end of what was fetched.
 template <typename T>
 const Word<T>* multiply_rows(const Kernels<T>& kernels, GemmRows<T> t, int64_t rows) {

@@ -89,7 +89,9 @@ class Rectangles {
         channels_(ceil_div(g.from_per_group, kernels.pair)),
         panels_(g.to_per_group, kernels.lanes, kernels.vectors),
         blocks_(reduction_blocks(channels_, phase.taps(), /*taps_inside=*/false)),
-        in_place_(reads_in_place(kernels, g.from_per_group)) {
+        in_place_(reads_in_place(kernels, g.from_per_group)),
+        results_ahead_(g.groups == 1 &&
+                       fetches_results(g.batch * g.to_pixels() * g.to_per_group * sizeof(T), panels_)) {
     const GatherAxis* a = phase.axis;
     const auto step = [&](int d) { return std::min(a[d].from_step, a[d].from_extent); };  // they may be huge
     const int64_t line = step(1) * a[2].count * step(2) * g.groups * std::min(channels_, kSumLength);
@@ -445,6 +447,7 @@ class Rectangles {
                      .cols = panels_.size(panel),
                      .column_bias = o.bias ? o.bias + column : nullptr,
                      .accumulate = block.start > 0,
+                     .results_ahead = results_ahead_,
                      .partial = band.sums + piece.begin * panels_.width,
                      .partial_step = sums_step[along],
                      .unfinished = unfinished(block)};
@@ -497,8 +500,9 @@ class Rectangles {
   const int64_t channels_;  // words
   Panels panels_;
   const Blocks blocks_;
-  bool in_place_;        // whether what is read is multiplied where it lies, and not a copy of the lines of a band
-  bool padded_ = false;  // such a copy, with the padding
+  bool in_place_;  // whether what is read is multiplied where it lies, and not a copy of the lines of a band
+  bool results_ahead_;
+  bool padded_ = false;                     // such a copy, with the padding
   int64_t columns_ = 0, first_column_ = 0;  // of a line of such a copy, and where it begins
   Segments segments_[3];
   int64_t low_[3] = {0, 0, 0};  // of the offsets, and how far they reach

@@ -29,21 +29,23 @@ namespace {
 
 constexpr int64_t kDotPixels = 4;
 constexpr int64_t kShortDot = 32;
-constexpr int64_t kFewRows = 256;               // NHWC: up to here a thread packs the panels that it alone multiplies
-constexpr int64_t kChunkBytes = 64 << 10;       // NHWC: pixels that meet all panels while these stay in L2
-constexpr int64_t kWideChunkBytes = 256 << 10;  // NHWC: and where the panels come from farther away
-constexpr int64_t kPanelsInL2 = 512 << 10;      // up to here each thread packs all panels for itself
-constexpr int64_t kLongRow = 48;                // NHWC: from here on the next rows are fetched ahead
-constexpr int64_t kConvertedTiles = 2;          // NHWC: tiles whose rows are packed at a time, if few meet all panels
-constexpr int64_t kMostTilesOfBlock = 4;        // NCHW, backward_input
-constexpr int64_t kPlaneBytes = 512 << 10;      // NCHW, backward_input: pixels of a block of a sum that stay in L2
-constexpr int64_t kMostChannels = 8192;         // NCHW: of a panel that holds all, which 16-bit types need
-constexpr int64_t kShortSum = 64;               // NCHW: channels up to which results are fetched early,
-constexpr int64_t kStreamed = 8 << 20;          // of tensors above so many bytes
-constexpr int64_t kLargeWeight = 1 << 16;       // NCHW: values that a few pixels of one sample leave waiting
-constexpr int64_t kTilesAtOnce = 4;             // NCHW: of rows, between which what comes next is fetched,
-constexpr int64_t kTermsAtOnce = 1024;          // or fewer, of so many channels in all
-constexpr int64_t kInPlaceRowTiles = 2;         // up to so many uses a panel is not worth packing
+constexpr int64_t kFewRows = 256;                // NHWC: up to here a thread packs the panels that it alone multiplies
+constexpr int64_t kChunkBytes = 64 << 10;        // NHWC: pixels that meet all panels while these stay in L2
+constexpr int64_t kWideChunkBytes = 256 << 10;   // NHWC: and where the panels come from farther away
+constexpr int64_t kPanelsInL2 = 512 << 10;       // up to here each thread packs all panels for itself
+constexpr int64_t kLongRow = 48;                 // NHWC: from here on the next rows are fetched ahead
+constexpr int64_t kLongSum = 128;                // NHWC: that has time to fetch where its results go,
+constexpr int64_t kResultsOfLongSums = 1 << 20;  // of so many bytes and more
+constexpr int64_t kConvertedTiles = 2;           // NHWC: tiles whose rows are packed at a time, if few meet all panels
+constexpr int64_t kMostTilesOfBlock = 4;         // NCHW, backward_input
+constexpr int64_t kPlaneBytes = 512 << 10;       // NCHW, backward_input: pixels of a block of a sum that stay in L2
+constexpr int64_t kMostChannels = 8192;          // NCHW: of a panel that holds all, which 16-bit types need
+constexpr int64_t kShortSum = 64;                // NCHW: channels up to which results are fetched early,
+constexpr int64_t kStreamed = 8 << 20;           // of tensors above so many bytes
+constexpr int64_t kLargeWeight = 1 << 16;        // NCHW: values that a few pixels of one sample leave waiting
+constexpr int64_t kTilesAtOnce = 4;              // NCHW: of rows, between which what comes next is fetched,
+constexpr int64_t kTermsAtOnce = 1024;           // or fewer, of so many channels in all
+constexpr int64_t kInPlaceRowTiles = 2;          // up to so many uses a panel is not worth packing
 
 // Seen from either direction: "from" is what is read, "to" what is written.
 struct Product {
@@ -102,11 +104,12 @@ constexpr double tile_cost(int64_t vectors) { return vectors == 1 ? 1.3 : static
 
 // How rows x columns are split among threads.
 struct RowPlan {
-  int64_t rows, tiles;      // all pixels of the batch
-  Panels panels;            // of a group
-  bool split_columns;       // each thread packs the panels of its own columns
-  bool panels_lie;          // as they are: then too few rows would share a packed one
-  bool own_panels;          // or all panels for itself: to fetch them from another thread costs more
+  int64_t rows, tiles;  // all pixels of the batch
+  Panels panels;        // of a group
+  bool split_columns;   // each thread packs the panels of its own columns
+  bool panels_lie;      // as they are: then too few rows would share a packed one
+  bool own_panels;      // or all panels for itself: to fetch them from another thread costs more
+  bool results_ahead;
   int64_t chunk;            // tiles that meet all panels at a time
   int64_t sums, converted;  // 16-bit types, of a thread: rows of sums in the making, words of rows
 
@@ -123,6 +126,8 @@ struct RowPlan {
     }
     panels_lie = split_columns && !p.half && p.to_stride == 1 && tiles <= kInPlaceRowTiles;
     own_panels = p.groups * panels.count * unit(p) * word_size <= kPanelsInL2;
+    results_ahead = fetches_results(rows * p.groups * p.to * (p.half ? 2 : word_size), panels,
+                                    p.depth < kLongSum ? kLargeResults : kResultsOfLongSums);
     const int64_t block = std::min(p.depth, kSumLength),
                   kept = in_place ? block : p.depth;  // of a row, from panel to panel
     chunk = std::max<int64_t>(1, (own_panels ? kChunkBytes : kWideChunkBytes) / (tile_rows * kept * word_size));
@@ -184,6 +189,7 @@ void rows_are_pixels(const Product& p, const Operands<T>& o, const Kernels<T>& k
                    .cols = columns_of(unit),
                    .column_bias = o.bias ? o.bias + column : nullptr,
                    .accumulate = block.start > 0,
+                   .results_ahead = plan.results_ahead,
                    .ahead = from_afar,
                    .partial = partial,
                    .partial_step = width,

@@ -40,25 +40,25 @@
 namespace myconv::cpu {
 namespace {
 
-constexpr int64_t kBlock = 128;                // channels of one sum: errors of the transforms add up
-constexpr int64_t kSmallWeights = 1 << 20;     // bytes of U up to which threads split tiles
-constexpr int64_t kLargeWeights = 8 << 20;     // and from which on columns; between, whichever is more
-constexpr int64_t kFewTiles = 4;               // of a thread, which leave its multiply-adds waiting for each other
-constexpr int64_t kTilesInL2 = 400 << 10;      // bytes of V and M of one thread
-constexpr int64_t kFewTilesInL2 = 160 << 10;   // where U is small
-constexpr int64_t kInputBytes = 12 << 20;      // bytes of V of all threads
-constexpr int64_t kOwnInput = 3 << 20;         // of V of all tiles, up to which each thread has one of its own
-constexpr int64_t kAllWeights = 32 << 20;      // and bytes of U, or of V, that all threads have of their own
-constexpr int64_t kColumnsPerThread = 16;      // from which on all tiles' transforms are little beside the products
-constexpr double kTransforms = 32;             // terms that those of a tile of V and one of M take as long as
-constexpr int64_t kFewChannels = 16;           // whose transforms are not shared by enough products
-constexpr int64_t kFewTerms = 8;               // the same of groups that share vectors
-constexpr int64_t kFewInAndOut = 40;           // NHWC: in and out channels; what a tile takes besides is most
-constexpr int64_t kFewResults = 5;             // NHWC
-constexpr int64_t kMostTiles = 64;             // of a block
-constexpr int64_t kMostTaps = 25;              // of a kernel
-constexpr int64_t kMostResults = 64;           // of a tile
-constexpr int64_t kMostFrames = 64;            // taps of the third axis
+constexpr int64_t kBlock = 128;               // channels of one sum: errors of the transforms add up
+constexpr int64_t kSmallWeights = 1 << 20;    // bytes of U up to which threads split tiles
+constexpr int64_t kLargeWeights = 8 << 20;    // and from which on columns; between, whichever is more
+constexpr int64_t kFewTiles = 4;              // of a thread, which leave its multiply-adds waiting for each other
+constexpr int64_t kTilesInL2 = 400 << 10;     // bytes of V and M of one thread
+constexpr int64_t kFewTilesInL2 = 160 << 10;  // where U is small
+constexpr int64_t kInputBytes = 12 << 20;     // bytes of V of all threads
+constexpr int64_t kOwnInput = 3 << 20;        // of V of all tiles, up to which each thread has one of its own
+constexpr int64_t kAllWeights = 32 << 20;     // and bytes of U, or of V, that all threads have of their own
+constexpr int64_t kColumnsPerThread = 16;     // from which on all tiles' transforms are little beside the products
+constexpr double kTransforms = 32;            // terms that those of a tile of V and one of M take as long as
+constexpr int64_t kFewChannels = 16;          // whose transforms are not shared by enough products
+constexpr int64_t kFewTerms = 8;              // the same of groups that share vectors
+constexpr int64_t kFewInAndOut = 40;          // NHWC: in and out channels; what a tile takes besides is most
+constexpr int64_t kFewResults = 5;            // NHWC
+constexpr int64_t kMostTiles = 64;            // of a block
+constexpr int64_t kMostTaps = 25;             // of a kernel
+constexpr int64_t kMostResults = 64;          // of a tile
+constexpr int64_t kMostFrames = 64;           // taps of the third axis
 constexpr int64_t kNoResult = std::numeric_limits<int64_t>::min();
 constexpr int64_t kWeightChannels = 64;  // whose taps are packed at a time
 
@@ -611,7 +611,8 @@ double winograd_cycles(const ConvShape& s, Direction direction, const WinogradKe
   const double again = all_u > kLargeWeights && !together ? std::max(0.0, tiles / chunk - 1) : 0;
   const double once_more = all_u > kAllWeights ? kWeightsFar : kWeightsAgain;
   double transforms = positions * (tiles * (kTileRead * rows * taps_d + kTileWritten * columns) +
-                                   ((t.stride * t.result_stride > 1 ? kStridedWeights : kWeights) + once_more * again) * from * taps_d * columns);
+                                   ((t.stride * t.result_stride > 1 ? kStridedWeights : kWeights) + once_more * again) *
+                                       from * taps_d * columns);
   // Tiles of several groups that share vectors are few enough to stay in the first cache.
   if (together && t.stride * t.result_stride == 1) transforms *= kTogether / static_cast<double>(vectors);
   const double computed = static_cast<double>(ceil_div(s.groups, groups) * groups) / static_cast<double>(s.groups);
@@ -656,7 +657,8 @@ double direct_cycles(const ConvShape& s, Direction direction) {
 // With a stride there are more positions, and a thread that has some columns of all tiles waits for them.
 bool is_too_large(const ConvShape& s, const WinogradKernels<float>& t) {
   const int64_t taps = s.taps() / (s.kernel[1] * s.kernel[2]), values = s.in_per_group * s.out_per_group;
-  return t.stride * t.result_stride > 1 && t.positions * taps * values * static_cast<int64_t>(sizeof(float)) > kLargeWeights;
+  return t.stride * t.result_stride > 1 &&
+         t.positions * taps * values * static_cast<int64_t>(sizeof(float)) > kLargeWeights;
 }
 
 const char* yield(const ConvShape& shape, Direction direction, bool small) {
