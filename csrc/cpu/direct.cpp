@@ -291,7 +291,7 @@ class FamilyProduct {
   // Of a thread: the block for which runs and terms are prepared, and the problem whose lines fill the strips.
   struct Scratch {
     W *strips, *kept;
-    Runs runs;
+    Runs runs, runs_before;  // of the block, and of the one that was prepared before it
     Shuffles shuffles;
     c10::SmallVector<StripVector, 32> vectors;
     c10::SmallVector<Terms, 1> terms;
@@ -342,9 +342,11 @@ class FamilyProduct {
   // What depends on the place and size of the block alone.
   void prepare(const Task& t, Scratch& s) const {
     if (s.prepared == t.block && s.images == t.images) return;
+    s.runs.swap(s.runs_before);
     strip_runs(plan_, t.start, t.images, g_.from_stride.batch, s.runs);
     if (g_.from_stride.axis[2] == 1) join_planes(plan_, s.runs);
-    if (g_.from_stride.axis[2] == 1 && g_.groups * g_.from_per_group >= kLeastShuffled)
+    if (g_.from_stride.axis[2] == 1 && g_.groups * g_.from_per_group >= kLeastShuffled &&
+        (s.prepared < 0 || !shift_shuffles(s.runs_before, s.runs, s.shuffles)))
       strip_shuffles(plan_, s.runs, kernels_.lanes, s.shuffles);
     s.vectors.clear();
     const int64_t c_line = plan_.keep ? plan_.pitch : line_step_, lanes = kernels_.lanes;

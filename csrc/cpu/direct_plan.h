@@ -4,6 +4,7 @@
 
 #include <algorithm>
 #include <numeric>
+#include <tuple>
 
 #include "cpu/gather.h"
 #include "cpu/gemm_blocks.h"
@@ -462,6 +463,25 @@ inline void strip_shuffles(const Plan& plan, const Runs& runs, int64_t lanes, Sh
       if (shuffles.size() > most) return shuffles.clear();
     }
   }
+}
+
+// For a block that lies elsewhere: whether its runs are those before, but read what lies further on. Then so do its
+// shuffles, which take longer to find than to use.
+inline bool shift_shuffles(const Runs& before, const Runs& runs, Shuffles& shuffles) {
+  const auto reads = [](const Segment& run) { return run.first < run.last; };
+  const auto same = [&](const Segment& a, const Segment& b) {
+    return std::tie(a.step, a.target, a.length, a.first, a.last, a.planes, a.apart) ==
+           std::tie(b.step, b.target, b.length, b.first, b.last, b.planes, b.apart);
+  };
+  if (!std::equal(before.begin(), before.end(), runs.begin(), runs.end(), same)) return false;
+  const auto first = static_cast<size_t>(std::find_if(runs.begin(), runs.end(), reads) - runs.begin());
+  const int64_t by = first < runs.size() ? runs[first].source - before[first].source : 0;
+  for (size_t i = first; i < runs.size(); ++i)
+    if (reads(runs[i]) && runs[i].source - before[i].source != by) return false;
+  for (Shuffle& s : shuffles)
+    for (int w = 0; w < 2; ++w)
+      if (s.count[w] > 0) s.source[w] += by;
+  return true;
 }
 
 }  // namespace myconv::cpu::direct
