@@ -350,15 +350,26 @@ void gather_pixels(const Gather& g, const Phases& phases, const Kernels<T>& kern
 
 // --- NCHW, small planes ----------------------------------------------------------------------------------------------
 
-// Small planes of NCHW, whose lines would leave half of a vector empty: a vector of channels is transposed, done as
-// above, and transposed back. Not where lines roll and a quarter of a vector is full.
+// Whether lines that leave part of a vector empty cost more than to transpose the planes. A vector of a line and a tap
+// takes 1.5 cycles, one of channels 1.3, and one that is transposed 8 (Zen 4).
+bool lines_cost_more(const ConvShape& s, int64_t lines, int64_t columns, int64_t lanes) {
+  constexpr double kLine = 1.5, kPixel = 1.3, kTransposed = 8, kClearly = 0.9;
+  const auto taps = static_cast<double>(s.taps()), vector = static_cast<double>(lanes);
+  const double of_lines = kLine * taps * static_cast<double>(lines * ceil_div(columns, lanes));
+  const double of_pixels = kPixel * taps * static_cast<double>(lines * columns) / vector;
+  return of_pixels + kTransposed * static_cast<double>(s.in_pixels() + s.out_pixels()) / vector < kClearly * of_lines;
+}
+
+// Small planes of NCHW, whose lines would leave half of a vector empty, or less of it for many taps: a vector of channels
+// is transposed, done as above, and transposed back. Not where lines roll and a quarter of a vector is full.
 bool transposes(const ConvShape& s, Direction direction, int64_t lanes) {
   const bool forward = direction == Direction::kForward;
   const int64_t columns = forward ? s.out[2] : s.in[2], plane = std::max(s.in_pixels(), s.out_pixels());
-  const bool phases = !forward && s.stride[0] * s.stride[1] * s.stride[2] != 1;
+  const bool strided = s.stride[0] * s.stride[1] * s.stride[2] != 1, phases = !forward && strided;
   if (lines_roll(s, direction) && 4 * columns > lanes) return false;
-  return !s.channels_last() && s.out_per_group == 1 && !phases && s.groups >= lanes && 2 * columns <= lanes &&
-         s.in[0] == 1 && s.out[0] == 1 && plane <= kSmallPlane;
+  const bool empty = 2 * columns <= lanes || (!strided && lines_cost_more(s, plane / columns, columns, lanes));
+  return !s.channels_last() && s.out_per_group == 1 && !phases && s.groups >= lanes && empty && s.in[0] == 1 &&
+         s.out[0] == 1 && plane <= kSmallPlane;
 }
 
 template <typename T>
