@@ -215,6 +215,9 @@ GROUPS = [
     Case("depthwise_5x5", "conv2d", (1, 33, 8, 15), 33, 5, padding=2, groups=33, bias=False),
     Case("depthwise_7x7_plane", "conv2d", (2, 35, 7, 7), 35, 7, padding=3, groups=35),
     Case("depthwise_7x7_stride_2", "conv2d", (1, 18, 13, 35), 18, 7, stride=2, padding=3, groups=18),
+    Case("depthwise_13x13_plane", "conv2d", (2, 19, 15, 14), 19, 13, padding=6, groups=19),
+    Case("depthwise_9x9_stride_2_plane", "conv2d", (2, 18, 21, 26), 18, 9, stride=2, padding=4, groups=18),
+    Case("reflect_depthwise_plane", "conv2d", (2, 17, 20, 11), 17, 7, padding=3, padding_mode="reflect", groups=17),
     Case("depthwise_5x5_stride_2", "conv2d", (2, 17, 14, 34), 17, 5, stride=2, padding=2, groups=17, bias=False),
     Case("depthwise_stride_3", "conv2d", (2, 9, 11, 20), 9, 3, stride=3, padding=1, groups=9),
     Case("depthwise_stride_1_2", "conv2d", (2, 9, 8, 19), 9, 3, stride=(1, 2), padding=1, groups=9),
@@ -458,7 +461,8 @@ INVARIANCE = [
     for name in (
         "in_channels_17 out_channels_33 all_tails width_1 stride_2 stride_3_2 dilation_2 dilation_mostly_padding "
         "groups_4_of_16 depthwise depthwise_stride_2 1x1 1x1_of_1x1 1x1_stride_2 7x7 kernel_is_input reflect_2d "
-        "circular_depthwise depthwise_7x7_plane depthwise_times_2_5x5 depthwise_times_5 31x31_depthwise "
+        "circular_depthwise depthwise_7x7_plane depthwise_13x13_plane depthwise_9x9_stride_2_plane "
+        "reflect_depthwise_plane depthwise_times_2_5x5 depthwise_times_5 31x31_depthwise "
         "circular_depthwise_lines depthwise_5x5_stride_2 depthwise_stride_2_lines transposed_depthwise_3x3 "
         "depthwise_in_order depthwise_in_order_stride_2 depthwise_in_order_channels "
         "resnet_stem resnet_3x3 vgg_3x3 wav2vec_feature video_3x3x3 unet_up "

@@ -31,7 +31,7 @@ namespace {
 
 using namespace depthwise;
 
-constexpr int64_t kSmallPlane = 256;         // NCHW: values of a plane that may be transposed
+constexpr int64_t kSmallPlane = 4096;        // NCHW: values of a plane that may be transposed
 constexpr int64_t kOwnWeights = 256 * 1024;  // values of all threads, that each pack them for themselves
 constexpr int64_t kWidenedStep = 16;         // NCHW: what follows widened weights begins with a line of the cache
 
@@ -351,12 +351,14 @@ void gather_pixels(const Gather& g, const Phases& phases, const Kernels<T>& kern
 // --- NCHW, small planes ----------------------------------------------------------------------------------------------
 
 // Whether lines that leave part of a vector empty cost more than to transpose the planes. A vector of a line and a tap
-// takes 1.5 cycles, one of channels 1.3, and one that is transposed 8 (Zen 4).
+// takes 1.5 cycles, with a stride 2.2, one of channels 1.3 or 1.6, and one that is transposed 8 (Zen 4).
 bool lines_cost_more(const ConvShape& s, int64_t lines, int64_t columns, int64_t lanes) {
-  constexpr double kLine = 1.5, kPixel = 1.3, kTransposed = 8, kClearly = 0.9;
+  constexpr double kTransposed = 8, kClearly = 0.9;
+  const bool strided = s.stride[1] * s.stride[2] > 1;
+  const double line = strided ? 2.2 : 1.5, pixel = strided ? 1.6 : 1.3;
   const auto taps = static_cast<double>(s.taps()), vector = static_cast<double>(lanes);
-  const double of_lines = kLine * taps * static_cast<double>(lines * ceil_div(columns, lanes));
-  const double of_pixels = kPixel * taps * static_cast<double>(lines * columns) / vector;
+  const double of_lines = line * taps * static_cast<double>(lines * ceil_div(columns, lanes));
+  const double of_pixels = pixel * taps * static_cast<double>(lines * columns) / vector;
   return of_pixels + kTransposed * static_cast<double>(s.in_pixels() + s.out_pixels()) / vector < kClearly * of_lines;
 }
 
@@ -364,10 +366,11 @@ bool lines_cost_more(const ConvShape& s, int64_t lines, int64_t columns, int64_t
 // is transposed, done as above, and transposed back. Not where lines roll and a quarter of a vector is full.
 bool transposes(const ConvShape& s, Direction direction, int64_t lanes) {
   const bool forward = direction == Direction::kForward;
-  const int64_t columns = forward ? s.out[2] : s.in[2], plane = std::max(s.in_pixels(), s.out_pixels());
-  const bool strided = s.stride[0] * s.stride[1] * s.stride[2] != 1, phases = !forward && strided;
+  const int64_t lines = forward ? s.out[1] : s.in[1], columns = forward ? s.out[2] : s.in[2],
+                plane = std::max(s.in_pixels(), s.out_pixels());
+  const bool phases = !forward && s.stride[0] * s.stride[1] * s.stride[2] != 1;
   if (lines_roll(s, direction) && 4 * columns > lanes) return false;
-  const bool empty = 2 * columns <= lanes || (!strided && lines_cost_more(s, plane / columns, columns, lanes));
+  const bool empty = 2 * columns <= lanes || lines_cost_more(s, lines, columns, lanes);
   return !s.channels_last() && s.out_per_group == 1 && !phases && s.groups >= lanes && empty && s.in[0] == 1 &&
          s.out[0] == 1 && plane <= kSmallPlane;
 }
@@ -384,28 +387,50 @@ void gather_transposed(const Gather& g, const Kernels<T>& kernels, const int64_t
   const PackedWeights<T> weights(g, kernels, kernel, weight, workspace, threads);
   W* const images = weights.end();
   const Plan plan({g.phases[0], std::nullopt}, /*lines=*/false, from_step, packed_step, lanes);
-  parallel_tasks(g.batch * blocks, 2.0 * taps * out * lanes, [&](int64_t begin, int64_t end) {
+  const Kernels<W>& words = kernels_of<W>(microkernels());
+  // Where planes do not go round, threads take parts of their lines, and transpose what these read.
+  const int64_t lines = a[1].count, width = a[2].count, extent = g.from_extent[1];
+  int64_t pieces = 1;
+  const auto cost = [&](int64_t n) {
+    constexpr double kTransposedAgain = 0.1;
+    return static_cast<double>(ceil_div(g.batch * blocks * n, threads)) *
+           (1 / static_cast<double>(n) + kTransposedAgain);
+  };
+  for (int64_t n = 2; n <= std::min<int64_t>(lines, threads); ++n)
+    if (cost(n) < cost(pieces)) pieces = n;
+  const auto [least, most] = std::minmax_element(a[1].offset.begin(), a[1].offset.end());
+  const auto lines_read = [&, low = *least, high = *most](int64_t h0, int64_t h1) {
+    if (a[1].mode != PaddingMode::kZeros) return std::pair{int64_t{0}, extent};
+    const int64_t first = std::clamp<int64_t>(h0 * a[1].from_step + low, 0, extent);
+    return std::pair{first, std::clamp((h1 - 1) * a[1].from_step + high + 1, first, extent)};
+  };
+  parallel_tasks(g.batch * blocks * pieces, 2.0 * taps * out * lanes / pieces, [&](int64_t begin, int64_t end) {
     W* const image = images + at::get_thread_num() * (in + out) * lanes;
     W* const result = image + in * lanes;
     const auto [packed, finite] = weights.packed();
     for (int64_t i = begin; i < end; ++i) {
-      const int64_t c = i % blocks * lanes, n = i / blocks, count = std::min(lanes, channels - c);
+      const int64_t piece = i % pieces, c = i / pieces % blocks * lanes, n = i / pieces / blocks;
+      const int64_t h0 = lines * piece / pieces, h1 = lines * (piece + 1) / pieces,
+                    count = std::min(lanes, channels - c);
+      const auto [first, last] = lines_read(h0, h1);
       const T* const planes = from + n * g.from_stride.batch + c * in;
-      kernels.transpose(planes, in, count, in, image, lanes);
+      kernels.transpose(planes + first * g.from_extent[2], in, count, (last - first) * g.from_extent[2],
+                        image + first * from_step[1], lanes);
       DepthwiseTile<W> tile{};
       tile.planes = 1;
-      tile.lists = a[1].count;
+      tile.lists = h1 - h0;
       tile.from = image;
       tile.weight = packed + c * taps;
       tile.bias = bias ? bias + c : nullptr;
       tile.to = result;
-      tile.list_step = a[2].count * lanes;
+      tile.list_step = width * lanes;
       tile.to_step = lanes;
       tile.length = count;
       tile.skip_zeros = finite;
       tile.rolls = true;
-      plan.run(kernels_of<W>(microkernels()).depthwise, 0, 0, 0, a[2].count, tile);
-      kernels.store_transposed(result, lanes, out, count, to + n * g.to_stride.batch + c * out, out);
+      plan.run(words.depthwise, 0, h0, 0, width, tile);
+      kernels.store_transposed(result, lanes, (h1 - h0) * width, count,
+                               to + n * g.to_stride.batch + c * out + h0 * width, out);
     }
   });
 }
