@@ -4,7 +4,7 @@
 //   NCHW   vectors run along a line and are loaded from the plane as it lies, masked where a line ends; with stride 2
 //          pairs of vectors are sorted into even and odd columns. At the ends of a line a padding mode permutes them.
 //          Tiles are 8 or 7 lines high. Columns further apart come from a padded copy of the lines (strip.h).
-//          Planes with lines of up to half a vector are transposed, a vector of channels at a time, and done as NHWC.
+//          Small planes whose lines cost more are transposed, a vector of channels at a time, and done as NHWC.
 //   NHWC   vectors run along channels. Tiles are 8 or 7 pixels of a line.
 //   3x3 kernels with stride 1 or 2 roll along lines (NCHW) or pixels (NHWC) instead: depthwise_rolling.inc.
 //   Of large tensors in NHWC, and on AVX2, they read in order: depthwise_in_order.inc.

@@ -3,6 +3,7 @@
 #include <c10/util/Exception.h>
 
 #include <cstdlib>
+#include <utility>
 #if defined(__x86_64__)
 #include <cpuid.h>
 #endif
@@ -94,6 +95,8 @@ thread_local std::string cap;
 }  // namespace
 
 const Microkernels& microkernels() { return capped ? *capped : process_default(); }
+const Microkernels* capped_kernels() { return capped; }
+const Microkernels* exchange_capped_kernels(const Microkernels* kernels) { return std::exchange(capped, kernels); }
 
 template <>
 const Kernels<bfloat16>& dense_kernels() {

@@ -11,8 +11,11 @@ namespace myconv::cpu {
 
 inline constexpr double kIdleShare = 0.1;  // of the columns
 
-// The kernels in force on the calling thread. Resolve it before a parallel region, never inside.
+// The kernels in force on the calling thread, and on those of a parallel region that it opens (parallel.cpp).
 const Microkernels& microkernels();
+// Those that the calling thread is capped to (nullptr: it is not), and a change of them; returns what they were.
+const Microkernels* capped_kernels();
+const Microkernels* exchange_capped_kernels(const Microkernels* kernels);
 
 // Those that matrix products of a type run on: of bfloat16, pairs where there are, which treat denormals as zeros.
 template <typename T>

@@ -11,6 +11,8 @@
 #include <xmmintrin.h>
 #endif
 
+#include "cpu/isa.h"
+
 extern "C" {
 void GOMP_parallel(void (*body)(void*), void* context, unsigned threads, unsigned flags) __attribute__((weak));
 int omp_get_thread_num() __attribute__((weak));
@@ -34,7 +36,8 @@ struct Region {
   int64_t tasks, grain;
   void (*body)(void*, int64_t, int64_t);
   void* context;
-  uint32_t mode;
+  uint32_t mode;  // and what else is in force on the thread that opens the region
+  const Microkernels* capped;
   std::atomic_flag failed = ATOMIC_FLAG_INIT;
   std::exception_ptr error;
 };
@@ -49,12 +52,14 @@ void piece(void* argument) {
   if (begin >= end) return;
   const uint32_t mode = float_mode();
   set_float_mode(region.mode);
+  const Microkernels* const capped = exchange_capped_kernels(region.capped);
   try {
     const at::internal::ThreadIdGuard guard(static_cast<int>(thread));
     region.body(region.context, begin, end);
   } catch (...) {
     if (!region.failed.test_and_set()) region.error = std::current_exception();
   }
+  exchange_capped_kernels(capped);
   set_float_mode(mode);
 }
 
@@ -75,7 +80,7 @@ void run_parallel(int64_t tasks, int64_t grain, void (*body)(void*, int64_t, int
     const at::internal::ThreadIdGuard guard(0);
     return body(context, 0, tasks);
   }
-  Region region{tasks, grain, body, context, float_mode()};
+  Region region{tasks, grain, body, context, float_mode(), capped_kernels()};
   GOMP_parallel(piece, &region, 0, 0);
   if (region.error) std::rethrow_exception(region.error);
 }
