@@ -32,13 +32,14 @@ constexpr int64_t kShortDot = 32;
 constexpr int64_t kFewRows = 256;                // NHWC: up to here a thread packs the panels that it alone multiplies
 constexpr int64_t kChunkBytes = 64 << 10;        // NHWC: pixels that meet all panels while these stay in L2
 constexpr int64_t kWideChunkBytes = 256 << 10;   // NHWC: and where the panels come from farther away
-constexpr int64_t kPanelsInL2 = 512 << 10;       // up to here each thread packs all panels for itself
+constexpr int64_t kPanelsInL2 = 512 << 10;       // up to here each thread packs all panels, or weights, for itself
 constexpr int64_t kLongRow = 48;                 // NHWC: from here on the next rows are fetched ahead
 constexpr int64_t kLongSum = 128;                // NHWC: that has time to fetch where its results go,
 constexpr int64_t kResultsOfLongSums = 1 << 20;  // of so many bytes and more
 constexpr int64_t kConvertedTiles = 2;           // NHWC: tiles whose rows are packed at a time, if few meet all panels
 constexpr int64_t kMostTilesOfBlock = 4;         // NCHW, backward_input
-constexpr int64_t kPlaneBytes = 512 << 10;       // NCHW, backward_input: pixels of a block of a sum that stay in L2
+constexpr int64_t kFewPixels = 512;              // NCHW, backward_input: of a plane,
+constexpr int64_t kPlaneBytes = 512 << 10;       // and those of a block of a sum stay in L2
 constexpr int64_t kMostChannels = 8192;          // NCHW: of a panel that holds all, which 16-bit types need
 constexpr int64_t kShortSum = 64;                // NCHW: channels up to which results are fetched early,
 constexpr int64_t kStreamed = 8 << 20;           // of tensors above so many bytes
@@ -75,7 +76,7 @@ struct Product {
   }
   // NCHW: weights that are not transposed, against planes that are not packed.
   bool is_few_pixels() const {
-    return !half && !in_rows() && to_stride == 1 &&
+    return !half && !in_rows() && to_stride == 1 && pixels <= kFewPixels &&
            std::min(depth, kSumLength) * pixels * static_cast<int64_t>(sizeof(float)) <= kPlaneBytes;
   }
   // How many of the last pixels of a plane are better off as dot products (NCHW). For each result channel a vector, full
@@ -265,6 +266,7 @@ struct ColumnPlan {
   int64_t splits, pieces;      // of the rows, of all vectors of all products
   int64_t tiles_at_once;       // of rows: the shorter sums are, the more
   bool in_rows, in_place;      // whether weights, pixels are read where they lie
+  bool own_weights;            // or each thread packs the weights that it reads
   bool few_rows;               // for which nothing is fetched early
   int64_t packed_rows;         // weights that are packed at a time
   int64_t tail;                // last pixels of a plane, as dot products
@@ -288,6 +290,7 @@ struct ColumnPlan {
     in_place = !p.half && (few_rows || lies_apart(p, vectors_of_tile * lanes * word_size, word_size));
     tiles_at_once = std::clamp<int64_t>(kTermsAtOnce / p.depth, 1, kTilesAtOnce);
     packed_rows = in_rows ? p.to : std::clamp<int64_t>(kPackedBytes / (p.groups * p.depth * word_size), 1, p.to);
+    own_weights = !in_rows && tail == 0 && packed_rows == p.to && p.groups * p.to * p.depth * word_size <= kPanelsInL2;
     sums = p.half && p.depth > kSumLength ? kTilesAtOnce * tile_rows * lanes * vectors_of_tile : 0;
   }
   // Whether the rows of a panel, where they lie, spread over the sets of the caches: up to kWays lines in each of L1.
@@ -296,7 +299,9 @@ struct ColumnPlan {
     const int64_t row_lines = row_bytes / kLine + 1, differ = kWay / std::gcd(p.pixels * word_size, kWay);
     return std::min(p.depth, kSumLength) * row_lines <= kWays * std::min(kWay / kLine, differ * row_lines);
   }
-  int64_t packed(const Product& p) const { return in_rows ? 0 : packed_rows * p.groups * p.depth; }
+  int64_t packed(const Product& p, int threads) const {
+    return in_rows ? 0 : packed_rows * p.groups * p.depth * (own_weights ? threads : 1);
+  }
   int64_t panel(const Product& p, int64_t width) const {
     return in_place ? 0 : (p.half ? p.depth : std::min(p.depth, kSumLength)) * width;
   }
@@ -460,16 +465,19 @@ void columns_are_pixels(const Product& p, const Operands<T>& o, const Kernels<T>
 
   for (int64_t first = 0; first < p.to; first += plan.packed_rows) {
     const int64_t count = std::min(plan.packed_rows, p.to - first);
-    if (!plan.in_rows)  // workspace[group][row][channel]
+    // Rows [row0, row1) of all groups, as [group][row][channel].
+    const auto pack_weights = [&](int64_t group, int64_t row0, int64_t row1, W* packed) {
+      pack_rows(kernels, o.weight + group * p.group_stride + (first + row0) * p.to_stride, p.to_stride, p.from_stride,
+                row1 - row0, p.from, packed + (group * count + row0) * p.depth, p.depth);
+    };
+    if (!plan.in_rows && !plan.own_weights)
       parallel_tasks(p.groups * ceil_div(count, lanes), 8.0 * lanes * p.depth, [&](int64_t begin, int64_t end) {
         for (int64_t i = begin; i < end; ++i) {
-          const int64_t group = i / ceil_div(count, lanes), row = i % ceil_div(count, lanes) * lanes;
-          pack_rows(kernels, o.weight + group * p.group_stride + (first + row) * p.to_stride, p.to_stride,
-                    p.from_stride, std::min(lanes, count - row), p.from, workspace + (group * count + row) * p.depth,
-                    p.depth);
+          const int64_t row = i % ceil_div(count, lanes) * lanes;
+          pack_weights(i / ceil_div(count, lanes), row, std::min(count, row + lanes), workspace);
         }
       });
-    const W* const weight = plan.in_rows ? as_words(o.weight + first * p.to_stride) : workspace;
+    const W* const shared_weight = plan.in_rows ? as_words(o.weight + first * p.to_stride) : workspace;
     const int64_t group_stride = plan.in_rows ? p.group_stride / kernels.pair : count * p.depth;
     const int64_t row_stride = plan.in_rows ? p.to_stride / kernels.pair : p.depth;
 
@@ -479,11 +487,16 @@ void columns_are_pixels(const Product& p, const Operands<T>& o, const Kernels<T>
     const int64_t tasks = plan.pieces * plan.splits;
     const double macs = static_cast<double>(all) * lanes * p.depth * count / tasks;
     parallel_tasks(tasks, macs, [&](int64_t begin, int64_t end) {
-      W* const sums = workspace + plan.packed(p) + at::get_thread_num() * scratch_size;
+      W* const sums = workspace + plan.packed(p, threads) + at::get_thread_num() * scratch_size;
       W* const packed = sums + plan.sums;
+      W* const own_weight = workspace + at::get_thread_num() * p.groups * count * p.depth;
+      const W* const weight = plan.own_weights ? own_weight : shared_weight;
       for (int64_t task = begin; task < end; ++task) {
         const int64_t split = task % plan.splits, piece = task / plan.splits;
         const int64_t last = all * (piece + 1) / plan.pieces;
+        const int64_t row0 = count * split / plan.splits, row1 = count * (split + 1) / plan.splits;
+        if (plan.own_weights)
+          for (int64_t group = 0; group < p.groups; ++group) pack_weights(group, row0, row1, own_weight);
         for (int64_t at = all * piece / plan.pieces, take; at < last; at += take) {
           // What is left of this product, in panels as equal as possible.
           const int64_t product = at / plan.vectors, vector = at % plan.vectors;
@@ -500,8 +513,8 @@ void columns_are_pixels(const Product& p, const Operands<T>& o, const Kernels<T>
                              .weights = weight + group * group_stride,
                              .bias = o.bias ? o.bias + group * p.to + first : nullptr,
                              .row_stride = row_stride,
-                             .row0 = count * split / plan.splits,
-                             .row1 = count * (split + 1) / plan.splits,
+                             .row0 = row0,
+                             .row1 = row1,
                              .cols = std::min(take * lanes, p.pixels - plan.tail - pixel),
                              .width = take * lanes,
                              .next = at + take < last && !plan.few_rows ? next : nullptr,
@@ -582,8 +595,8 @@ void columns_are_few_pixels(const Product& p, const Operands<T>& o, const Kernel
         for (int64_t n = n0; n < n1; ++n) {
           const int64_t product = n * p.groups + group;
           const T* const plane = o.from + (product * p.from + sum.channel) * p.pixels;
-          for (int64_t j = 0; j < panels.count; ++j)
-            for (int64_t row = 0; row < rows; row += kernels.rows, ++step) {
+          for (int64_t row = 0; row < rows; row += kernels.rows)
+            for (int64_t j = 0; j < panels.count; ++j, ++step) {
               for (int64_t k = next_channels * step / steps; k < next_channels * (step + 1) / steps; ++k)
                 for (int64_t r = 0; r < rows; r += 64 / static_cast<int64_t>(sizeof(T)))
                   __builtin_prefetch(next + k * p.from_stride + r, 0, 2);
@@ -704,7 +717,7 @@ int64_t workspace_bytes(const ConvShape& s, Direction direction, int threads) {
   }
   if (p.is_few_pixels()) return threads * BlockPlan(p, k.rows, k.lanes, threads).packed(p) * size;
   const ColumnPlan plan(p, k.rows, k.lanes, k.vectors, size, p.rows_in_place(k.pair), threads);
-  return (plan.packed(p) + threads * plan.scratch(p, k.lanes * k.vectors)) * size;
+  return (plan.packed(p, threads) + threads * plan.scratch(p, k.lanes * k.vectors)) * size;
 }
 
 int64_t workspace(const ConvShape& s, Direction direction, int threads) {
