@@ -205,6 +205,13 @@ GROUPS = [
     Case("groups_of_8_to_4_one_left", "conv2d", (2, 56, 8, 7), 28, 3, padding=1, groups=7),
     Case("groups_of_4_to_8", "conv2d", (2, 24, 8, 7), 48, 3, padding=1, groups=6),
     Case("groups_of_8_3d", "conv3d", (1, 32, 3, 6, 7), 32, 3, padding=1, groups=4),
+    Case("groups_of_2", "conv2d", (2, 38, 9, 13), 38, 3, padding=1, groups=19),
+    Case("groups_of_2_stride_2", "conv2d", (2, 38, 12, 19), 38, 3, stride=2, padding=1, groups=19),
+    Case("groups_of_2_13x4", "conv2d", (1, 34, 15, 9), 34, (4, 13), stride=(2, 1), padding=(1, 6), groups=17),
+    Case("groups_of_2_1x1", "conv2d", (2, 36, 5, 11), 36, 1, groups=18),
+    Case("groups_of_2_dilated_3d", "conv3d", (1, 6, 4, 7, 9), 6, 3, padding=2, dilation=(1, 2, 2), groups=3),
+    Case("groups_of_4_stride_2", "conv2d", (2, 76, 11, 18), 76, 3, stride=2, padding=1, groups=19),
+    Case("groups_of_4_stride_2_reflect", "conv2d", (2, 36, 9, 14), 36, 5, 2, 2, groups=9, padding_mode="reflect"),
     Case("groups_1d", "conv1d", (2, 8, 19), 12, 5, padding=2, groups=4),
     Case("groups_3d", "conv3d", (1, 6, 4, 5, 6), 9, 3, padding=1, groups=3),
     Case("depthwise", "conv2d", (2, 17, 9, 10), 17, 3, padding=1, groups=17),
@@ -460,13 +467,13 @@ INVARIANCE = [
     BY_NAME[name].with_batch(BATCH)
     for name in (
         "in_channels_17 out_channels_33 all_tails width_1 stride_2 stride_3_2 dilation_2 dilation_mostly_padding "
-        "groups_4_of_16 depthwise depthwise_stride_2 1x1 1x1_of_1x1 1x1_stride_2 7x7 kernel_is_input reflect_2d "
-        "circular_depthwise depthwise_7x7_plane depthwise_13x13_plane depthwise_9x9_stride_2_plane "
-        "reflect_depthwise_plane depthwise_times_2_5x5 depthwise_times_5 31x31_depthwise "
-        "circular_depthwise_lines depthwise_5x5_stride_2 depthwise_stride_2_lines transposed_depthwise_3x3 "
-        "depthwise_in_order depthwise_in_order_stride_2 depthwise_in_order_channels "
-        "resnet_stem resnet_3x3 vgg_3x3 wav2vec_feature video_3x3x3 unet_up "
-        "transposed_stride_2 transposed_1d_stride_3"
+        "groups_4_of_16 groups_of_2_stride_2 groups_of_4_stride_2 depthwise depthwise_stride_2 1x1 1x1_of_1x1 "
+        "1x1_stride_2 7x7 kernel_is_input reflect_2d circular_depthwise depthwise_7x7_plane depthwise_13x13_plane "
+        "depthwise_9x9_stride_2_plane reflect_depthwise_plane depthwise_times_2_5x5 depthwise_times_5 "
+        "31x31_depthwise circular_depthwise_lines depthwise_5x5_stride_2 depthwise_stride_2_lines "
+        "transposed_depthwise_3x3 depthwise_in_order depthwise_in_order_stride_2 depthwise_in_order_channels "
+        "resnet_stem resnet_3x3 vgg_3x3 wav2vec_feature video_3x3x3 unet_up transposed_stride_2 "
+        "transposed_1d_stride_3"
     ).split()
 ]
 # Smallest and oddest, the ends, and an unaligned start.

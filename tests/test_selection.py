@@ -87,3 +87,21 @@ def test_one_channel_with_many_filters(channels_last, width, stride, row):
     with myconv.flags.isa("avx512"):
         rows = myconv._C.selection("forward", *case.problem, torch.float32, channels_last, may_yield=True)
     assert next(name for name, reason in rows if not reason) == row
+
+
+@pytest.mark.parametrize(
+    ("of_group", "stride", "channels_last", "taken"),
+    [
+        (2, 1, True, True),
+        (2, 2, True, True),
+        (4, 2, True, True),
+        (4, 1, True, False),
+        (8, 2, True, False),
+        (2, 1, False, False),
+    ],
+)
+def test_few_channels_in_groups(of_group, stride, channels_last, taken):
+    """Groups that a vector holds whole are repeated channel by channel, as depthwise ones with a multiplier."""
+    case = Case("groups", "conv2d", (2, 64, 20, 20), 64, 3, stride, 1, groups=64 // of_group)
+    rows = myconv._C.selection("forward", *case.problem, torch.float32, channels_last, may_yield=True)
+    assert (not dict(rows)["depthwise"]) == taken

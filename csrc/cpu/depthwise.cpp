@@ -1,4 +1,4 @@
-// Depthwise convolutions (one in channel a group), floating-point types; the 16-bit ones with float32 weights and sums.
+// Depthwise convolutions (one in channel a group, or few), floating-point types; the 16-bit ones with float32 weights and sums.
 // Here forward and backward_input; depthwise_backward_weight.cpp walks the same tiles.
 //
 //   NCHW   vectors run along a line and are loaded from the plane as it lies, masked where a line ends; with stride 2
@@ -15,7 +15,8 @@
 //
 // K is 1, 3, 5 or 7; even, dilated and other strided kernels walk every tap. Zeros of the padding are left out where
 // weights are finite. Sums: walked taps outermost, at most kSumLength terms a piece, then the bias.
-// Declines (depthwise_plan.h): more than one in channel a group; strips above kStripLimit; backward_input with a
+// Groups of two or four channels in NHWC are done as these are, once for each channel of a group (is_few_in_groups).
+// Declines (depthwise_plan.h): other groups of more than one in channel; strips above kStripLimit; backward_input with a
 // padding mode.
 #include <atomic>
 #include <deque>
@@ -124,7 +125,12 @@ void gather_lines(const Gather& g, const Phase& phase, const int64_t* kernel, co
 
 // --- NHWC ------------------------------------------------------------------------------------------------------------
 
-// Weights packed as [block][tap][lane]; a block is one vector of channels. Where they are few, each thread packs them for
+// The channels of a group that a result sums up, if groups share vectors.
+inline int64_t summed_channels(const Gather& g) {
+  return g.from_per_group > 1 && g.to_per_group > 1 ? g.from_per_group : 1;
+}
+
+// Weights packed as [block][summed][tap][lane]; a block is one vector of channels. Where they are few, each thread packs them for
 // itself: to fetch what another thread has written takes longer.
 template <typename T>
 class PackedWeights {
@@ -141,8 +147,10 @@ class PackedWeights {
         kernels_(kernels),
         kernel_(kernel),
         taps_(kernel[0] * kernel[1] * kernel[2]),
-        filters_(g.groups * g.from_per_group * g.to_per_group),
-        filter_step_(g.weight_group_stride / (g.from_per_group * g.to_per_group)),
+        summed_(summed_channels(g)),
+        filters_(g.groups * g.from_per_group * g.to_per_group / summed_),
+        run_(summed_ > 1 ? g.to_per_group : kernels.lanes),
+        filter_step_(summed_ > 1 ? g.weight_to_stride : g.weight_group_stride / (g.from_per_group * g.to_per_group)),
         blocks_(ceil_div(filters_, kernels.lanes)),
         weight_(weight),
         memory_(memory) {
@@ -151,14 +159,14 @@ class PackedWeights {
     copies_ = copies(size(), threads);
     if (copies_ > 1) return;
     std::atomic<bool> finite = true;
-    parallel_tasks(blocks_, 8.0 * taps_ * kernels.lanes, [&](int64_t begin, int64_t end) {
+    parallel_tasks(blocks_, 8.0 * summed_ * taps_ * kernels.lanes, [&](int64_t begin, int64_t end) {
       if (!pack(begin, end, memory_)) finite = false;
     });
     finite_ = finite;
   }
 
   int64_t blocks() const { return blocks_; }
-  int64_t size() const { return blocks_ * taps_ * kernels_.lanes; }
+  int64_t size() const { return blocks_ * summed_ * taps_ * kernels_.lanes; }
   static int64_t copies(int64_t size, int threads) { return threads * size <= kOwnWeights ? threads : 1; }
   W* end() const { return memory_ + copies_ * size(); }
   // For the calling thread.
@@ -173,29 +181,34 @@ class PackedWeights {
   // Returns whether all of them are finite.
   bool pack(int64_t begin, int64_t end, W* packed) const {
     const int64_t lanes = kernels_.lanes;
-    for (int64_t b = begin; b < end; ++b) {
-      const T* of_block = weight_ + b * lanes * filter_step_;
-      const int64_t count = std::min(lanes, filters_ - b * lanes);
-      W* const w = packed + b * taps_ * lanes;
+    for (int64_t i = begin * summed_; i < end * summed_; ++i) {
+      const int64_t first = i / summed_ * lanes, m = i % summed_, count = std::min(lanes, filters_ - first);
+      W* const w = packed + i * taps_ * lanes;
       if (count < lanes) std::fill_n(w, taps_ * lanes, W(0));
-      if (dense_)
-        kernels_.transpose(of_block, filter_step_, count, taps_, w, lanes);
-      else
-        for (int64_t t = 0; t < taps_; ++t) {
-          const T* of_tap = of_block + t / (kernel_[1] * kernel_[2]) * g_.weight_axis_stride[0] +
-                            t / kernel_[2] % kernel_[1] * g_.weight_axis_stride[1] +
-                            t % kernel_[2] * g_.weight_axis_stride[2];
-          for (int64_t c = 0; c < count; ++c)
-            kernels_.copy_rows(of_tap + c * filter_step_, 0, 1, 1, w + t * lanes + c, 0);
-        }
+      for (int64_t l = 0; l < count; l += run_)
+        pack_run(summed_ > 1 ? weight_ + (first + l) / run_ * g_.weight_group_stride + m * g_.weight_from_stride
+                             : weight_ + first * filter_step_,
+                 std::min(run_, count - l), w + l);
     }
-    return all_finite(packed + begin * taps_ * lanes, (end - begin) * taps_ * lanes);
+    return all_finite(packed + begin * summed_ * taps_ * lanes, (end - begin) * summed_ * taps_ * lanes);
+  }
+
+  // `count` filters, a step apart.
+  void pack_run(const T* from, int64_t count, W* to) const {
+    const int64_t lanes = kernels_.lanes;
+    if (dense_) return kernels_.transpose(from, filter_step_, count, taps_, to, lanes);
+    for (int64_t t = 0; t < taps_; ++t) {
+      const T* of_tap = from + t / (kernel_[1] * kernel_[2]) * g_.weight_axis_stride[0] +
+                        t / kernel_[2] % kernel_[1] * g_.weight_axis_stride[1] +
+                        t % kernel_[2] * g_.weight_axis_stride[2];
+      for (int64_t c = 0; c < count; ++c) kernels_.copy_rows(of_tap + c * filter_step_, 0, 1, 1, to + t * lanes + c, 0);
+    }
   }
 
   const Gather& g_;
   const Kernels<T>& kernels_;
   const int64_t* kernel_;
-  int64_t taps_, filters_, filter_step_, blocks_;
+  int64_t taps_, summed_, filters_, run_, filter_step_, blocks_;  // a run: filters that are equally far apart
   const T* weight_;
   W* memory_;
   bool dense_ = true;  // the taps of a filter, in order
@@ -232,20 +245,25 @@ void add_filters(const T* from, int64_t pixels, int64_t channels, int64_t multip
 }
 
 // With a channel multiplier a vector holds filters: forward repeats what each channel of x holds (moves), and
-// backward_input adds up the results of a channel's filters.
+// backward_input adds up the results of a channel's filters. Groups of a few channels repeat what each of them holds, one
+// after the other.
 template <typename T>
 void gather_pixels(const Gather& g, const Phases& phases, const Kernels<T>& kernels, const int64_t* kernel,
                    const T* from, const T* weight, const Word<T>* bias, T* to, double bytes_after, Word<T>* workspace,
                    int threads) {
   const int64_t lanes = kernels.lanes, taps = kernel[0] * kernel[1] * kernel[2];
-  const int64_t multiplier = g.from_per_group * g.to_per_group, filters = g.groups * multiplier;
+  const int64_t summed = summed_channels(g), multiplier = g.from_per_group * g.to_per_group / summed;
+  const int64_t filters = g.groups * multiplier;  // or results of groups
   const int64_t packed_step[] = {kernel[1] * kernel[2] * lanes, kernel[2] * lanes, lanes};
   const PackedWeights<T> weights(g, kernels, kernel, weight, workspace, threads);
   const int64_t blocks = weights.blocks();
   T* const kept = reinterpret_cast<T*>(weights.end());
-  const bool adds = g.from_per_group > 1;
+  const bool adds = g.from_per_group > 1 && summed == 1;
   std::vector<DepthwiseMove> moves;
-  if (g.to_per_group > 1) moves = multiplier_moves(filters, multiplier, lanes);
+  if (summed > 1)
+    moves = group_moves(filters, summed, lanes);
+  else if (g.to_per_group > 1)
+    moves = multiplier_moves(filters, multiplier, lanes);
 
   std::deque<Plan> plans;
   // The most of any phase; lines that a line of each phase reads.
@@ -257,7 +275,7 @@ void gather_pixels(const Gather& g, const Phases& phases, const Kernels<T>& kern
     depths = std::max(depths, a[0].count), lines = std::max(lines, plans.back().lists());
     width = std::max(width, a[2].taps());
     reads = std::max(reads, a[1].from_step);
-    macs += 2.0 * phase.taps() * phase.pixels() * filters * g.batch;
+    macs += 2.0 * summed * phase.taps() * phase.pixels() * filters * g.batch;
   }
   // Lines in equal strips: a few for each thread, that fit L2. All phases of a strip follow one another. Where tiles roll,
   // strips are theirs; those of large tensors are any, of whole tiles. Vectors of channels are shared out if lines are few;
@@ -314,13 +332,14 @@ void gather_pixels(const Gather& g, const Phases& phases, const Kernels<T>& kern
                           axis(2).to_start * g.to_stride.axis[2];
         DepthwiseTile<T> tile{};
         tile.planes = std::min(together, blocks - part * together);
+        tile.summed = summed;
         tile.from_plane = tile.to_plane = lanes;
         tile.weight_plane = taps * lanes;
         tile.bias_plane = bias ? lanes : 0;
         tile.lists = std::min(strip, plan.lists() - h);
         tile.from = from + n * g.from_stride.batch + (moves.empty() ? c : 0);
-        tile.moves = moves.empty() ? nullptr : moves.data() + part * together;
-        tile.weight = packed + c * taps;
+        tile.moves = moves.empty() ? nullptr : moves.data() + part * together * summed;
+        tile.weight = packed + c * summed * taps;
         tile.bias = bias && !adds ? bias + c : nullptr;
         tile.to = result + c;
         tile.list_step = axis(1).to_step * g.to_stride.axis[1];
@@ -480,10 +499,10 @@ void gather(const ConvShape& s, Direction direction, const void* from, const Con
 
 int64_t gather_workspace(const ConvShape& s, Direction direction, int threads) {
   const int64_t size = dtype_size(s.dtype), word = std::max<int64_t>(size, 4), filters = s.groups * s.out_per_group;
-  const int64_t packed = s.taps() * round_up(filters, lanes_of(size));
+  const int64_t packed = s.taps() * round_up(filters, lanes_of(size)) * s.in_per_group;   // one vector for each
   const int64_t weights = PackedWeights<float>::copies(packed, threads) * packed * word;  // of vectors of channels
   if (s.channels_last()) {
-    if (direction == Direction::kForward || s.out_per_group == 1) return weights;
+    if (direction == Direction::kForward || s.out_per_group == 1 || s.in_per_group > 1) return weights;
     return weights +
            threads * (size == 4 ? summed_pixels<float> : summed_pixels<double>)(filters, s.in[2]) * filters * size;
   }
@@ -500,6 +519,7 @@ int64_t gather_workspace(const ConvShape& s, Direction direction, int threads) {
 const char* depthwise_forward_decline(const ConvShape& s) { return decline(s, Direction::kForward); }
 const char* depthwise_forward_yield(const ConvShape& s) {
   constexpr int64_t kTileFilters = 8;
+  if (s.in_per_group > 2 && s.stride[1] * s.stride[2] == 1) return "groups of four, which Winograd takes";
   if (s.out_per_group < kTileFilters || (s.channels_last() && s.groups > 1)) return nullptr;
   // Lines that roll read each pixel once for all taps, which counts if they fill several vectors.
   const int64_t lanes = lanes_of(dtype_size(s.dtype)), width = s.out[2];
@@ -510,6 +530,7 @@ const char* depthwise_forward_yield(const ConvShape& s) {
 const char* depthwise_backward_input_decline(const ConvShape& s) { return decline(s, Direction::kBackwardInput); }
 const char* depthwise_backward_input_yield(const ConvShape& s) {
   constexpr int64_t kHalfVector = 8, kVector = 16;
+  if (s.in_per_group > 2) return "groups of four";
   if (s.groups > 1 || s.out_per_group == 1) return nullptr;
   if (s.channels_last() && s.out_per_group < (is_short(s) ? kHalfVector : kVector))
     return "one channel, filters too few for a vector";

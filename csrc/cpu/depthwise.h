@@ -23,7 +23,8 @@ struct DepthwiseTap {
 
 // A vector whose lanes are not neighbours in memory: it is loaded from elsewhere, and its lanes are put in order.
 //   NCHW   at the ends of a line that a padding mode goes on; one for each tap along it, or each pair of taps
-//   NHWC   channels that several results are made of (a channel multiplier); one for each vector of channels
+//   NHWC   channels that several results are made of (a channel multiplier, groups); one for each vector of channels, or
+//          for each of the channels that are summed up
 struct DepthwiseMove {
   bool moves;                      // if not, the vector is as it lies
   int64_t at;                      // the first column (channel) that is loaded
@@ -43,7 +44,7 @@ struct DepthwiseMove {
 //   NCHW   a vector holds columns of one line; weights and bias are single values. Columns outside [0, extent) of what
 //          is read are zeros. There is one list. A plane is a channel.
 //   NHWC   a vector holds channels, and a list is a line of the result; weights and bias are vectors. A plane is a
-//          vector of channels.
+//          vector of channels. Of groups a result sums so many channels: a plane has weights and moves for each of them.
 //
 // Stride 2 is undone (spread) by tiles whose results are twice as many as their units; tap k serves every other one:
 //
@@ -62,6 +63,7 @@ template <typename T>
 struct DepthwiseTile {
   using W = Word<T>;
   int64_t planes, from_plane, weight_plane, bias_plane, to_plane;  // how many, and the steps from one to the next
+  int64_t summed = 1;                                              // NHWC: channels of a group
   int64_t taps;
   const DepthwiseTap* tap;
   int64_t lists, row_step;
@@ -72,7 +74,7 @@ struct DepthwiseTile {
   int64_t unit_size;                         // from one of them to the next
   const T* from;
   int64_t extent;
-  const DepthwiseMove* moves;             // or nullptr. NCHW: [vector at an end][line_moves], NHWC: [plane]
+  const DepthwiseMove* moves;             // or nullptr. NCHW: [vector at an end][line_moves], NHWC: [plane][summed]
   int64_t line_moves, first_end, to_end;  // NCHW: the vectors before first_end and from to_end on are at an end
   int64_t before_line, behind_line;       // NCHW, kernels that roll: the columns that a padding mode puts there
   const W* weight;

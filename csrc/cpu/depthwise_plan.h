@@ -19,6 +19,8 @@ namespace myconv::cpu::depthwise {
 // Whether loops are written out for the taps of a line, and neighbouring results share what they read.
 inline bool is_short(const ConvShape& s) { return s.kernel[2] <= 7 && s.stride[1] == 1 && s.stride[2] == 1; }
 
+inline int64_t lanes_of(int64_t size) { return size <= 4 ? microkernels().f32.lanes : microkernels().f64.lanes; }
+
 inline constexpr int64_t kStripLimit = 1 << 20;  // a strip that does not fit here is declined
 inline constexpr int64_t kMaxDepthwiseKernel = 4096;
 inline constexpr int64_t kMaxReach = 65536;  // positions from an axis' first tap to its last
@@ -519,7 +521,7 @@ struct LineScratch {
   int64_t elements() const { return round_up(strip + kept, 16); }
 };
 
-// --- NHWC: a channel multiplier ------------------------------------------------------------------------------------
+// --- NHWC: a channel multiplier, groups ----------------------------------------------------------------------------
 
 // Which channels of x the results of each vector of filters are made of, with a channel multiplier.
 inline std::vector<DepthwiseMove> multiplier_moves(int64_t filters, int64_t multiplier, int64_t lanes) {
@@ -532,6 +534,26 @@ inline std::vector<DepthwiseMove> multiplier_moves(int64_t filters, int64_t mult
     move.last = (first + count - 1) / multiplier - move.at + 1;
     for (int64_t l = 0; l < count; ++l) move.index[0][l] = static_cast<int32_t>((first + l) / multiplier - move.at);
   }
+  return moves;
+}
+
+// Groups of a few channels, which a vector holds whole: a result is a sum of as many vectors, of which each repeats one
+// channel of every group.
+inline bool is_few_in_groups(const ConvShape& s) {
+  constexpr int64_t kFewChannels = 4;
+  return s.in_per_group > 1 && s.in_per_group == s.out_per_group && s.in_per_group <= kFewChannels &&
+         s.channels_last() && dtype_size(s.dtype) != 2 && lanes_of(dtype_size(s.dtype)) % s.in_per_group == 0;
+}
+
+inline std::vector<DepthwiseMove> group_moves(int64_t channels, int64_t of_group, int64_t lanes) {
+  std::vector<DepthwiseMove> moves;
+  for (int64_t first = 0; first < channels; first += lanes)
+    for (int64_t m = 0; m < of_group; ++m) {
+      DepthwiseMove move{};
+      move.moves = true, move.at = first, move.last = std::min(lanes, channels - first);
+      for (int64_t l = 0; l < move.last; ++l) move.index[0][l] = static_cast<int32_t>(l / of_group * of_group + m);
+      moves.push_back(move);
+    }
   return moves;
 }
 
@@ -550,10 +572,9 @@ inline const char* decline_half(const ConvShape& s, Direction direction) {
   return nullptr;
 }
 
-inline int64_t lanes_of(int64_t size) { return size <= 4 ? microkernels().f32.lanes : microkernels().f64.lanes; }
-
 inline const char* decline(const ConvShape& s, Direction direction) {
-  if (s.in_per_group != 1) return "more than one channel a group";
+  if (s.in_per_group != 1 && !(is_few_in_groups(s) && direction != Direction::kBackwardWeight))
+    return "more than one channel a group";
   if (s.out_per_group == 0) return "nothing to sum over";
   const bool half = dtype_size(s.dtype) == 2;
   if (!is_floating_point(s.dtype)) return "not of this type";
@@ -572,7 +593,7 @@ inline const char* decline(const ConvShape& s, Direction direction) {
     if (const char* reason = decline_half(s, direction)) return reason;
   const int64_t size = dtype_size(s.dtype);
   if (s.channels_last()) {
-    const bool adds = direction == Direction::kBackwardInput && s.out_per_group > 1;
+    const bool adds = direction == Direction::kBackwardInput && s.out_per_group > 1 && s.in_per_group == 1;
     return adds && s.groups * s.out_per_group > kStripLimit / size / kLeastPixels ? "filters above 1 MiB" : nullptr;
   }
   for (const Phase& phase : phases_of(s, direction))
