@@ -1,4 +1,4 @@
-// Depthwise convolutions (one in channel a group, or few), floating-point types; the 16-bit ones with float32 weights and sums.
+// Depthwise convolutions (one in channel a group, or few), floating-point types; 16-bit ones with float32 weights and sums.
 // Here forward and backward_input; depthwise_backward_weight.cpp walks the same tiles.
 //
 //   NCHW   vectors run along a line and are loaded from the plane as it lies, masked where a line ends; with stride 2
@@ -130,8 +130,8 @@ inline int64_t summed_channels(const Gather& g) {
   return g.from_per_group > 1 && g.to_per_group > 1 ? g.from_per_group : 1;
 }
 
-// Weights packed as [block][summed][tap][lane]; a block is one vector of channels. Where they are few, each thread packs them for
-// itself: to fetch what another thread has written takes longer.
+// Weights packed as [block][summed][tap][lane]; a block is one vector of channels. Where they are few, each thread packs
+// them for itself: to fetch what another thread has written takes longer.
 template <typename T>
 class PackedWeights {
  public:
@@ -519,7 +519,7 @@ int64_t gather_workspace(const ConvShape& s, Direction direction, int threads) {
 const char* depthwise_forward_decline(const ConvShape& s) { return decline(s, Direction::kForward); }
 const char* depthwise_forward_yield(const ConvShape& s) {
   constexpr int64_t kTileFilters = 8;
-  if (s.in_per_group > 2 && s.stride[1] * s.stride[2] == 1) return "groups of four, which Winograd takes";
+  if (s.in_per_group > 2 && s.stride[1] * s.stride[2] == 1) return "groups of four with stride 1";
   if (s.out_per_group < kTileFilters || (s.channels_last() && s.groups > 1)) return nullptr;
   // Lines that roll read each pixel once for all taps, which counts if they fill several vectors.
   const int64_t lanes = lanes_of(dtype_size(s.dtype)), width = s.out[2];
