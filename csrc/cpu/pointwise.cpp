@@ -489,13 +489,13 @@ void columns_are_pixels(const Product& p, const Operands<T>& o, const Kernels<T>
     parallel_tasks(tasks, macs, [&](int64_t begin, int64_t end) {
       W* const sums = workspace + plan.packed(p, threads) + at::get_thread_num() * scratch_size;
       W* const packed = sums + plan.sums;
-      W* const own_weight = workspace + at::get_thread_num() * p.groups * count * p.depth;
-      const W* const weight = plan.own_weights ? own_weight : shared_weight;
+      W* const own_weight = plan.own_weights ? workspace + at::get_thread_num() * p.groups * count * p.depth : nullptr;
+      const W* const weight = own_weight ? own_weight : shared_weight;
       for (int64_t task = begin; task < end; ++task) {
         const int64_t split = task % plan.splits, piece = task / plan.splits;
         const int64_t last = all * (piece + 1) / plan.pieces;
         const int64_t row0 = count * split / plan.splits, row1 = count * (split + 1) / plan.splits;
-        if (plan.own_weights)
+        if (own_weight)
           for (int64_t group = 0; group < p.groups; ++group) pack_weights(group, row0, row1, own_weight);
         for (int64_t at = all * piece / plan.pieces, take; at < last; at += take) {
           // What is left of this product, in panels as equal as possible.
