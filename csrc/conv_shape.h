@@ -24,6 +24,7 @@ enum class PaddingMode : int8_t { kZeros, kReflect, kReplicate, kCircular };  //
 inline constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 inline constexpr int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
 
+inline constexpr bool is_half(Dtype dtype) { return dtype == Dtype::kBFloat16 || dtype == Dtype::kFloat16; }
 inline constexpr int64_t dtype_size(Dtype dtype) {
   constexpr int64_t size[] = {8, 4, 2, 2, 8, 4, 2, 1, 1};
   return size[static_cast<int>(dtype)];

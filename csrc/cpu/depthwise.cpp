@@ -38,9 +38,60 @@ constexpr int64_t kWidenedStep = 16;         // NCHW: what follows widened weigh
 
 // --- NCHW ------------------------------------------------------------------------------------------------------------
 
+// Copies of weights that threads make for themselves where they are few: to fetch what another thread has written takes
+// longer.
+inline int64_t weight_copies(int64_t size, int threads) { return threads * size <= kOwnWeights ? threads : 1; }
+
+// Weights as lines are multiplied by them: of 16-bit types copies, dense, of which g is told.
+template <typename T>
+class LineWeights {
+ public:
+  using W = Word<T>;
+  LineWeights(Gather& g, const Kernels<T>& kernels, const int64_t* kernel, const T* weight, W* memory, int threads)
+      : kernels_(kernels), kernel_(kernel), taps_(kernel[0] * kernel[1] * kernel[2]), weight_(weight), memory_(memory) {
+    if constexpr (!kIsHalf<T>) return;
+    const int64_t per_group = g.from_per_group * g.to_per_group, dense[] = {kernel[1] * kernel[2], kernel[2], 1};
+    filters_ = g.groups * per_group, filter_step_ = g.weight_group_stride / per_group;
+    std::copy_n(g.weight_axis_stride, 3, axis_step_);
+    dense_ = std::equal(dense, dense + 3, axis_step_) && filter_step_ == taps_;
+    std::copy_n(dense, 3, g.weight_axis_stride);
+    g.weight_group_stride = taps_ * per_group;
+    copies_ = weight_copies(size(filters_ * taps_), threads);
+    if (copies_ == 1) widen(0, filters_, memory);
+  }
+
+  static int64_t size(int64_t values) { return round_up(values, kWidenedStep); }
+  W* end() const { return memory_ + copies_ * size(filters_ * taps_); }
+  // For the calling thread, which reads those of filters [first, last).
+  const W* of(int64_t first, int64_t last) const {
+    if constexpr (!kIsHalf<T>) return weight_;
+    if (copies_ == 1) return memory_;
+    W* const mine = memory_ + at::get_thread_num() * size(filters_ * taps_);
+    widen(first, last, mine);
+    return mine;
+  }
+
+ private:
+  void widen(int64_t first, int64_t last, W* to) const {
+    if (dense_) return kernels_.copy_rows(weight_ + first * taps_, 0, 1, (last - first) * taps_, to + first * taps_, 0);
+    for (int64_t f = first; f < last; ++f)
+      for (int64_t d = 0; d < kernel_[0]; ++d)
+        for (int64_t h = 0; h < kernel_[1]; ++h)
+          kernels_.copy_rows(weight_ + f * filter_step_ + d * axis_step_[0] + h * axis_step_[1], axis_step_[2],
+                             kernel_[2], 1, to + ((f * kernel_[0] + d) * kernel_[1] + h) * kernel_[2], 1);
+  }
+
+  const Kernels<T>& kernels_;
+  const int64_t* kernel_;
+  int64_t taps_, filters_ = 0, filter_step_ = 0, axis_step_[3] = {}, copies_ = 0;
+  const T* weight_;
+  W* memory_;
+  bool dense_ = true;  // the taps of a filter, in order, and filters
+};
+
 template <typename T>
 void gather_lines(const Gather& g, const Phase& phase, const int64_t* kernel, const Kernels<T>& kernels, const T* from,
-                  const Word<T>* weight, const Word<T>* bias, T* to, Word<T>* workspace) {
+                  const LineWeights<T>& weights, const Word<T>* bias, T* to) {
   const GatherAxis* a = phase.axis;
   const LineScratch scratch(phase, sizeof(T), kernels.lanes);
   const StripPlan strip(phase, sizeof(T), kStripBytes);
@@ -59,8 +110,8 @@ void gather_lines(const Gather& g, const Phase& phase, const int64_t* kernel, co
   const int64_t plane_bytes = g.from_stride.channel * sizeof(T);
   const int64_t together =
       copies || scatters || multiplier > 1 ? 1 : std::max<int64_t>(1, kPlanesBytes / std::max<int64_t>(1, plane_bytes));
-  const bool dense = weight_step == taps;                 // then all weights of a channel lie together
-  const auto finite = [&](int64_t first, int64_t last) {  // used in this phase or not
+  const bool dense = weight_step == taps;  // then all weights of a channel lie together
+  const auto finite = [&](const Word<T>* weight, int64_t first, int64_t last) {  // used in this phase or not
     if (dense) return all_finite(weight + first * summed * taps, (last - first) * summed * taps);
     bool all = true;
     for (int64_t t = 0; t < taps; ++t)
@@ -73,11 +124,12 @@ void gather_lines(const Gather& g, const Phase& phase, const int64_t* kernel, co
   };
 
   parallel_tasks(g.batch * channels, 2.0 * phase.taps() * summed * phase.pixels(), [&](int64_t begin, int64_t end) {
-    T* const mine = reinterpret_cast<T*>(workspace) + at::get_thread_num() * scratch.elements();
+    T* const mine = reinterpret_cast<T*>(weights.end()) + at::get_thread_num() * scratch.elements();
     T* const kept = mine + scratch.strip;
     const bool all = end - begin >= channels || begin % channels > (end - 1) % channels;
-    const bool skip_zeros =
-        !plan.pads() || finite(all ? 0 : begin % channels, all ? channels : (end - 1) % channels + 1);
+    const int64_t first = all ? 0 : begin % channels, last = all ? channels : (end - 1) % channels + 1;
+    const Word<T>* const weight = weights.of(first * summed, last * summed);
+    const bool skip_zeros = !plan.pads() || finite(weight, first, last);
     for (int64_t i = begin, planes; i < end; i += planes) {
       const int64_t n = i / channels, c = i % channels;
       planes = std::min({together, end - i, channels - c});
@@ -130,8 +182,7 @@ inline int64_t summed_channels(const Gather& g) {
   return g.from_per_group > 1 && g.to_per_group > 1 ? g.from_per_group : 1;
 }
 
-// Weights packed as [block][summed][tap][lane]; a block is one vector of channels. Where they are few, each thread packs
-// them for itself: to fetch what another thread has written takes longer.
+// Weights packed as [block][summed][tap][lane]; a block is one vector of channels.
 template <typename T>
 class PackedWeights {
  public:
@@ -156,7 +207,7 @@ class PackedWeights {
         memory_(memory) {
     for (int64_t d = 2, step = 1; d >= 0; step *= kernel[d--])
       dense_ = dense_ && (kernel[d] == 1 || g.weight_axis_stride[d] == step);
-    copies_ = copies(size(), threads);
+    copies_ = weight_copies(size(), threads);
     if (copies_ > 1) return;
     std::atomic<bool> finite = true;
     parallel_tasks(blocks_, 8.0 * summed_ * taps_ * kernels.lanes, [&](int64_t begin, int64_t end) {
@@ -167,7 +218,6 @@ class PackedWeights {
 
   int64_t blocks() const { return blocks_; }
   int64_t size() const { return blocks_ * summed_ * taps_ * kernels_.lanes; }
-  static int64_t copies(int64_t size, int threads) { return threads * size <= kOwnWeights ? threads : 1; }
   W* end() const { return memory_ + copies_ * size(); }
   // For the calling thread.
   Packed packed() const {
@@ -370,11 +420,12 @@ void gather_pixels(const Gather& g, const Phases& phases, const Kernels<T>& kern
 // --- NCHW, small planes ----------------------------------------------------------------------------------------------
 
 // Whether lines that leave part of a vector empty cost more than to transpose the planes. A vector of a line and a tap
-// takes 1.5 cycles, with a stride 2.2, one of channels 1.3 or 1.6, and one that is transposed 8 (Zen 4).
+// takes 1.5 cycles, with a stride 2.2, of 16-bit values, which are widened for each tap, half as much again; one of
+// channels takes 1.3 or 1.6, and one that is transposed 8 (Zen 4).
 bool lines_cost_more(const ConvShape& s, int64_t lines, int64_t columns, int64_t lanes) {
-  constexpr double kTransposed = 8, kClearly = 0.9;
+  constexpr double kTransposed = 8, kClearly = 0.9, kWidened = 1.5;
   const bool strided = s.stride[1] * s.stride[2] > 1;
-  const double line = strided ? 2.2 : 1.5, pixel = strided ? 1.6 : 1.3;
+  const double line = (strided ? 2.2 : 1.5) * (is_half(s.dtype) ? kWidened : 1), pixel = strided ? 1.6 : 1.3;
   const auto taps = static_cast<double>(s.taps()), vector = static_cast<double>(lanes);
   const double of_lines = line * taps * static_cast<double>(lines * ceil_div(columns, lanes));
   const double of_pixels = pixel * taps * static_cast<double>(lines * columns) / vector;
@@ -382,13 +433,14 @@ bool lines_cost_more(const ConvShape& s, int64_t lines, int64_t columns, int64_t
 }
 
 // Small planes of NCHW, whose lines would leave half of a vector empty, or less of it for many taps: a vector of channels
-// is transposed, done as above, and transposed back. Not where lines roll and a quarter of a vector is full.
+// is transposed, done as above, and transposed back. Not where lines roll and a quarter of a vector is full, of 16-bit
+// values half of one.
 bool transposes(const ConvShape& s, Direction direction, int64_t lanes) {
   const bool forward = direction == Direction::kForward;
   const int64_t lines = forward ? s.out[1] : s.in[1], columns = forward ? s.out[2] : s.in[2],
                 plane = std::max(s.in_pixels(), s.out_pixels());
   const bool phases = !forward && s.stride[0] * s.stride[1] * s.stride[2] != 1;
-  if (lines_roll(s, direction) && 4 * columns > lanes) return false;
+  if (lines_roll(s, direction) && (is_half(s.dtype) ? 2 : 4) * columns > lanes) return false;
   const bool empty = 2 * columns <= lanes || lines_cost_more(s, lines, columns, lanes);
   return !s.channels_last() && s.out_per_group == 1 && !phases && s.groups >= lanes && empty && s.in[0] == 1 &&
          s.out[0] == 1 && plane <= kSmallPlane;
@@ -454,28 +506,6 @@ void gather_transposed(const Gather& g, const Kernels<T>& kernels, const int64_t
   });
 }
 
-// Weights as they are multiplied: of 16-bit types a copy, dense, of which g is told.
-template <typename T>
-const Word<T>* widened_weights(Gather& g, const Kernels<T>& kernels, const int64_t* kernel, const T* weight,
-                               Word<T>* copy) {
-  if constexpr (!kIsHalf<T>) return weight;
-  const int64_t per_group = g.from_per_group * g.to_per_group, filter_step = g.weight_group_stride / per_group;
-  const int64_t step[] = {kernel[1] * kernel[2], kernel[2], 1};
-  for (int64_t f = 0; f < g.groups * per_group; ++f)
-    for (int64_t d = 0; d < kernel[0]; ++d)
-      for (int64_t h = 0; h < kernel[1]; ++h) {
-        const T* const line = weight + f * filter_step + d * g.weight_axis_stride[0] + h * g.weight_axis_stride[1];
-        Word<T>* const to = copy + (f * kernel[0] + d) * step[0] + h * kernel[2];
-        if (g.weight_axis_stride[2] == 1)
-          kernels.copy_rows(line, 0, 1, kernel[2], to, 0);
-        else
-          kernels.copy_rows(line, g.weight_axis_stride[2], kernel[2], 1, to, 1);
-      }
-  std::copy_n(step, 3, g.weight_axis_stride);
-  g.weight_group_stride = kernel[0] * step[0] * per_group;
-  return copy;
-}
-
 template <typename T>
 void gather(const ConvShape& s, Direction direction, const void* from, const ConvPointers& p, void* workspace,
             int threads) {
@@ -492,15 +522,14 @@ void gather(const ConvShape& s, Direction direction, const void* from, const Con
     return gather_pixels(g, phases, kernels, s.kernel, x, w, b, y, p.bytes_after, scratch, threads);
   if (transposes(s, direction, kernels.lanes))
     return gather_transposed(g, kernels, s.kernel, x, w, b, y, scratch, threads);
-  const W* const weight = widened_weights(g, kernels, s.kernel, w, scratch);
-  W* const rest = scratch + (kIsHalf<T> ? round_up(g.groups * s.out_per_group * s.taps(), kWidenedStep) : 0);
-  for (const Phase& phase : phases) gather_lines(g, phase, s.kernel, kernels, x, weight, b, y, rest);
+  const LineWeights<T> weights(g, kernels, s.kernel, w, scratch, threads);
+  for (const Phase& phase : phases) gather_lines(g, phase, s.kernel, kernels, x, weights, b, y);
 }
 
 int64_t gather_workspace(const ConvShape& s, Direction direction, int threads) {
   const int64_t size = dtype_size(s.dtype), word = std::max<int64_t>(size, 4), filters = s.groups * s.out_per_group;
-  const int64_t packed = s.taps() * round_up(filters, lanes_of(size)) * s.in_per_group;   // one vector for each
-  const int64_t weights = PackedWeights<float>::copies(packed, threads) * packed * word;  // of vectors of channels
+  const int64_t packed = s.taps() * round_up(filters, lanes_of(size)) * s.in_per_group;  // one vector for each
+  const int64_t weights = weight_copies(packed, threads) * packed * word;                // of vectors of channels
   if (s.channels_last()) {
     if (direction == Direction::kForward || s.out_per_group == 1 || s.in_per_group > 1) return weights;
     return weights +
@@ -511,7 +540,8 @@ int64_t gather_workspace(const ConvShape& s, Direction direction, int threads) {
   int64_t elements = 0;
   for (const Phase& phase : phases_of(s, direction))
     elements = std::max(elements, LineScratch(phase, size, lanes_of(size)).elements());
-  return threads * elements * size + (size == 2 ? round_up(s.taps() * filters, kWidenedStep) * word : 0);
+  const int64_t widened = size == 2 ? LineWeights<bfloat16>::size(s.taps() * filters) : 0;
+  return threads * elements * size + weight_copies(widened, threads) * widened * word;
 }
 
 }  // namespace

@@ -542,7 +542,7 @@ inline std::vector<DepthwiseMove> multiplier_moves(int64_t filters, int64_t mult
 inline bool is_few_in_groups(const ConvShape& s) {
   constexpr int64_t kFewChannels = 4;
   return s.in_per_group > 1 && s.in_per_group == s.out_per_group && s.in_per_group <= kFewChannels &&
-         s.channels_last() && dtype_size(s.dtype) != 2 && lanes_of(dtype_size(s.dtype)) % s.in_per_group == 0;
+         s.channels_last() && !is_half(s.dtype) && lanes_of(dtype_size(s.dtype)) % s.in_per_group == 0;
 }
 
 inline std::vector<DepthwiseMove> group_moves(int64_t channels, int64_t of_group, int64_t lanes) {
@@ -576,7 +576,7 @@ inline const char* decline(const ConvShape& s, Direction direction) {
   if (s.in_per_group != 1 && !(is_few_in_groups(s) && direction != Direction::kBackwardWeight))
     return "more than one channel a group";
   if (s.out_per_group == 0) return "nothing to sum over";
-  const bool half = dtype_size(s.dtype) == 2;
+  const bool half = is_half(s.dtype);
   if (!is_floating_point(s.dtype)) return "not of this type";
   if (s.in_pixels() == 0 || s.out_pixels() == 0) return "nothing to sum over";
   if (s.taps() > kMaxDepthwiseKernel) return "more than 4096 taps";

@@ -659,7 +659,7 @@ const char* decline(const ConvShape& s, Direction direction) {
   if (s.channels_last() && s.groups == 1 && results > kFewResults) return "NHWC with more than 9 result channels";
   if (s.taps() > kMaxTaps) return "more than 16384 taps";
   const int64_t words = s.in_channels() * s.out_per_group * s.taps();
-  if (dtype_size(s.dtype) == 2 && words > kMostWeights / static_cast<int64_t>(sizeof(float)))
+  if (is_half(s.dtype) && words > kMostWeights / static_cast<int64_t>(sizeof(float)))
     return "more packed weights than 48 MiB";
   if (direction == Direction::kForward) return nullptr;
   if (s.padding_mode != PaddingMode::kZeros) return "the adjoint of a padding mode";

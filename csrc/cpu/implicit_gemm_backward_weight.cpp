@@ -706,7 +706,7 @@ const char* implicit_gemm_backward_weight_decline(const ConvShape& s) {
   if (s.batch == 0 || s.in_pixels() == 0 || s.out_pixels() == 0) return "nothing to sum over";
   if (s.in_per_group == 0 || s.out_per_group == 0) return "nothing to sum over";
   if (s.taps() > kMaxTaps) return "more than 16384 taps";
-  if (dtype_size(s.dtype) == 2 && s.padding_mode != PaddingMode::kZeros && s.in[2] > kMaxCopied)
+  if (is_half(s.dtype) && s.padding_mode != PaddingMode::kZeros && s.in[2] > kMaxCopied)
     return "lines above 65536 values, 16 bits each";
   return nullptr;
 }

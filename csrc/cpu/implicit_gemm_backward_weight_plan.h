@@ -123,7 +123,7 @@ struct Plan {
 
   Plan(const Problem& problem, int64_t word_size, int64_t vector, int64_t pair_of_type) {
     const ConvShape& s = problem.s;
-    const bool half = dtype_size(s.dtype) == 2;
+    const bool half = is_half(s.dtype);
     groups = s.groups, rows = s.in_per_group, taps = s.taps(), columns = s.out_per_group, unit = vector;
     lines = s.batch * s.out[0] * s.out[1], line_length = s.out[2];
     line_taps = s.kernel[0] * s.kernel[1];

@@ -34,6 +34,8 @@ const Microkernels kAvx512Bf16 = [] {
   Microkernels kernels = kAvx512;
   kernels.isa = "avx512_bf16";
   kernels.bfloat16_pairs = &avx512_bf16::kPairs;
+  avx512_bf16::round_in_hardware(kernels.bf16);
+  kernels.keeping_denormals = &kAvx512;
   return kernels;
 }();
 
@@ -92,16 +94,20 @@ const Microkernels& process_default() {
 thread_local const Microkernels* capped = nullptr;
 thread_local std::string cap;
 
+const Microkernels& in_force() { return capped ? *capped : process_default(); }
+
 }  // namespace
 
-const Microkernels& microkernels() { return capped ? *capped : process_default(); }
-const Microkernels* capped_kernels() { return capped; }
+const Microkernels& microkernels() {
+  const Microkernels& m = in_force();
+  return m.keeping_denormals && !flush_denormals() ? *m.keeping_denormals : m;
+}
 const Microkernels* exchange_capped_kernels(const Microkernels* kernels) { return std::exchange(capped, kernels); }
 
 template <>
 const Kernels<bfloat16>& dense_kernels() {
   const Microkernels& m = microkernels();
-  return m.bfloat16_pairs && flush_denormals() ? *m.bfloat16_pairs : m.bf16;
+  return m.bfloat16_pairs ? *m.bfloat16_pairs : m.bf16;
 }
 
 std::vector<std::string> runnable_isas() {
@@ -111,7 +117,7 @@ std::vector<std::string> runnable_isas() {
   return names;
 }
 
-std::string isa_in_force() { return microkernels().isa; }
+std::string isa_in_force() { return in_force().isa; }
 
 void cap_isa(const std::string& name) {
   capped = name.empty() ? nullptr : &best(name);

@@ -11,13 +11,13 @@ namespace myconv::cpu {
 
 inline constexpr double kIdleShare = 0.1;  // of the columns
 
-// The kernels in force on the calling thread, and on those of a parallel region that it opens (parallel.cpp).
+// The kernels in force on the calling thread, and on those of a parallel region that it opens (parallel.cpp). Those of
+// bfloat16 treat denormals as zeros if its calls may.
 const Microkernels& microkernels();
-// Those that the calling thread is capped to (nullptr: it is not), and a change of them; returns what they were.
-const Microkernels* capped_kernels();
+// Caps the calling thread to some (nullptr: to none); returns what it was capped to.
 const Microkernels* exchange_capped_kernels(const Microkernels* kernels);
 
-// Those that matrix products of a type run on: of bfloat16, pairs where there are, which treat denormals as zeros.
+// Those that matrix products of a type run on: of bfloat16, pairs where there are.
 template <typename T>
 const Kernels<T>& dense_kernels() {
   return kernels_of<T>(microkernels());

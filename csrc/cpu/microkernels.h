@@ -267,7 +267,8 @@ struct Microkernels {
   Kernels<bfloat16> bf16;
   Kernels<float16> f16;
   Widening widening[2];                               // bfloat16, float16
-  const Kernels<bfloat16>* bfloat16_pairs = nullptr;  // where the processor multiplies bfloat16: words are pairs
+  const Kernels<bfloat16>* bfloat16_pairs = nullptr;  // where the processor multiplies bfloat16: words are pairs,
+  const Microkernels* keeping_denormals = nullptr;    // and all of bfloat16 treats denormals as zeros, unlike these
   const Microkernels* half = nullptr;                 // where vectors run in halves: kernels of those
 };
 
@@ -294,7 +295,8 @@ extern const Microkernels kMicrokernels;
 }
 namespace avx512_bf16 {
 extern const Kernels<bfloat16> kPairs;
-}
+void round_in_hardware(Kernels<bfloat16>& kernels);  // whatever rounds results
+}  // namespace avx512_bf16
 #endif
 
 }  // namespace myconv::cpu

@@ -1,10 +1,12 @@
-// The microkernels of bfloat16 for AVX-512 with BF16: words are pairs, which vdpbf16ps multiplies and adds up. It treats
-// denormals as zeros whatever it is told. As in microkernels_avx512.cpp, the target is set here.
+// The microkernels of bfloat16 for AVX-512 with BF16: words are pairs, which vdpbf16ps multiplies and adds up, or values
+// whose results vcvtneps2bf16 rounds. Both treat denormals as zeros whatever they are told. As in
+// microkernels_avx512.cpp, the target is set here.
 #include "cpu/microkernels.h"
 
 #ifdef MYCONV_X86
 #if defined(__GNUC__) && !defined(__clang__)
 #pragma GCC diagnostic ignored "-Wmaybe-uninitialized"  // in GCC's own header: gcc.gnu.org/PR105593
+#pragma GCC diagnostic ignored "-Wuninitialized"
 #endif
 #include <immintrin.h>
 #ifdef __clang__
@@ -22,6 +24,16 @@ namespace myconv::cpu::avx512_bf16 {
 #include "cpu/microkernels.inc"
 
 namespace {
+
+// Rounds to nearest even; denormals become zeros, as in the products.
+void store_rounded(bfloat16* p, F32::V v, auto... values) {
+  F32::store_bits(&p->bits, reinterpret_cast<__m256i>(_mm512_cvtneps_pbh(v)), values...);
+}
+
+struct Rounded : Widened<F32, bfloat16> {
+  static void write(S* p, V v, Mask m) { store_rounded(p, v, m); }
+  static void store_sum(S* p, V v, auto... values) { store_rounded(p, v, values...); }
+};
 
 struct Pairs : F32 {
   using S = bfloat16;
@@ -92,15 +104,20 @@ struct Pairs : F32 {
     pick(from, 2 * pairs * length, index, to, count / 2 * length, pairs * length);
     return true;
   }
-  // Rounds to nearest even; denormals become zeros, as in the products.
-  static void store_sum(S* p, V v, auto... values) {
-    store_bits(&p->bits, reinterpret_cast<__m256i>(_mm512_cvtneps_pbh(v)), values...);
-  }
+  static void store_sum(S* p, V v, auto... values) { store_rounded(p, v, values...); }
 };
 
 }  // namespace
 
 extern constinit const Kernels<bfloat16> kPairs = kernels<Pairs>();
+
+void round_in_hardware(Kernels<bfloat16>& k) {
+  k.store_rows = store_rows<Rounded>;
+  k.store_transposed = store_transposed<Rounded>;
+  k.interleave = interleave<Rounded>;
+  winograds<Rounded>(k.winograd);
+  set_gathers<Rounded>(k.depthwise);
+}
 }  // namespace myconv::cpu::avx512_bf16
 #ifdef __clang__
 #pragma clang attribute pop

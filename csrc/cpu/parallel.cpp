@@ -37,7 +37,7 @@ struct Region {
   void (*body)(void*, int64_t, int64_t);
   void* context;
   uint32_t mode;  // and what else is in force on the thread that opens the region
-  const Microkernels* capped;
+  const Microkernels* kernels;
   std::atomic_flag failed = ATOMIC_FLAG_INIT;
   std::exception_ptr error;
 };
@@ -52,7 +52,7 @@ void piece(void* argument) {
   if (begin >= end) return;
   const uint32_t mode = float_mode();
   set_float_mode(region.mode);
-  const Microkernels* const capped = exchange_capped_kernels(region.capped);
+  const Microkernels* const capped = exchange_capped_kernels(region.kernels);
   try {
     const at::internal::ThreadIdGuard guard(static_cast<int>(thread));
     region.body(region.context, begin, end);
@@ -80,7 +80,7 @@ void run_parallel(int64_t tasks, int64_t grain, void (*body)(void*, int64_t, int
     const at::internal::ThreadIdGuard guard(0);
     return body(context, 0, tasks);
   }
-  Region region{tasks, grain, body, context, float_mode(), capped_kernels()};
+  Region region{tasks, grain, body, context, float_mode(), &microkernels()};
   GOMP_parallel(piece, &region, 0, 0);
   if (region.error) std::rethrow_exception(region.error);
 }

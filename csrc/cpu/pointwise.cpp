@@ -60,7 +60,7 @@ struct Product {
     const bool forward = direction == Direction::kForward;
     from = forward ? s.in_per_group : s.out_per_group, to = forward ? s.out_per_group : s.in_per_group;
     to_stride = s.weight_stride[forward ? 0 : 1], from_stride = s.weight_stride[forward ? 1 : 0];
-    depth = ceil_div(from, pair), half = dtype_size(s.dtype) == 2;
+    depth = ceil_div(from, pair), half = is_half(s.dtype);
   }
   int64_t moved_bytes(int64_t size) const { return batch * groups * (from + to) * pixels * size; }
   // Whether the weights of a result channel follow each other.
@@ -734,7 +734,7 @@ const char* decline(const ConvShape& s) {
   if (s.in_per_group == 0 || s.out_per_group == 0 || s.in_pixels() == 0 || s.out_pixels() == 0)
     return "nothing to sum over";
   if (s.taps() != 1) return "more than one tap";
-  if (dtype_size(s.dtype) == 2 && !s.channels_last() && std::max(s.in_per_group, s.out_per_group) > kMostChannels)
+  if (is_half(s.dtype) && !s.channels_last() && std::max(s.in_per_group, s.out_per_group) > kMostChannels)
     return "16-bit panels of more than 8192 channels";
   for (int d = 0; d < 3; ++d)
     if ((s.stride[d] != 1 && s.out[d] != 1) || s.pad[d] != 0 || s.in[d] != s.out[d]) return "a stride or padding";
@@ -745,7 +745,7 @@ const char* decline(const ConvShape& s) {
 
 const char* pointwise_decline(const ConvShape& s) { return decline(s); }
 const char* pointwise_forward_yield(const ConvShape& s) {
-  if (s.channels_last() || dtype_size(s.dtype) == 2 || s.in_per_group * s.out_per_group < kLargeWeight) return nullptr;
+  if (s.channels_last() || is_half(s.dtype) || s.in_per_group * s.out_per_group < kLargeWeight) return nullptr;
   const int64_t lanes = s.dtype == Dtype::kFloat64 ? microkernels().f64.lanes : microkernels().f32.lanes;
   return 4 * s.out_pixels() <= 3 * lanes ? "planes that leave lanes empty, which several samples fill" : nullptr;
 }
