@@ -571,6 +571,7 @@ constexpr double kVector = 16;
 // A vector of a position, with its way through the caches.
 constexpr double kTileRead = 8.7, kTileWritten = 5.2, kWeights = 3;
 constexpr double kStridedWeights = 8;    // the same of a stride's, which are more positions than stay in L2
+constexpr double kBesidePairs = 6;       // the same in NHWC where the direct way multiplies pairs, half the bytes
 constexpr double kWeightsAgain = 8;      // the same, packed and transformed once more for each further chunk of tiles
 constexpr double kWeightsFar = 24;       // the same of weights that fill the last cache (kAllWeights)
 constexpr double kTransposed = 0.12;     // a pixel of a tile in NCHW,
@@ -585,6 +586,9 @@ Together together_of(const ConvShape& s, Direction direction) {
   const int64_t to = s.in_per_group + s.out_per_group - from;
   return s.kernel[0] * from <= kBlock ? Together(s.groups, from, to) : Together();
 }
+
+// Values of a word that the direct way multiplies.
+int64_t pair_of(const ConvShape& s) { return s.dtype == Dtype::kBFloat16 ? dense_kernels<bfloat16>().pair : 1; }
 
 double winograd_cycles(const ConvShape& s, Direction direction, const WinogradKernels<float>& t) {
   const bool forward = direction == Direction::kForward;
@@ -610,9 +614,11 @@ double winograd_cycles(const ConvShape& s, Direction direction, const WinogradKe
   const double chunk = std::max<double>(kMostTiles, kInputBytes / 2 / bytes_of_v);
   const double again = all_u > kLargeWeights && !together ? std::max(0.0, tiles / chunk - 1) : 0;
   const double once_more = all_u > kAllWeights ? kWeightsFar : kWeightsAgain;
+  const double weights = t.stride * t.result_stride > 1        ? kStridedWeights
+                         : s.channels_last() && pair_of(s) > 1 ? kBesidePairs
+                                                               : kWeights;
   double transforms = positions * (tiles * (kTileRead * rows * taps_d + kTileWritten * columns) +
-                                   ((t.stride * t.result_stride > 1 ? kStridedWeights : kWeights) + once_more * again) *
-                                       from * taps_d * columns);
+                                   (weights + once_more * again) * from * taps_d * columns);
   // Tiles of several groups that share vectors are few enough to stay in the first cache.
   if (together && t.stride * t.result_stride == 1) transforms *= kTogether / static_cast<double>(vectors);
   const double computed = static_cast<double>(ceil_div(s.groups, groups) * groups) / static_cast<double>(s.groups);
@@ -625,7 +631,7 @@ double winograd_cycles(const ConvShape& s, Direction direction, const WinogradKe
 double direct_cycles(const ConvShape& s, Direction direction) {
   const bool forward = direction == Direction::kForward;
   const double from = forward ? s.in_per_group : s.out_per_group, to = forward ? s.out_per_group : s.in_per_group;
-  const double words = std::ceil(from / (s.dtype == Dtype::kBFloat16 ? dense_kernels<bfloat16>().pair : 1));
+  const double words = std::ceil(from / static_cast<double>(pair_of(s)));
   // backward_input has a product for each phase of the stride, with its share of the taps.
   const double phases = forward ? 1 : static_cast<double>(s.stride[1] * s.stride[2]);
   const auto pixels = static_cast<double>(forward ? s.out_pixels() : s.in_pixels()) / phases;
