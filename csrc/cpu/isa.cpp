@@ -30,19 +30,20 @@ const Microkernels kAvx512 = [] {
   return kernels;
 }();
 
-const Microkernels kAvx512Bf16 = [] {
-  Microkernels kernels = kAvx512;
-  kernels.isa = "avx512_bf16";
-  kernels.bfloat16_pairs = &avx512_bf16::kPairs;
-  avx512_bf16::round_in_hardware(kernels.bf16);
-  kernels.keeping_denormals = &kAvx512;
-  return kernels;
-}();
-
 bool has_avx512() {
   return bool(__builtin_cpu_supports("avx512f")) && __builtin_cpu_supports("avx512bw") &&
          __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
 }
+bool has_avx512_bf16() { return has_avx512() && __builtin_cpu_supports("avx512bf16"); }
+
+const Microkernels kAvx512Bf16 = [] {
+  Microkernels kernels = kAvx512;
+  kernels.isa = "avx512_bf16";
+  kernels.bfloat16_pairs = &avx512_bf16::kPairs;
+  if (has_avx512_bf16()) avx512_bf16::round_in_hardware(kernels.bf16);  // its code is compiled for such processors
+  kernels.keeping_denormals = &kAvx512;
+  return kernels;
+}();
 #endif
 
 #ifdef MYCONV_X86
@@ -60,7 +61,7 @@ const Isa kIsas[] = {
     {&avx2::kMicrokernels,
      [] { return bool(__builtin_cpu_supports("avx2")) && __builtin_cpu_supports("fma") && has_f16c(); }},
     {&kAvx512, has_avx512},
-    {&kAvx512Bf16, [] { return has_avx512() && __builtin_cpu_supports("avx512bf16"); }},
+    {&kAvx512Bf16, has_avx512_bf16},
 #endif
 };
 
