@@ -42,6 +42,14 @@ constexpr int64_t kWidenedStep = 16;         // NCHW: what follows widened weigh
 // longer.
 inline int64_t weight_copies(int64_t size, int threads) { return threads * size <= kOwnWeights ? threads : 1; }
 
+// Whether the taps of a filter lie together, in order.
+inline bool taps_in_order(const Gather& g, const int64_t* kernel) {
+  bool in_order = true;
+  for (int64_t d = 2, step = 1; d >= 0; step *= kernel[d--])
+    in_order = in_order && (kernel[d] == 1 || g.weight_axis_stride[d] == step);
+  return in_order;
+}
+
 // Weights as lines are multiplied by them: of 16-bit types copies, dense, of which g is told.
 template <typename T>
 class LineWeights {
@@ -53,7 +61,7 @@ class LineWeights {
     const int64_t per_group = g.from_per_group * g.to_per_group, dense[] = {kernel[1] * kernel[2], kernel[2], 1};
     filters_ = g.groups * per_group, filter_step_ = g.weight_group_stride / per_group;
     std::copy_n(g.weight_axis_stride, 3, axis_step_);
-    dense_ = std::equal(dense, dense + 3, axis_step_) && filter_step_ == taps_;
+    dense_ = taps_in_order(g, kernel) && filter_step_ == taps_;
     std::copy_n(dense, 3, g.weight_axis_stride);
     g.weight_group_stride = taps_ * per_group;
     copies_ = weight_copies(size(filters_ * taps_), threads);
@@ -86,7 +94,7 @@ class LineWeights {
   int64_t taps_, filters_ = 0, filter_step_ = 0, axis_step_[3] = {}, copies_ = 0;
   const T* weight_;
   W* memory_;
-  bool dense_ = true;  // the taps of a filter, in order, and filters
+  bool dense_ = true;  // all filters lie together
 };
 
 template <typename T>
@@ -204,9 +212,8 @@ class PackedWeights {
         filter_step_(summed_ > 1 ? g.weight_to_stride : g.weight_group_stride / (g.from_per_group * g.to_per_group)),
         blocks_(ceil_div(filters_, kernels.lanes)),
         weight_(weight),
-        memory_(memory) {
-    for (int64_t d = 2, step = 1; d >= 0; step *= kernel[d--])
-      dense_ = dense_ && (kernel[d] == 1 || g.weight_axis_stride[d] == step);
+        memory_(memory),
+        in_order_(taps_in_order(g, kernel)) {
     copies_ = weight_copies(size(), threads);
     if (copies_ > 1) return;
     std::atomic<bool> finite = true;
@@ -246,7 +253,7 @@ class PackedWeights {
   // `count` filters, a step apart.
   void pack_run(const T* from, int64_t count, W* to) const {
     const int64_t lanes = kernels_.lanes;
-    if (dense_) return kernels_.transpose(from, filter_step_, count, taps_, to, lanes);
+    if (in_order_) return kernels_.transpose(from, filter_step_, count, taps_, to, lanes);
     for (int64_t t = 0; t < taps_; ++t) {
       const T* of_tap = from + t / (kernel_[1] * kernel_[2]) * g_.weight_axis_stride[0] +
                         t / kernel_[2] % kernel_[1] * g_.weight_axis_stride[1] +
@@ -261,7 +268,7 @@ class PackedWeights {
   int64_t taps_, summed_, filters_, run_, filter_step_, blocks_;  // a run: filters that are equally far apart
   const T* weight_;
   W* memory_;
-  bool dense_ = true;  // the taps of a filter, in order
+  bool in_order_;
   bool finite_ = true;
   int64_t copies_;
 };
