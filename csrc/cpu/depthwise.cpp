@@ -547,7 +547,7 @@ int64_t gather_workspace(const ConvShape& s, Direction direction, int threads) {
   int64_t elements = 0;
   for (const Phase& phase : phases_of(s, direction))
     elements = std::max(elements, LineScratch(phase, size, lanes_of(size)).elements());
-  const int64_t widened = size == 2 ? LineWeights<bfloat16>::size(s.taps() * filters) : 0;
+  const int64_t widened = is_half(s.dtype) ? LineWeights<bfloat16>::size(s.taps() * filters) : 0;
   return threads * elements * size + weight_copies(widened, threads) * widened * word;
 }
 
